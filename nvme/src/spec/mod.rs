@@ -1,0 +1,2 @@
+//! Wire structures.
+pub mod pdu;

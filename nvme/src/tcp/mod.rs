@@ -1,0 +1,1 @@
+//! NVMe/TCP qpair machines.
