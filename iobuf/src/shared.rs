@@ -1,0 +1,104 @@
+//! Memory shared by all cores, behind a RAM disk.
+
+// UNSAFETY: several cores copy in and out at the same time, which references cannot express.
+#![expect(unsafe_code)]
+
+use std::io;
+
+use crate::mapping::{Mapping, page_bytes};
+use crate::raw;
+use crate::sg::{OutOfBounds, Segment, SgList};
+
+/// Zero-filled memory that all cores copy in and out of at once, as they would on a disk.
+///
+/// Accesses of the same bytes at the same time are not ordered: the reader sees old, new or mixed
+/// bytes, exactly what NVMe and virtio promise for overlapping commands in flight. Pages take
+/// memory when first written.
+#[derive(Debug)]
+pub struct SharedBytes {
+    map: Mapping,
+    len: usize,
+    page: usize,
+}
+
+impl SharedBytes {
+    /// Reserves `len` bytes of address space, reading as zeros.
+    pub fn new(len: usize) -> io::Result<SharedBytes> {
+        let page = page_bytes();
+        let map = Mapping::anonymous(len.max(1).next_multiple_of(page))?;
+        Ok(SharedBytes { map, len, page })
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies `to.len()` bytes at `offset` into the list.
+    pub fn read(&self, offset: usize, to: &SgList) -> Result<(), OutOfBounds> {
+        self.each(offset, to, |segment, memory| {
+            // SAFETY: the list's segment is mapped, and `memory` has as many bytes inside our
+            // mapping (checked by `each`).
+            unsafe { raw::copy(memory, segment.as_ptr(), segment.len()) }
+        })
+    }
+
+    /// Copies the whole list to `offset`.
+    pub fn write(&self, offset: usize, from: &SgList) -> Result<(), OutOfBounds> {
+        self.each(offset, from, |segment, memory| {
+            // SAFETY: the list's segment is mapped, and `memory` has as many bytes inside our
+            // mapping (checked by `each`).
+            unsafe { raw::copy(segment.as_ptr(), memory, segment.len()) }
+        })
+    }
+
+    /// Makes `len` bytes at `offset` zero and keeps their memory.
+    pub fn zero(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
+        self.check(offset, len)?;
+        // SAFETY: the range was just checked to be in the mapping.
+        unsafe { raw::fill(self.map.base().wrapping_add(offset), 0, len) };
+        Ok(())
+    }
+
+    /// Makes `len` bytes at `offset` zero and gives the memory of whole pages back to the system.
+    pub fn discard(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
+        self.check(offset, len)?;
+        let end = offset + len;
+        let first = offset.next_multiple_of(self.page);
+        let last = end - end % self.page;
+        // Locked memory (mlockall) cannot be given back: then write zeros, the contents are the
+        // promise.
+        if first >= last || self.map.discard(first, last - first).is_err() {
+            return self.zero(offset, len);
+        }
+        self.zero(offset, first - offset)?;
+        self.zero(last, end - last)
+    }
+
+    fn each(
+        &self,
+        offset: usize,
+        sg: &SgList,
+        mut f: impl FnMut(&Segment, *mut u8),
+    ) -> Result<(), OutOfBounds> {
+        self.check(offset, sg.len())?;
+        let mut memory = self.map.base().wrapping_add(offset);
+        for segment in sg.segments() {
+            f(segment, memory);
+            memory = memory.wrapping_add(segment.len());
+        }
+        Ok(())
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(OutOfBounds),
+        }
+    }
+}
