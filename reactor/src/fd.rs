@@ -1,0 +1,133 @@
+//! Descriptors that operations name: real ones, or objects of a simulated world.
+
+use std::fmt;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::sim::{SimFile, SimSocket};
+use crate::sys;
+
+#[derive(Clone)]
+pub(crate) enum Source {
+    Os(Arc<OwnedFd>),
+    File(SimFile),
+    Socket(Arc<SimSocket>),
+}
+
+/// A descriptor for use with a [`Port`](crate::Port). Cheap to clone; closed when the last clone is gone and no operation
+/// on it is in flight. Belongs to one core; [`Fd::share`] carries it to others.
+#[derive(Clone)]
+pub struct Fd(Rc<Source>);
+
+impl Fd {
+    /// A handle that may go to other threads, naming the same open file.
+    pub fn share(&self) -> SharedFd {
+        SharedFd((*self.0).clone())
+    }
+
+    /// The real descriptor; `None` for a simulated file.
+    pub fn as_os(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.0 {
+            Source::Os(fd) => Some(fd.as_fd()),
+            Source::File(_) | Source::Socket(_) => None,
+        }
+    }
+
+    pub(crate) fn source(&self) -> &Source {
+        &self.0
+    }
+}
+
+impl From<OwnedFd> for Fd {
+    fn from(fd: OwnedFd) -> Fd {
+        Fd(Rc::new(Source::Os(Arc::new(fd))))
+    }
+}
+
+impl From<SharedFd> for Fd {
+    fn from(shared: SharedFd) -> Fd {
+        Fd(Rc::new(shared.0))
+    }
+}
+
+impl From<SimFile> for Fd {
+    fn from(file: SimFile) -> Fd {
+        Fd(Rc::new(Source::File(file)))
+    }
+}
+
+impl fmt::Debug for Fd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Source::Os(fd) => f.debug_tuple("Fd").field(fd).finish(),
+            Source::File(file) => f.debug_tuple("Fd").field(file).finish(),
+            Source::Socket(socket) => f.debug_tuple("Fd").field(socket).finish(),
+        }
+    }
+}
+
+/// An [`Fd`] on its way between threads. Each core makes its own `Fd` from it.
+#[derive(Clone)]
+pub struct SharedFd(Source);
+
+impl From<OwnedFd> for SharedFd {
+    fn from(fd: OwnedFd) -> SharedFd {
+        SharedFd(Source::Os(Arc::new(fd)))
+    }
+}
+
+impl fmt::Debug for SharedFd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedFd").finish_non_exhaustive()
+    }
+}
+
+pub(crate) enum SocketKind {
+    Os(OwnedFd),
+    Sim(SimSocket),
+}
+
+/// A connected stream socket that has no [`net::Stream`](crate::net::Stream) yet. Dropping it closes the connection.
+pub struct Socket(pub(crate) SocketKind);
+
+impl Socket {
+    /// The address of the peer, as text.
+    pub fn peer(&self) -> String {
+        match &self.0 {
+            SocketKind::Os(fd) => match sys::peer_addr(fd.as_fd()) {
+                Ok(Some(addr)) => addr.to_string(),
+                Ok(None) => "unix socket".to_owned(),
+                Err(_) => "disconnected".to_owned(),
+            },
+            SocketKind::Sim(socket) => socket.peer(),
+        }
+    }
+
+    pub(crate) fn into_fd(self) -> Fd {
+        match self.0 {
+            SocketKind::Os(fd) => Fd::from(fd),
+            SocketKind::Sim(socket) => Fd(Rc::new(Source::Socket(Arc::new(socket)))),
+        }
+    }
+}
+
+impl From<TcpStream> for Socket {
+    fn from(stream: TcpStream) -> Socket {
+        Socket(SocketKind::Os(stream.into()))
+    }
+}
+
+impl From<UnixStream> for Socket {
+    fn from(stream: UnixStream) -> Socket {
+        Socket(SocketKind::Os(stream.into()))
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Socket").field(&self.peer()).finish()
+    }
+}
