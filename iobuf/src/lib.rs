@@ -5,9 +5,8 @@
 //! comes from one of two places:
 //!
 //! ```text
-//! Pool::alloc ──────────► SgList ──► device, channel, ring ──► clear/drop: chunks return to the
-//! pool
-//!   GuestView::append ────► SgList ──► the same               ──► clear/drop: nothing to return
+//!   Pool::alloc ───────► SgList ──► device, channel, ring ──► clear, drop: back to the pool
+//!   GuestView::append ─► SgList ──► device, channel, ring ──► clear, drop: nothing to return
 //!        ▲
 //!   GuestMemory (shared by all cores) ──view()──► Rc<GuestView> (one core)
 //! ```
@@ -15,13 +14,11 @@
 //! # Rules
 //!
 //! - A list owns what [`Pool::alloc`] put into it. Parts may be *shared* with another list
-//!   ([`SgList::append_range`]) or with
-//! an operation in the kernel ([`Hold::retain`]); a chunk returns to the pool when the last user
-//!   lets go.
+//!   ([`SgList::append_range`]) or with an operation in the kernel ([`Hold::retain`]); a chunk
+//!   returns to the pool when the last user lets go.
 //! - Nobody zeroes pool memory. Whoever exposes bytes to a peer must have overwritten them.
 //! - Bytes that a guest or the kernel can change at any time are never a `&[u8]`: they are copied,
-//!   or accessed by volatile
-//!   and atomic operations.
+//!   or accessed by volatile and atomic operations.
 //! - No function panics because of an address, offset or length that a guest chose.
 //!
 //! # What this crate does not do

@@ -259,3 +259,6 @@ impl State {
 fn full_mask(class: usize) -> u32 {
     u32::MAX >> (32 - BLOCK_BYTES / CLASS_BYTES[class])
 }
+
+#[cfg(test)]
+mod tests;

@@ -405,3 +405,6 @@ impl Iterator for Range<'_> {
         None
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -102,3 +102,38 @@ impl SharedBytes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Pool;
+
+    #[test]
+    fn ranges_are_written_read_zeroed_and_discarded() {
+        let pool = Pool::new(1 << 20).unwrap();
+        let mut sg = SgList::default();
+        pool.alloc(20_000, &mut sg).unwrap();
+        let memory = SharedBytes::new(50_000).unwrap();
+        for discard in [false, true] {
+            sg.fill(0, 20_000, 5).unwrap();
+            memory.write(10_000, &sg).unwrap();
+            let (offset, len) = (11_000, 15_000);
+            match discard {
+                true => memory.discard(offset, len).unwrap(),
+                false => memory.zero(offset, len).unwrap(),
+            }
+            memory.read(10_000, &sg).unwrap();
+            let mut bytes = vec![0; 20_000];
+            sg.copy_to_slice(0, &mut bytes).unwrap();
+            for (i, byte) in bytes.iter().enumerate() {
+                assert_eq!(*byte, if (1_000..16_000).contains(&i) { 0 } else { 5 }, "at {i}");
+            }
+        }
+        // Inside one page, nothing whole to give back.
+        memory.discard(10_001, 3).unwrap();
+        assert_eq!(memory.read(30_001, &sg), Err(OutOfBounds));
+        assert_eq!(memory.write(usize::MAX, &sg), Err(OutOfBounds));
+        assert_eq!(memory.discard(50_000, 1), Err(OutOfBounds));
+        assert_eq!(memory.zero(1, usize::MAX), Err(OutOfBounds));
+    }
+}

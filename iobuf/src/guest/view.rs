@@ -123,7 +123,7 @@ impl GuestView {
         })
     }
 
-    /// Copies `src` to guest memory at `addr`. On error part of it may have been written.
+    /// Copies `src` to guest memory at `addr`; on error nothing is copied.
     #[inline]
     pub fn write(&self, addr: u64, src: &[u8]) -> Result<(), BadAddress> {
         if src.len() <= SMALL_BYTES
@@ -192,8 +192,6 @@ impl GuestView {
         addr: u64,
         len: u64,
     ) -> Result<(), BadAddress> {
-        // Checked as a whole first, so that nothing is appended on error.
-        self.each_row(addr, len, |_, _, _| {})?;
         self.each_row(addr, len, |row, offset, part| self.append_in(sg, row, offset, part))
     }
 
@@ -210,7 +208,8 @@ impl GuestView {
         })
     }
 
-    /// Calls `f(region, offset, bytes)` for each region that the range crosses.
+    /// Calls `f(region, offset, bytes)` for each region that the range crosses; not at all if some
+    /// part of the range is no memory.
     fn each_row(
         &self,
         addr: u64,
@@ -218,14 +217,18 @@ impl GuestView {
         mut f: impl FnMut(&Row, u64, u64),
     ) -> Result<(), BadAddress> {
         let bad = BadAddress { addr, len };
-        let (mut addr, mut left) = (addr, len);
-        while left > 0 {
-            let (row, offset) = self.find(addr).ok_or(bad)?;
-            let part = left.min(row.len - offset);
-            f(&row, offset, part);
-            left -= part;
-            // No region ends beyond the last address; `GuestRegion::map` checked it.
-            addr += part;
+        for apply in [false, true] {
+            let (mut addr, mut left) = (addr, len);
+            while left > 0 {
+                let (row, offset) = self.find(addr).ok_or(bad)?;
+                let part = left.min(row.len - offset);
+                if apply {
+                    f(&row, offset, part);
+                }
+                left -= part;
+                // No region ends beyond the last address; `GuestRegion::map` checked it.
+                addr += part;
+            }
         }
         Ok(())
     }
