@@ -1,0 +1,82 @@
+//! A volume that stores nothing: reads give zeros. For measuring everything around it.
+
+use std::collections::VecDeque;
+use std::io;
+
+use reactor::Local;
+
+use crate::io::{Io, IoError, Op, check};
+use crate::volume::{Busy, Channel, Geometry, IO_BYTES_MAX, Identity, Volume};
+
+/// See the module.
+#[derive(Debug)]
+pub struct NullVolume {
+    geometry: Geometry,
+    identity: Identity,
+}
+
+impl NullVolume {
+    /// A volume of `bytes`, rounded down to whole blocks of `block_bytes` (a power of two).
+    pub fn new(identity: Identity, bytes: u64, block_bytes: u32) -> NullVolume {
+        let geometry = Geometry {
+            block_bytes,
+            blocks: bytes / u64::from(block_bytes),
+            physical_block_bytes: block_bytes.max(4096),
+            io_bytes_max: IO_BYTES_MAX,
+            read_only: false,
+            write_cache: false,
+            deallocate: true,
+            write_zeroes: true,
+            deallocate_granularity_bytes: block_bytes,
+            deallocated_reads_zero: true,
+        };
+        NullVolume { geometry, identity }
+    }
+}
+
+impl Volume for NullVolume {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    fn open(&self, _: &Local, depth: u32) -> io::Result<Box<dyn Channel>> {
+        let depth = depth as usize;
+        let geometry = self.geometry;
+        Ok(Box::new(NullChannel { geometry, depth, done: VecDeque::with_capacity(depth) }))
+    }
+}
+
+struct NullChannel {
+    geometry: Geometry,
+    depth: usize,
+    done: VecDeque<Box<Io>>,
+}
+
+impl Channel for NullChannel {
+    fn submit(&mut self, mut io: Box<Io>) -> Result<(), Busy> {
+        if self.done.len() == self.depth {
+            return Err(Busy(io));
+        }
+        io.result = check(&self.geometry, &io);
+        if io.result.is_ok() && io.op == Op::Read {
+            io.result = io.data.fill(0, io.data.len(), 0).map_err(|_| IoError::Misaligned);
+        }
+        self.done.push_back(io);
+        Ok(())
+    }
+
+    fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
+        // Only what is here now: `done` has no way to submit more.
+        while let Some(io) = self.done.pop_front() {
+            done(io);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.done.len()
+    }
+}
