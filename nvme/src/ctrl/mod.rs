@@ -1,0 +1,3 @@
+//! The controller: I/O command decoding.
+
+pub mod io;
