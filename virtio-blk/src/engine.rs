@@ -1,0 +1,501 @@
+//! One virtqueue being served: chains become I/Os, finished I/Os become used entries.
+//!
+//! ```text
+//!  SplitQueue::pop → Request::parse → Slot + Io(s) → Channel::submit
+//!  SplitQueue::push_used ← status byte ← Slot ← Channel::poll
+//! ```
+//!
+//! A request takes a slot, and one [`Io`] or more if it is longer than the volume takes at once.
+//! All are allocated when the queue starts and only move afterwards. Data is not copied: an I/O's
+//! list points into guest memory and holds it.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use block::{Busy, Channel, Io, IoError, Op};
+use iobuf::{GuestSlice, GuestView};
+
+use crate::device::{Features, Limits, PARTS_MAX, SEG_MAX};
+use crate::queue::split::{RingAddress, SplitQueue};
+use crate::queue::{Broken, Chain, Piece};
+use crate::request::{self, Action, HEADER_BYTES, Range, Request, Status};
+
+/// Most requests taken in one turn, so that other queues of the core get theirs.
+const TURN_MAX: usize = 128;
+/// Most segments in one I/O. More than `seg_max` allows, because a buffer that crosses memory
+/// regions is cut.
+const SEGMENTS_MAX: usize = 2 * SEG_MAX as usize;
+
+/// What a queue has done since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Read requests completed, errors included.
+    pub reads: u64,
+    /// Write requests completed, errors included.
+    pub writes: u64,
+    /// Flush requests completed, errors included.
+    pub flushes: u64,
+    /// Discard requests completed, errors included.
+    pub discards: u64,
+    /// Write zeroes requests completed, errors included.
+    pub write_zeroes: u64,
+    /// Requests answered at once: GET_ID, unsupported and malformed ones.
+    pub others: u64,
+    /// Bytes of successful reads.
+    pub read_bytes: u64,
+    /// Bytes of successful writes.
+    pub written_bytes: u64,
+    /// Requests that were not answered with VIRTIO_BLK_S_OK.
+    pub errors: u64,
+    /// I/Os that the volume's channel did not take at once.
+    pub busy: u64,
+    /// Notifications from the driver.
+    pub kicks: u64,
+    /// Notifications to the driver.
+    pub calls: u64,
+}
+
+/// How a queue is to be served.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// What requests are checked against.
+    pub limits: Limits,
+    /// Negotiated features.
+    pub features: Features,
+    /// Every write must be durable before it completes.
+    pub write_through: bool,
+}
+
+/// Result of a turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// Something moved.
+    pub has_worked: bool,
+    /// The driver wants an interrupt.
+    pub wants_call: bool,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// None: the slot is free.
+    status_byte: Option<GuestSlice>,
+    head: u16,
+    op: Option<Op>,
+    /// I/Os that are out.
+    parts: u16,
+    status: Option<Status>,
+    written: u32,
+    written_failed: u32,
+    data_bytes: u64,
+    epoch: u64,
+    /// Ranges left to do, last first.
+    ranges: Vec<Range>,
+}
+
+/// One virtqueue being served.
+#[expect(clippy::vec_box, reason = "the boxes move between here and the channel")]
+pub struct Engine {
+    ring: SplitQueue,
+    view: Rc<GuestView>,
+    config: EngineConfig,
+    chain: Chain,
+    ranges: Vec<Range>,
+    parts: Vec<Box<Io>>,
+    slots: Vec<Slot>,
+    free_slots: Vec<u16>,
+    free_ios: Vec<Box<Io>>,
+    /// I/Os to be submitted before anything else: refused by the channel, or next ranges.
+    waiting: VecDeque<Box<Io>>,
+    /// The last request that was looked at needs more free I/Os than there were.
+    is_starved: bool,
+    is_enabled: bool,
+    /// The ring is not in the current memory table.
+    is_detached: bool,
+    broken: Option<Broken>,
+    /// Counts memory tables.
+    epoch: u64,
+    /// Requests in flight that were admitted under older tables.
+    in_flight_old: usize,
+    counters: Counters,
+}
+
+impl Engine {
+    /// Serve a ring, as soon as [`Engine::set_enabled`] says so.
+    pub fn new(ring: SplitQueue, view: Rc<GuestView>, config: EngineConfig) -> Engine {
+        let size = usize::from(ring.size());
+        let ios = size.max(PARTS_MAX);
+        Engine {
+            ring,
+            view,
+            config,
+            chain: Chain::new(),
+            ranges: Vec::new(),
+            parts: Vec::with_capacity(PARTS_MAX),
+            slots: (0..size).map(|_| Slot::default()).collect(),
+            free_slots: (0..size as u16).rev().collect(),
+            free_ios: (0..ios).map(|_| Box::new(Io::with_capacity(SEG_MAX as usize + 2))).collect(),
+            waiting: VecDeque::with_capacity(ios),
+            is_starved: false,
+            is_enabled: false,
+            is_detached: false,
+            broken: None,
+            epoch: 0,
+            in_flight_old: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Take new requests, or leave them in the ring.
+    pub fn set_enabled(&mut self, is_enabled: bool) {
+        self.is_enabled = is_enabled;
+    }
+
+    /// Every write from now on must be durable before it completes, or need not.
+    pub fn set_write_through(&mut self, write_through: bool) {
+        self.config.write_through = write_through;
+    }
+
+    /// The memory table has changed. `address` is where the ring is now; None, or an address that
+    /// leads nowhere, pauses the queue until the next change: a table may be changed in several
+    /// steps. Requests in flight keep the memory they were given.
+    pub fn set_memory(&mut self, view: Rc<GuestView>, address: Option<RingAddress>) {
+        self.epoch += 1;
+        self.in_flight_old = self.in_flight();
+        self.is_detached = address.is_none_or(|at| self.ring.rebind(&view, &at).is_err());
+        self.view = view;
+    }
+
+    /// Requests taken and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free_slots.len()
+    }
+
+    /// Requests taken under an older memory table and not answered.
+    pub fn in_flight_old(&self) -> usize {
+        self.in_flight_old
+    }
+
+    /// I/Os that the channel has not accepted yet.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Available index to go on with later.
+    pub fn next_avail(&self) -> u16 {
+        self.ring.next_avail()
+    }
+
+    /// Why the queue cannot be served any more, if so.
+    pub fn broken(&self) -> Option<Broken> {
+        self.broken
+    }
+
+    /// Counters, for the owner to read and to count notifications.
+    pub fn counters(&mut self) -> &mut Counters {
+        &mut self.counters
+    }
+
+    fn can_take(&self) -> bool {
+        self.is_enabled
+            && !self.is_detached
+            && !self.is_starved
+            && self.broken.is_none()
+            && self.waiting.is_empty()
+            && !self.free_slots.is_empty()
+    }
+
+    /// One turn: take requests, submit, complete, publish.
+    pub fn poll(&mut self, channel: &mut dyn Channel) -> Turn {
+        let mut has_worked = self.submit_waiting(channel);
+        has_worked |= self.take(channel);
+        if self.in_flight() > 0 {
+            channel.poll(&mut |io| {
+                has_worked = true;
+                self.on_io(io);
+            });
+            // The next ranges of discards and the like.
+            has_worked |= self.submit_waiting(channel);
+        }
+        let wants_call = self.ring.publish().unwrap_or_else(|broken| {
+            self.broken = Some(broken);
+            false
+        });
+        Turn { has_worked, wants_call }
+    }
+
+    /// Ask the driver for a notification of the next request. True: there is work already.
+    pub fn arm(&mut self) -> bool {
+        // While nothing can be taken, a completion wakes us.
+        self.can_take()
+            && self.ring.arm().unwrap_or_else(|broken| {
+                self.broken = Some(broken);
+                true
+            })
+    }
+
+    /// Whether requests wait in the ring that could be taken now; for rings without
+    /// notifications.
+    pub fn is_polling(&self) -> bool {
+        self.can_take()
+    }
+
+    /// Notifications are not needed for now.
+    pub fn disarm(&mut self) {
+        self.ring.disarm();
+    }
+
+    /// Answer what has not reached the channel yet as aborted.
+    pub fn abort_waiting(&mut self) {
+        for _ in 0..self.waiting.len() {
+            let Some(mut io) = self.waiting.pop_front() else { break };
+            io.result = Err(IoError::Aborted);
+            self.on_io(io);
+        }
+    }
+
+    fn submit_waiting(&mut self, channel: &mut dyn Channel) -> bool {
+        let mut has_worked = false;
+        while let Some(io) = self.waiting.pop_front() {
+            if let Err(Busy(io)) = channel.submit(io) {
+                self.waiting.push_front(io);
+                break;
+            }
+            has_worked = true;
+        }
+        has_worked
+    }
+
+    fn submit(&mut self, channel: &mut dyn Channel, io: Box<Io>) {
+        if !self.waiting.is_empty() {
+            self.waiting.push_back(io);
+        } else if let Err(Busy(io)) = channel.submit(io) {
+            self.counters.busy += 1;
+            self.waiting.push_back(io);
+        }
+    }
+
+    fn take(&mut self, channel: &mut dyn Channel) -> bool {
+        let mut has_worked = false;
+        for _ in 0..TURN_MAX {
+            if !self.can_take() {
+                break;
+            }
+            let taken = match self.ring.pop(&mut self.chain) {
+                Ok(false) => break,
+                Ok(true) => self.admit(channel),
+                Err(broken) => Err(broken),
+            };
+            match taken {
+                Ok(true) => has_worked = true,
+                Ok(false) => {
+                    self.ring.unpop();
+                    self.is_starved = true;
+                    break;
+                }
+                Err(broken) => {
+                    self.broken = Some(broken);
+                    has_worked = true;
+                }
+            }
+        }
+        has_worked
+    }
+
+    /// Begin the request in `chain`. False: not enough I/Os are free.
+    fn admit(&mut self, channel: &mut dyn Channel) -> Result<bool, Broken> {
+        let EngineConfig { limits, features, write_through } = self.config;
+        let request = Request::parse(&self.chain, &self.view, &limits, features, &mut self.ranges)?;
+        let (op, data_bytes) = match request.action {
+            Action::Read { offset, len } => match self.build(Op::Read, offset, len, false)? {
+                Built::Ready => (Op::Read, len),
+                Built::Starved => return Ok(false),
+                Built::Refused => return self.answer(&request, Status::IOERR),
+            },
+            Action::Write { offset, len } => {
+                match self.build(Op::Write, offset, len, write_through)? {
+                    Built::Ready => (Op::Write, len),
+                    Built::Starved => return Ok(false),
+                    Built::Refused => return self.answer(&request, Status::IOERR),
+                }
+            }
+            Action::Flush => {
+                let Some(mut io) = self.free_ios.pop() else { return Ok(false) };
+                prepare(&mut io, Op::Flush, 0, 0);
+                self.parts.push(io);
+                (Op::Flush, 0)
+            }
+            Action::Discard | Action::WriteZeroes => {
+                let op = match request.action {
+                    Action::Discard => Op::Deallocate,
+                    _ => Op::WriteZeroes,
+                };
+                self.ranges.retain(|range| range.len > 0);
+                self.ranges.reverse();
+                let Some(first) = self.ranges.pop() else {
+                    return self.answer(&request, Status::OK);
+                };
+                let Some(mut io) = self.free_ios.pop() else { return Ok(false) };
+                prepare_range(&mut io, op, &first, write_through);
+                self.parts.push(io);
+                (op, 0)
+            }
+            Action::Done(status) => return self.answer(&request, status),
+        };
+
+        let Some(index) = self.free_slots.pop() else {
+            // `can_take` has looked; be safe and try again later.
+            self.free_ios.append(&mut self.parts);
+            return Ok(false);
+        };
+        let slot = &mut self.slots[usize::from(index)];
+        slot.head = self.chain.head;
+        slot.op = Some(op);
+        slot.parts = self.parts.len() as u16;
+        slot.status = None;
+        slot.written = request.written;
+        slot.written_failed = request.written_failed;
+        slot.status_byte = Some(request.status);
+        slot.data_bytes = data_bytes;
+        slot.epoch = self.epoch;
+        slot.ranges.clear();
+        if matches!(op, Op::Deallocate | Op::WriteZeroes) {
+            std::mem::swap(&mut slot.ranges, &mut self.ranges);
+        }
+        let mut parts = std::mem::take(&mut self.parts);
+        for mut io in parts.drain(..) {
+            io.tag = u64::from(index);
+            self.submit(channel, io);
+        }
+        self.parts = parts;
+        Ok(true)
+    }
+
+    /// Fill `parts` with the I/Os of a transfer.
+    fn build(&mut self, op: Op, offset: u64, len: u64, fua: bool) -> Result<Built, Broken> {
+        let part_max = self.config.limits.io_bytes_max;
+        let parts = len.div_ceil(part_max);
+        if parts > PARTS_MAX as u64 {
+            return Ok(Built::Refused);
+        }
+        if parts > self.free_ios.len() as u64 {
+            return Ok(Built::Starved);
+        }
+        let (pieces, skip): (&[Piece], u64) = match op {
+            Op::Read => (&self.chain.writable, 0),
+            _ => (&self.chain.readable, HEADER_BYTES as u64),
+        };
+        let mut done = 0;
+        while done < len {
+            let Some(mut io) = self.free_ios.pop() else { break };
+            let now = part_max.min(len - done);
+            prepare(&mut io, op, offset + done, now);
+            io.fua = fua;
+            let appended = request::append(&self.view, pieces, skip + done, now, &mut io.data);
+            let is_good = appended.is_ok() && io.data.segments().len() <= SEGMENTS_MAX;
+            self.parts.push(io);
+            if !is_good {
+                self.parts.iter_mut().for_each(|io| io.data.clear());
+                self.free_ios.append(&mut self.parts);
+                return Ok(Built::Refused);
+            }
+            done += now;
+        }
+        Ok(Built::Ready)
+    }
+
+    /// Answer a request that needs no I/O.
+    fn answer(&mut self, request: &Request, status: Status) -> Result<bool, Broken> {
+        request.status.write(0, &[status.0])?;
+        let written = match status {
+            Status::OK => request.written,
+            _ => request.written_failed,
+        };
+        self.ring.push_used(self.chain.head, written)?;
+        self.counters.others += 1;
+        self.counters.errors += u64::from(status != Status::OK);
+        Ok(true)
+    }
+
+    /// An I/O is back.
+    fn on_io(&mut self, mut io: Box<Io>) {
+        io.data.clear();
+        let index = io.tag as u16;
+        let slot = &mut self.slots[usize::from(index)];
+        let status = io.result.map_or_else(Status::from, |()| Status::OK);
+        if slot.status.is_none_or(|status| status == Status::OK) {
+            slot.status = Some(status);
+        }
+        slot.parts -= 1;
+        self.is_starved = false;
+        if slot.parts > 0 {
+            self.free_ios.push(io);
+            return;
+        }
+        if let (Some(Status::OK), Some(op), Some(range)) = (slot.status, slot.op, slot.ranges.pop())
+        {
+            slot.parts = 1;
+            prepare_range(&mut io, op, &range, self.config.write_through);
+            self.waiting.push_back(io);
+            return;
+        }
+        self.free_ios.push(io);
+        if let Err(broken) = self.finish(index) {
+            self.broken = Some(broken);
+        }
+    }
+
+    /// All I/Os of a request are back: tell the driver.
+    fn finish(&mut self, index: u16) -> Result<(), Broken> {
+        let slot = &mut self.slots[usize::from(index)];
+        let status = slot.status.take().unwrap_or(Status::IOERR);
+        let is_ok = status == Status::OK;
+        let counters = &mut self.counters;
+        match slot.op {
+            Some(Op::Read) => {
+                counters.reads += 1;
+                counters.read_bytes += if is_ok { slot.data_bytes } else { 0 };
+            }
+            Some(Op::Write) => {
+                counters.writes += 1;
+                counters.written_bytes += if is_ok { slot.data_bytes } else { 0 };
+            }
+            Some(Op::Flush) => counters.flushes += 1,
+            Some(Op::Deallocate) => counters.discards += 1,
+            Some(Op::WriteZeroes) => counters.write_zeroes += 1,
+            None => {}
+        }
+        counters.errors += u64::from(!is_ok);
+        self.in_flight_old -= usize::from(slot.epoch != self.epoch);
+        self.free_slots.push(index);
+        if let Some(byte) = slot.status_byte.take() {
+            byte.write(0, &[status.0])?;
+        }
+        self.ring.push_used(slot.head, if is_ok { slot.written } else { slot.written_failed })
+    }
+}
+
+enum Built {
+    Ready,
+    /// Not enough I/Os are free now.
+    Starved,
+    /// Cannot be done.
+    Refused,
+}
+
+fn prepare(io: &mut Io, op: Op, offset: u64, len: u64) {
+    io.op = op;
+    io.fua = false;
+    io.no_unmap = false;
+    io.offset = offset;
+    io.len = len;
+    io.result = Ok(());
+}
+
+fn prepare_range(io: &mut Io, op: Op, range: &Range, write_through: bool) {
+    prepare(io, op, range.offset, range.len);
+    io.fua = write_through && op == Op::WriteZeroes;
+    io.no_unmap = !range.unmap;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! Virtqueues: what a driver may put into one, and what makes one unusable.
+
+use std::fmt;
+
+pub mod split;
+
+/// Largest queue size the device serves.
+pub const QUEUE_SIZE_MAX: u16 = 1024;
+/// Most descriptors followed in one chain, an indirect table included. A chain may not be longer
+/// than its queue (Virtual I/O Device 1.2, section 2.7.5.3.1), but drivers with small queues do
+/// fill longer indirect tables.
+pub const CHAIN_MAX: usize = 1024;
+
+/// Why a virtqueue cannot be served any more: the driver broke a rule and there is no status byte
+/// to tell it so. In the specification's words the device needs a reset.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Broken {
+    /// A ring is not where it was said to be.
+    RingAddress,
+    /// The available index moved by more than the size of the queue.
+    AvailableIndex,
+    /// A chain begins outside the descriptor table.
+    Head,
+    /// A descriptor's `next` is outside its table.
+    Next,
+    /// More descriptors than a table has: the chain bites its tail.
+    Loop,
+    /// An indirect descriptor, but the feature was not negotiated.
+    IndirectNotNegotiated,
+    /// An indirect descriptor that also has a next one, or stands in an indirect table.
+    IndirectNested,
+    /// An indirect table of no descriptors, or not of whole ones.
+    IndirectLength,
+    /// An indirect table outside guest memory.
+    IndirectAddress,
+    /// No device-writable byte for the status.
+    NoStatus,
+    /// The status byte is outside guest memory.
+    StatusAddress,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Broken::RingAddress => "a ring is not in guest memory or not aligned",
+            Broken::AvailableIndex => "the available index moved by more than the queue size",
+            Broken::Head => "a chain begins outside the descriptor table",
+            Broken::Next => "a descriptor points outside its table",
+            Broken::Loop => "a descriptor chain is longer than its table",
+            Broken::IndirectNotNegotiated => "an indirect descriptor without the feature",
+            Broken::IndirectNested => "an indirect descriptor in a chain or in an indirect table",
+            Broken::IndirectLength => "an indirect table that is empty or not of whole descriptors",
+            Broken::IndirectAddress => "an indirect table outside guest memory",
+            Broken::NoStatus => "a request without a writable status byte",
+            Broken::StatusAddress => "a status byte outside guest memory",
+        })
+    }
+}
+
+/// One buffer of a chain: `len` bytes of guest memory at `addr`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Piece {
+    /// Guest physical address, not yet checked.
+    pub addr: u64,
+    /// Length in bytes, not 0.
+    pub len: u32,
+}
+
+/// A descriptor chain, copied out of guest memory. One is recycled for all chains of a queue.
+#[derive(Debug)]
+pub struct Chain {
+    /// Index of its first descriptor, by which the driver knows it.
+    pub head: u16,
+    /// What the driver wrote for the device, in order.
+    pub readable: Vec<Piece>,
+    /// What the device shall write, in order.
+    pub writable: Vec<Piece>,
+    /// Whether all readable buffers came before all writable ones, as a driver must put them.
+    pub is_ordered: bool,
+}
+
+impl Default for Chain {
+    fn default() -> Chain {
+        Chain {
+            head: 0,
+            readable: Vec::with_capacity(CHAIN_MAX),
+            writable: Vec::with_capacity(CHAIN_MAX),
+            is_ordered: true,
+        }
+    }
+}
+
+impl Chain {
+    /// An empty chain with room for the longest one.
+    pub fn new() -> Chain {
+        Chain::default()
+    }
+
+    fn restart(&mut self, head: u16) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.is_ordered = true;
+    }
+
+    #[inline]
+    fn push(&mut self, piece: Piece, is_writable: bool) {
+        if piece.len == 0 {
+            return;
+        }
+        if is_writable {
+            self.writable.push(piece);
+        } else {
+            self.is_ordered &= self.writable.is_empty();
+            self.readable.push(piece);
+        }
+    }
+}
+
+/// Bytes of all pieces.
+pub fn bytes(pieces: &[Piece]) -> u64 {
+    pieces.iter().map(|piece| u64::from(piece.len)).sum()
+}

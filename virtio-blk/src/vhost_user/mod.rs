@@ -1,0 +1,3 @@
+//! vhost-user
+pub mod session;
+pub mod wire;

@@ -1,0 +1,733 @@
+//! One frontend's session: a state machine from messages to replies and actions.
+//!
+//! The session knows what the frontend has set up and decides what follows from it; it moves no
+//! byte and runs no ring. [`Session::on_message`] gives [`Action`]s for the cores that run the
+//! queues. While any is outstanding the driver takes no further message; when all are done it
+//! calls [`Session::on_done`], and only then the reply goes out. So a reply always tells the
+//! truth: a stopped ring has stopped, a new memory table is in use.
+//!
+//! An error is answered if the frontend asked for an acknowledgement, and ends the connection if
+//! it did not. It is never passed over, because some frontends would wait for ever.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use iobuf::{BadMemory, GuestMemory, GuestRegion};
+use rustix::fs::OFlags;
+
+use super::wire::{self, Command, Malformed, MemoryRegion, Message, Request, VringAddr, VringFd};
+use crate::device::{CONFIG_BYTES_MAX, CONFIG_WRITEBACK_OFFSET, Device, Features};
+
+/// Most memory regions, the answer to GET_MAX_MEM_SLOTS.
+pub const MEM_SLOTS_MAX: usize = 256;
+
+/// Protocol feature bits (vhost-user protocol, "Protocol features").
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ProtocolFeatures(pub u64);
+
+impl ProtocolFeatures {
+    /// More than one ring.
+    pub const MQ: ProtocolFeatures = ProtocolFeatures(1 << 0);
+    /// Messages can be acknowledged.
+    pub const REPLY_ACK: ProtocolFeatures = ProtocolFeatures(1 << 3);
+    /// Configuration space is the backend's.
+    pub const CONFIG: ProtocolFeatures = ProtocolFeatures(1 << 9);
+    /// The device can be reset.
+    pub const RESET_DEVICE: ProtocolFeatures = ProtocolFeatures(1 << 13);
+    /// Memory regions come and go one at a time.
+    pub const CONFIGURE_MEM_SLOTS: ProtocolFeatures = ProtocolFeatures(1 << 15);
+
+    /// All that are offered.
+    pub const OFFERED: ProtocolFeatures = ProtocolFeatures(
+        ProtocolFeatures::MQ.0
+            | ProtocolFeatures::REPLY_ACK.0
+            | ProtocolFeatures::CONFIG.0
+            | ProtocolFeatures::RESET_DEVICE.0
+            | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0,
+    );
+
+    const fn has(self, other: ProtocolFeatures) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// What the cores have to do before a message is answered.
+#[derive(Debug)]
+pub enum Action {
+    /// Serve a ring.
+    Start(Box<RingStart>),
+    /// Stop a ring. Done when its last request is back; the result is its next available index.
+    Stop {
+        /// Ring number.
+        index: u16,
+    },
+    /// Use another memory table for all running rings.
+    SetMemory {
+        /// The new table.
+        memory: GuestMemory,
+        /// Regions have gone, so requests admitted under the old table should come back first.
+        has_removed: bool,
+    },
+    /// Take new requests, or leave them in the ring.
+    SetEnabled {
+        /// Ring number.
+        index: u16,
+        /// Take them.
+        is_enabled: bool,
+    },
+    /// Another eventfd for the driver's notifications. None: poll.
+    SetKick {
+        /// Ring number.
+        index: u16,
+        /// Eventfd.
+        kick: Option<OwnedFd>,
+    },
+    /// Another eventfd for the device's notifications. None: do not notify.
+    SetCall {
+        /// Ring number.
+        index: u16,
+        /// Eventfd.
+        call: Option<Arc<OwnedFd>>,
+    },
+    /// Another eventfd to tell that the ring is broken.
+    SetErr {
+        /// Ring number.
+        index: u16,
+        /// Eventfd.
+        err: Option<Arc<OwnedFd>>,
+    },
+    /// Every write must be durable before it completes, or need not.
+    SetWriteThrough(bool),
+}
+
+/// All about a ring that starts.
+#[derive(Debug)]
+pub struct RingStart {
+    /// Ring number.
+    pub index: u16,
+    /// Number of descriptors.
+    pub size: u16,
+    /// Where the ring is, in the frontend's addresses.
+    pub address: VringAddr,
+    /// First available entry to take.
+    pub next_avail: u16,
+    /// Negotiated features.
+    pub features: Features,
+    /// Every write must be durable before it completes.
+    pub write_through: bool,
+    /// Memory table.
+    pub memory: GuestMemory,
+    /// Eventfd of the driver's notifications; None: poll.
+    pub kick: Option<OwnedFd>,
+    /// Eventfd for the device's notifications.
+    pub call: Option<Arc<OwnedFd>>,
+    /// Eventfd for a broken ring.
+    pub err: Option<Arc<OwnedFd>>,
+}
+
+/// Why a message was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Wrong length or number of file descriptors.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// Not defined, not offered or not negotiated.
+    #[error("{0} is not supported or was not negotiated")]
+    Unsupported(Request),
+    /// Feature bits that were not offered.
+    #[error("feature bits {0:#x} were set but not offered")]
+    Features(u64),
+    /// No such ring.
+    #[error("ring {index} does not exist, there are {queues}")]
+    Index {
+        /// Ring number.
+        index: u32,
+        /// Number of rings.
+        queues: u16,
+    },
+    /// Cannot be changed now.
+    #[error("{request} while ring {index} is running")]
+    Running {
+        /// Message type.
+        request: Request,
+        /// Ring number.
+        index: u16,
+    },
+    /// Bad ring size.
+    #[error("ring size {size} is not a power of two from 1 to {max}")]
+    RingSize {
+        /// Asked for.
+        size: u32,
+        /// Allowed.
+        max: u16,
+    },
+    /// Bad ring index.
+    #[error("available index {0} does not fit in 16 bits")]
+    RingBase(u32),
+    /// Ring pointers lead nowhere.
+    #[error("ring {0} does not lie in the memory that was shared")]
+    RingAddress(u16),
+    /// Neither 0 nor 1.
+    #[error("SET_VRING_ENABLE to {0}")]
+    Enable(u32),
+    /// A memory region could not be mapped.
+    #[error("memory region of {size} bytes at guest address {guest_addr:#x}: {error}")]
+    Map {
+        /// Guest address.
+        guest_addr: u64,
+        /// Length.
+        size: u64,
+        /// What the kernel or the check said.
+        #[source]
+        error: io::Error,
+    },
+    /// Overlapping regions.
+    #[error(transparent)]
+    Memory(#[from] BadMemory),
+    /// Too many regions.
+    #[error("more than {MEM_SLOTS_MAX} memory regions")]
+    MemSlots,
+    /// No such region.
+    #[error("no memory region of {size} bytes at guest address {guest_addr:#x}")]
+    NoRegion {
+        /// Guest address.
+        guest_addr: u64,
+        /// Length.
+        size: u64,
+    },
+    /// Not an eventfd, so nothing to wait for or to signal.
+    #[error("{request} for ring {index} came with {found} instead of an eventfd")]
+    NotEventfd {
+        /// Message type.
+        request: Request,
+        /// Ring number.
+        index: u16,
+        /// What it is.
+        found: String,
+    },
+    /// Configuration space out of range or read-only.
+    #[error("{request} of {size} bytes at offset {offset} is not possible")]
+    Config {
+        /// Message type.
+        request: Request,
+        /// First byte.
+        offset: u32,
+        /// Number of bytes.
+        size: u32,
+    },
+    /// The core could not do what was asked.
+    #[error("{0}")]
+    Core(String),
+}
+
+/// What follows from a message.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// To be done by the cores, in this order. If there are any, [`Session::on_done`] gives the
+    /// reply.
+    pub actions: Vec<Action>,
+    /// To be sent now.
+    pub reply: Option<Vec<u8>>,
+}
+
+#[derive(Debug, Default)]
+enum Kick {
+    #[default]
+    Unset,
+    Poll,
+    Eventfd(OwnedFd),
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    /// 0: not set.
+    size: u16,
+    address: Option<VringAddr>,
+    base: u16,
+    kick: Kick,
+    call: Option<Arc<OwnedFd>>,
+    err: Option<Arc<OwnedFd>>,
+    is_enabled: bool,
+    is_running: bool,
+}
+
+/// How a message is answered when its actions are done.
+#[derive(Debug)]
+enum Finish {
+    /// With an acknowledgement or not at all.
+    Ack,
+    VringBase(u16),
+}
+
+#[derive(Debug)]
+struct Pending {
+    request: Request,
+    ack: bool,
+    finish: Finish,
+    /// Rings that start with it.
+    starting: Vec<u16>,
+}
+
+/// A frontend's session.
+#[derive(Debug)]
+pub struct Session {
+    device: Arc<Device>,
+    queue_size_max: u16,
+    /// None until SET_FEATURES.
+    features: Option<Features>,
+    protocol: ProtocolFeatures,
+    /// What the driver wrote to `writeback`.
+    writeback: Option<bool>,
+    regions: Vec<Arc<GuestRegion>>,
+    memory: GuestMemory,
+    rings: Vec<Ring>,
+    pending: Option<Pending>,
+}
+
+/// What a message's handler decided.
+enum Reply {
+    /// An acknowledgement when everything is done, if one is wanted.
+    Ack,
+    /// The ring's index when everything is done.
+    VringBase(u16),
+    U64(u64),
+    Bytes(Vec<u8>),
+}
+
+impl Session {
+    /// A frontend has connected.
+    pub fn new(device: Arc<Device>, queue_size_max: u16) -> Session {
+        let rings = (0..device.queues()).map(|_| Ring::default()).collect();
+        Session {
+            device,
+            queue_size_max,
+            features: None,
+            protocol: ProtocolFeatures::default(),
+            writeback: None,
+            regions: Vec::new(),
+            memory: GuestMemory::default(),
+            rings,
+            pending: None,
+        }
+    }
+
+    /// Negotiated features, without those of vhost-user itself. None before they are set.
+    pub fn features(&self) -> Option<Features> {
+        self.features.map(|features| features.without(Features::PROTOCOL_FEATURES))
+    }
+
+    /// Whether actions are outstanding.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// A message came. An error ends the connection.
+    ///
+    /// # Panics
+    ///
+    /// If actions of the last message are outstanding.
+    pub fn on_message(&mut self, message: Message) -> Result<Step, Refusal> {
+        assert!(self.pending.is_none(), "a message while another is being carried out");
+        let request = message.request;
+        let ack = message.need_reply && self.protocol.has(ProtocolFeatures::REPLY_ACK);
+        let mut actions = Vec::new();
+        let reply = match self.carry_out(message, &mut actions) {
+            Ok(reply) => reply,
+            Err(refusal) => {
+                let reply = refuse(request, ack, refusal)?;
+                return Ok(Step { actions: Vec::new(), reply: Some(reply) });
+            }
+        };
+        let finish = match reply {
+            Reply::Ack => Finish::Ack,
+            Reply::VringBase(index) => Finish::VringBase(index),
+            Reply::U64(value) => {
+                return Ok(Step { actions, reply: Some(wire::reply_u64(request, value)) });
+            }
+            Reply::Bytes(bytes) => return Ok(Step { actions, reply: Some(bytes) }),
+        };
+        let starting = self.start_rings(&mut actions);
+        let pending = Pending { request, ack, finish, starting };
+        if actions.is_empty() {
+            return Ok(Step { actions, reply: self.finish(&pending) });
+        }
+        self.pending = Some(pending);
+        Ok(Step { actions, reply: None })
+    }
+
+    /// All actions of the last message are done, or the first that failed has failed. `base` is
+    /// what [`Action::Stop`] gave. The answer is a reply to send; an error ends the connection.
+    ///
+    /// # Panics
+    ///
+    /// If no action is outstanding.
+    pub fn on_done(
+        &mut self,
+        outcome: Result<Option<u16>, String>,
+    ) -> Result<Option<Vec<u8>>, Refusal> {
+        let pending = self.pending.take().expect("actions are outstanding");
+        match outcome {
+            Ok(base) => {
+                if let (Finish::VringBase(index), Some(base)) = (&pending.finish, base) {
+                    self.rings[usize::from(*index)].base = base;
+                }
+                Ok(self.finish(&pending))
+            }
+            Err(error) => {
+                for index in &pending.starting {
+                    self.rings[usize::from(*index)].is_running = false;
+                }
+                // Of several rings some may have started: too much to take back.
+                let ack = pending.ack && pending.starting.len() <= 1;
+                refuse(pending.request, ack, Refusal::Core(error)).map(Some)
+            }
+        }
+    }
+
+    fn finish(&self, pending: &Pending) -> Option<Vec<u8>> {
+        match pending.finish {
+            Finish::VringBase(index) => {
+                let base = self.rings[usize::from(index)].base;
+                Some(wire::reply_vring_base(u32::from(index), base))
+            }
+            Finish::Ack => pending.ack.then(|| wire::reply_u64(pending.request, 0)),
+        }
+    }
+
+    fn carry_out(&mut self, message: Message, actions: &mut Vec<Action>) -> Result<Reply, Refusal> {
+        let request = message.request;
+        match message.parse()? {
+            Command::GetFeatures => Ok(Reply::U64(self.device.features().0)),
+            Command::SetFeatures(bits) => self.set_features(Features(bits)),
+            // There is one owner anyway: who is connected.
+            Command::SetOwner => Ok(Reply::Ack),
+            // "It is recommended that back-ends either ignore this message, or use it to disable
+            // all rings" (vhost-user protocol, VHOST_USER_RESET_OWNER).
+            Command::ResetOwner => Ok(Reply::Ack),
+            Command::GetProtocolFeatures => Ok(Reply::U64(ProtocolFeatures::OFFERED.0)),
+            Command::SetProtocolFeatures(bits) => {
+                let unknown = bits & !ProtocolFeatures::OFFERED.0;
+                if unknown != 0 {
+                    return Err(Refusal::Features(unknown));
+                }
+                self.protocol = ProtocolFeatures(bits);
+                Ok(Reply::Ack)
+            }
+            Command::GetQueueNum => Ok(Reply::U64(u64::from(self.device.queues()))),
+
+            Command::SetMemTable(regions) => {
+                let mut mapped = Vec::with_capacity(regions.len());
+                for (region, fd) in regions {
+                    mapped.push(map(&region, fd)?);
+                }
+                self.set_regions(mapped, true, actions)
+            }
+            Command::GetMaxMemSlots => {
+                self.require(ProtocolFeatures::CONFIGURE_MEM_SLOTS, request)?;
+                Ok(Reply::U64(MEM_SLOTS_MAX as u64))
+            }
+            Command::AddMemReg(region, fd) => {
+                self.require(ProtocolFeatures::CONFIGURE_MEM_SLOTS, request)?;
+                if self.regions.len() >= MEM_SLOTS_MAX {
+                    return Err(Refusal::MemSlots);
+                }
+                let mut regions = self.regions.clone();
+                regions.push(map(&region, fd)?);
+                self.set_regions(regions, false, actions)
+            }
+            Command::RemMemReg(region) => {
+                self.require(ProtocolFeatures::CONFIGURE_MEM_SLOTS, request)?;
+                let MemoryRegion { guest_addr, size, user_addr, .. } = region;
+                let is_meant = |r: &Arc<GuestRegion>| {
+                    (r.guest_addr(), r.len(), r.user_addr()) == (guest_addr, size, user_addr)
+                };
+                let mut regions = self.regions.clone();
+                let at = regions.iter().position(is_meant);
+                regions.remove(at.ok_or(Refusal::NoRegion { guest_addr, size })?);
+                self.set_regions(regions, true, actions)
+            }
+
+            Command::SetVringNum(state) => {
+                let (size, max) = (state.num, self.queue_size_max);
+                let ring = self.stopped_ring(state.index, request)?;
+                match u16::try_from(size) {
+                    Ok(num) if num.is_power_of_two() && num <= max => ring.size = num,
+                    _ => return Err(Refusal::RingSize { size, max }),
+                }
+                Ok(Reply::Ack)
+            }
+            Command::SetVringAddr(address) => {
+                if self.ring(address.index)?.1.address == Some(address) {
+                    return Ok(Reply::Ack);
+                }
+                self.stopped_ring(address.index, request)?.address = Some(address);
+                Ok(Reply::Ack)
+            }
+            Command::SetVringBase(state) => {
+                let base = u16::try_from(state.num).map_err(|_| Refusal::RingBase(state.num))?;
+                self.stopped_ring(state.index, request)?.base = base;
+                Ok(Reply::Ack)
+            }
+            Command::GetVringBase { index } => {
+                let (index, ring) = self.ring(index)?;
+                // It starts again with the next kick eventfd.
+                ring.kick = Kick::Unset;
+                if std::mem::take(&mut ring.is_running) {
+                    actions.push(Action::Stop { index });
+                }
+                Ok(Reply::VringBase(index))
+            }
+            Command::SetVringEnable(state) => {
+                let is_enabled = match state.num {
+                    0 => false,
+                    1 => true,
+                    other => return Err(Refusal::Enable(other)),
+                };
+                let (index, ring) = self.ring(state.index)?;
+                ring.is_enabled = is_enabled;
+                if ring.is_running {
+                    actions.push(Action::SetEnabled { index, is_enabled });
+                }
+                Ok(Reply::Ack)
+            }
+            Command::SetVringKick(VringFd { index, fd }) => {
+                let (index, ring) = self.ring(index)?;
+                if let Some(fd) = &fd {
+                    check_eventfd(fd, request, index)?;
+                }
+                if ring.is_running {
+                    actions.push(Action::SetKick { index, kick: fd });
+                } else {
+                    ring.kick = fd.map_or(Kick::Poll, Kick::Eventfd);
+                }
+                Ok(Reply::Ack)
+            }
+            Command::SetVringCall(VringFd { index, fd }) => {
+                let (index, ring) = self.ring(index)?;
+                ring.call = signal_fd(fd, request, index)?;
+                if ring.is_running {
+                    actions.push(Action::SetCall { index, call: ring.call.clone() });
+                }
+                Ok(Reply::Ack)
+            }
+            Command::SetVringErr(VringFd { index, fd }) => {
+                let (index, ring) = self.ring(index)?;
+                ring.err = signal_fd(fd, request, index)?;
+                if ring.is_running {
+                    actions.push(Action::SetErr { index, err: ring.err.clone() });
+                }
+                Ok(Reply::Ack)
+            }
+
+            Command::GetConfig { offset, size } => {
+                self.require(ProtocolFeatures::CONFIG, request)?;
+                let refused = Refusal::Config { request, offset, size };
+                let len = usize::try_from(size).ok().filter(|len| *len <= CONFIG_BYTES_MAX);
+                let mut bytes = vec![0; len.ok_or(Refusal::Config { request, offset, size })?];
+                match self.device.read_config(offset as usize, self.writeback(), &mut bytes) {
+                    true => Ok(Reply::Bytes(wire::reply_config(offset, &bytes))),
+                    false => Err(refused),
+                }
+            }
+            Command::SetConfig { offset, bytes, .. } => {
+                self.require(ProtocolFeatures::CONFIG, request)?;
+                let has_field =
+                    self.features.is_some_and(|features| features.has(Features::CONFIG_WCE));
+                let writeback = match bytes.as_slice() {
+                    [0] => Some(false),
+                    [1] => Some(true),
+                    _ => None,
+                };
+                if !has_field || offset as usize != CONFIG_WRITEBACK_OFFSET || writeback.is_none() {
+                    let size = bytes.len() as u32;
+                    return Err(Refusal::Config { request, offset, size });
+                }
+                self.writeback = writeback;
+                if self.rings.iter().any(|ring| ring.is_running) {
+                    actions.push(Action::SetWriteThrough(self.write_through()));
+                }
+                Ok(Reply::Ack)
+            }
+            Command::ResetDevice => {
+                self.require(ProtocolFeatures::RESET_DEVICE, request)?;
+                self.features = None;
+                self.writeback = None;
+                for (index, ring) in (0..).zip(&mut self.rings) {
+                    if ring.is_running {
+                        actions.push(Action::Stop { index });
+                    }
+                    // The frontend goes on with the eventfds it gave, as with the memory table.
+                    let (call, err) = (ring.call.take(), ring.err.take());
+                    *ring = Ring { call, err, ..Ring::default() };
+                }
+                Ok(Reply::Ack)
+            }
+            Command::Unknown(request) => Err(Refusal::Unsupported(request)),
+        }
+    }
+
+    fn require(&self, feature: ProtocolFeatures, request: Request) -> Result<(), Refusal> {
+        self.protocol.has(feature).then_some(()).ok_or(Refusal::Unsupported(request))
+    }
+
+    fn set_features(&mut self, features: Features) -> Result<Reply, Refusal> {
+        let unknown = features.without(self.device.features());
+        if unknown != Features::default() {
+            return Err(Refusal::Features(unknown.0));
+        }
+        if self.features == Some(features) {
+            return Ok(Reply::Ack);
+        }
+        if let Some(index) = self.rings.iter().position(|ring| ring.is_running) {
+            let (request, index) = (Request::SET_FEATURES, index as u16);
+            return Err(Refusal::Running { request, index });
+        }
+        self.features = Some(features);
+        Ok(Reply::Ack)
+    }
+
+    fn set_regions(
+        &mut self,
+        regions: Vec<Arc<GuestRegion>>,
+        has_removed: bool,
+        actions: &mut Vec<Action>,
+    ) -> Result<Reply, Refusal> {
+        self.memory = GuestMemory::new(regions.clone())?;
+        self.regions = regions;
+        if self.rings.iter().any(|ring| ring.is_running) {
+            actions.push(Action::SetMemory { memory: self.memory.clone(), has_removed });
+        }
+        Ok(Reply::Ack)
+    }
+
+    fn ring(&mut self, index: u32) -> Result<(u16, &mut Ring), Refusal> {
+        let queues = self.device.queues();
+        let refused = Refusal::Index { index, queues };
+        let index = u16::try_from(index).ok().filter(|index| *index < queues).ok_or(refused)?;
+        Ok((index, &mut self.rings[usize::from(index)]))
+    }
+
+    fn stopped_ring(&mut self, index: u32, request: Request) -> Result<&mut Ring, Refusal> {
+        let (index, ring) = self.ring(index)?;
+        match ring.is_running {
+            true => Err(Refusal::Running { request, index }),
+            false => Ok(ring),
+        }
+    }
+
+    /// Start the rings that have become complete. A ring needs its size, its place, a kick eventfd
+    /// (or the word that there is none), negotiated features, and to be enabled: "If
+    /// VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the
+    /// enabled state" (vhost-user protocol, "Ring states").
+    ///
+    /// The specification starts a ring with the first kick; to look into it earlier is harmless,
+    /// as it lies in memory that is set up.
+    fn start_rings(&mut self, actions: &mut Vec<Action>) -> Vec<u16> {
+        let Some(features) = self.features else { return Vec::new() };
+        let write_through = self.write_through();
+        let all_enabled = !features.has(Features::PROTOCOL_FEATURES);
+        let mut starting = Vec::new();
+        for (index, ring) in (0..).zip(&mut self.rings) {
+            let (true, Some(address)) = (ring.size > 0, ring.address) else { continue };
+            if ring.is_running || !(ring.is_enabled || all_enabled) {
+                continue;
+            }
+            let kick = match std::mem::take(&mut ring.kick) {
+                Kick::Unset => continue,
+                Kick::Poll => None,
+                Kick::Eventfd(fd) => Some(fd),
+            };
+            ring.is_running = true;
+            starting.push(index);
+            actions.push(Action::Start(Box::new(RingStart {
+                index,
+                size: ring.size,
+                address,
+                next_avail: ring.base,
+                features: features.without(Features::PROTOCOL_FEATURES),
+                write_through,
+                memory: self.memory.clone(),
+                kick,
+                call: ring.call.clone(),
+                err: ring.err.clone(),
+            })));
+        }
+        starting
+    }
+
+    /// Current value of the configuration field: as written, or else as it begins. "If
+    /// VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST
+    /// initialize writeback to 0" (Virtual I/O Device 1.2, section 5.2.5.2).
+    fn writeback(&self) -> bool {
+        let no_flush = self.features.is_some_and(|f| !f.has(Features::FLUSH));
+        self.writeback.unwrap_or(self.device.write_cache() && !no_flush)
+    }
+
+    /// Whether a write must be durable before it completes: the driver said so, or it knows of no
+    /// cache that it could flush (section 5.2.6.2).
+    fn write_through(&self) -> bool {
+        let Some(features) = self.features else { return false };
+        self.device.write_cache()
+            && match features.has(Features::CONFIG_WCE) {
+                true => !self.writeback(),
+                false => !features.has(Features::FLUSH),
+            }
+    }
+}
+
+/// The answer to a message that was not carried out, if there can be one.
+fn refuse(request: Request, ack: bool, refusal: Refusal) -> Result<Vec<u8>, Refusal> {
+    tracing::debug!(%request, %refusal, "vhost-user message refused");
+    match request {
+        // "A zero-length payload indicates an error to the vhost-user front-end"
+        // (vhost-user protocol, VHOST_USER_GET_CONFIG).
+        Request::GET_CONFIG => Ok(wire::reply(request, &[])),
+        Request::GET_FEATURES
+        | Request::GET_PROTOCOL_FEATURES
+        | Request::GET_QUEUE_NUM
+        | Request::GET_VRING_BASE
+        | Request::GET_MAX_MEM_SLOTS => Err(refusal),
+        _ if ack => Ok(wire::reply_u64(request, 1)),
+        _ => Err(refusal),
+    }
+}
+
+fn map(region: &MemoryRegion, fd: OwnedFd) -> Result<Arc<GuestRegion>, Refusal> {
+    let MemoryRegion { guest_addr, size, user_addr, mmap_offset } = *region;
+    GuestRegion::map(fd.as_fd(), mmap_offset, size, guest_addr, user_addr)
+        .map_err(|error| Refusal::Map { guest_addr, size, error })
+}
+
+/// Another kind of file could block or wake us for ever.
+fn check_eventfd(fd: &OwnedFd, request: Request, index: u16) -> Result<(), Refusal> {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    match std::fs::read_link(link) {
+        Ok(found) if found.as_os_str() == "anon_inode:[eventfd]" => Ok(()),
+        Ok(found) => {
+            let found = found.to_string_lossy().into_owned();
+            Err(Refusal::NotEventfd { request, index, found })
+        }
+        // No /proc here: nothing to tell them apart by.
+        Err(_) => Ok(()),
+    }
+}
+
+/// An eventfd that we signal. It must not block us when its counter is full.
+fn signal_fd(
+    fd: Option<OwnedFd>,
+    request: Request,
+    index: u16,
+) -> Result<Option<Arc<OwnedFd>>, Refusal> {
+    let Some(fd) = fd else { return Ok(None) };
+    check_eventfd(&fd, request, index)?;
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(|error| Refusal::Core(error.to_string()))?;
+    if !flags.contains(OFlags::NONBLOCK) {
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
+            .map_err(|error| Refusal::Core(error.to_string()))?;
+    }
+    Ok(Some(Arc::new(fd)))
+}
+
+#[cfg(test)]
+mod tests;
