@@ -1,0 +1,263 @@
+//! One run of the guest: boot, run a script, hand back its status and what it left in `/out`.
+//!
+//! QEMU emulates the processor (no KVM needed) and boots the kernel directly. The job, which is the
+//! first process, the scripts and the arguments, is a second archive behind the image's. The result
+//! comes back as a tar archive over a virtio-serial port, the console goes to a file.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::cpio::Archive;
+use super::initramfs::Image;
+use super::service::Service;
+use super::tree::Tree;
+use crate::exec;
+
+const CPUS: u32 = 2;
+const MEMORY: &str = "1G";
+
+/// What a guest is to do.
+pub(super) struct Job<'a> {
+    /// File name of the script below `tests/lab`.
+    pub(super) script: &'a str,
+    /// The script's arguments; none may hold white space.
+    pub(super) args: Vec<String>,
+    /// More files for the guest's `/job`, by name.
+    pub(super) files: Vec<(String, Vec<u8>)>,
+    /// Whether the guest reaches this machine's 127.0.0.1, as 10.0.2.2.
+    pub(super) has_network: bool,
+    /// QEMU arguments that add devices.
+    pub(super) devices: Vec<String>,
+    /// The guest is given up after this time.
+    pub(super) limit: Duration,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn new(script: &'a str) -> Self {
+        let limit = Duration::from_secs(600);
+        let (args, files, devices) = (Vec::new(), Vec::new(), Vec::new());
+        Self { script, args, files, has_network: false, devices, limit }
+    }
+
+    pub(super) fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    pub(super) fn network(mut self) -> Self {
+        self.has_network = true;
+        self
+    }
+
+    pub(super) fn file(mut self, name: &str, data: impl Into<Vec<u8>>) -> Self {
+        self.files.push((name.to_owned(), data.into()));
+        self
+    }
+
+    /// Adds a disk served by a vhost-user-blk server.
+    pub(super) fn vhost_user_blk(mut self, socket: &Path) -> Self {
+        let id = format!("vhost{}", self.devices.len());
+        let path = quoted(socket);
+        self.devices.extend([
+            "-chardev".to_owned(),
+            format!("socket,id={id},path={path}"),
+            "-device".to_owned(),
+            format!("vhost-user-blk-pci,chardev={id},num-queues={CPUS}"),
+        ]);
+        self
+    }
+}
+
+/// A guest that runs.
+pub(super) struct Guest {
+    qemu: Service,
+    folder: PathBuf,
+    limit: Duration,
+}
+
+impl Guest {
+    /// Boots the guest; `folder` receives its console and its results, `scripts` is `tests/lab`.
+    pub(super) fn start(
+        tree: &Tree,
+        image: &Image,
+        scripts: &Path,
+        folder: &Path,
+        job: &Job<'_>,
+    ) -> Result<Self> {
+        if folder.exists() {
+            fs::remove_dir_all(folder)?;
+        }
+        fs::create_dir_all(folder)?;
+        let initrd = folder.join("initrd");
+        fs::copy(&image.archive, &initrd)?;
+        append_job(&initrd, scripts, job).context("cannot pack the guest's job")?;
+
+        let mut qemu = tree.program("usr/bin/qemu-system-x86_64");
+        qemu.arg("-L")
+            .arg(tree.path("usr/share/qemu"))
+            .arg("-L")
+            .arg(tree.path("usr/share/seabios"));
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        qemu.args(["-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"]);
+        qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string(), "-m", MEMORY]);
+        // A server of a device maps the guest's memory, so it has to be shared.
+        qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on")]);
+        qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&initrd);
+        qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);
+        qemu.args(["-device", "virtio-serial-pci", "-chardev"]);
+        qemu.arg(format!("file,id=result,path={}", quoted(&folder.join("result.tar"))));
+        qemu.args(["-device", "virtserialport,chardev=result,name=result"]);
+        if job.has_network {
+            qemu.args(["-netdev", "user,id=net0"]);
+            qemu.args(["-device", "virtio-net-pci,netdev=net0,romfile="]);
+        } else {
+            qemu.args(["-nic", "none"]);
+        }
+        qemu.args(&job.devices);
+        let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
+        Ok(Self { qemu, folder: folder.to_owned(), limit: job.limit })
+    }
+
+    /// What the guest has written to its console so far.
+    pub(super) fn console(&self) -> String {
+        console(&self.folder)
+    }
+
+    /// Waits until the console satisfies `is_true`.
+    pub(super) fn wait_until(
+        &mut self,
+        what: &str,
+        mut is_true: impl FnMut(&str) -> bool,
+    ) -> Result<()> {
+        let folder = self.folder.clone();
+        self.qemu
+            .wait_until(what, self.limit, |_| is_true(&console(&folder)))
+            .with_context(|| format!("the guest's console ends:\n{}", self.end_of_console()))
+    }
+
+    /// Waits for the guest's end and checks that its script succeeded.
+    pub(super) fn finish(mut self) -> Result<Results> {
+        let status = self
+            .qemu
+            .wait(self.limit)
+            .with_context(|| format!("the guest's console ends:\n{}", self.end_of_console()))?;
+        let out = self.folder.join("out");
+        fs::create_dir_all(&out)?;
+        let mut tar = Command::new("tar");
+        tar.arg("-C").arg(&out).arg("-xf").arg(self.folder.join("result.tar"));
+        let unpacked = exec::output(&mut tar);
+        // The image's copy is of no use any more; the logs stay.
+        let _ = fs::remove_file(self.folder.join("initrd"));
+        let _ = fs::remove_file(self.folder.join("result.tar"));
+        let results = Results { folder: out };
+        match (unpacked, results.text("exit-status").as_deref().map(str::trim)) {
+            (Ok(_), Ok("0")) => Ok(results),
+            (Ok(_), Ok(code)) => {
+                bail!("the guest's script ended with {code}:\n{}", self.end_of_console())
+            }
+            _ => bail!(
+                "the guest ended early (QEMU: {status}):\n{}\n{}",
+                self.qemu.text().trim(),
+                self.end_of_console()
+            ),
+        }
+    }
+
+    fn end_of_console(&self) -> String {
+        exec::tail(&self.folder.join("console.log"), 20)
+    }
+}
+
+fn console(folder: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(folder.join("console.log")).unwrap_or_default()).into_owned()
+}
+
+/// What a guest left in `/out`.
+pub(super) struct Results {
+    folder: PathBuf,
+}
+
+impl Results {
+    /// A text file of the results.
+    pub(super) fn text(&self, name: &str) -> Result<String> {
+        let path = self.folder.join(name);
+        fs::read_to_string(&path).with_context(|| format!("the guest left no {}", path.display()))
+    }
+
+    /// A JSON file of the results.
+    pub(super) fn json(&self, name: &str) -> Result<serde_json::Value> {
+        json(&self.text(name)?).with_context(|| format!("{name} is not JSON"))
+    }
+
+    /// Names of the result files that end so, in order.
+    pub(super) fn names(&self, end: &str) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.ends_with(end) {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// Parses JSON after whatever warnings a program printed before it.
+pub(super) fn json(text: &str) -> Result<serde_json::Value> {
+    let start = text.find("\n{").map_or(0, |at| at + 1);
+    let start = if text.starts_with('{') { 0 } else { start };
+    Ok(serde_json::from_str(&text[start..])?)
+}
+
+/// A path as a value of a QEMU option, in which a comma separates options.
+pub(super) fn quoted(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+fn append_job(initrd: &Path, scripts: &Path, job: &Job<'_>) -> Result<()> {
+    let mut out = File::options().append(true).open(initrd)?;
+    let mut archive = Archive::new(Vec::new());
+    archive.file("init", 0o755, &fs::read(scripts.join("init"))?)?;
+    for entry in fs::read_dir(scripts)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.ends_with(".sh") {
+            archive.file(&format!("job/{name}"), 0o755, &fs::read(entry.path())?)?;
+        }
+    }
+    archive.link("job/run", job.script.as_bytes())?;
+    if let Some(arg) = job.args.iter().find(|arg| arg.contains(char::is_whitespace)) {
+        bail!("argument {arg:?} holds white space");
+    }
+    archive.file("job/args", 0o644, format!("{}\n", job.args.join(" ")).as_bytes())?;
+    for (name, data) in &job.files {
+        archive.file(&format!("job/{name}"), 0o644, data)?;
+    }
+    out.write_all(&archive.finish()?)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_found_behind_warnings() {
+        assert_eq!(json("{\"a\":1}").unwrap()["a"], 1);
+        assert_eq!(json("note: clock\n{\"a\":\n{}}").unwrap()["a"], serde_json::json!({}));
+        assert!(json("nothing").is_err());
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_doubled() {
+        assert_eq!(quoted(Path::new("/a,b")), "/a,,b");
+    }
+}

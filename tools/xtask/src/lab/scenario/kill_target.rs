@@ -1,0 +1,115 @@
+//! The target dies without a word while fio verifies, and comes back: no host notices.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::super::Scene;
+use super::super::guest::{Guest, Job};
+use super::super::service::Service;
+use super::super::tree::Kernel;
+use super::{HOST_ADDRESS, SUBNQN, Target, emulator, file_volume, fio_verified};
+use crate::report::Outcome;
+
+const SIZE_MIB: u64 = 128;
+const SCRIPT: &str = "verify-outage.sh";
+/// Finished I/Os at which the target is killed for the first time, and more until the second.
+const KILL_AFTER_IOS: u64 = 400;
+
+pub(super) fn kernel(scene: &Scene<'_>) -> Result<Outcome> {
+    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
+    let target = Target::new(scene, &[volume])?;
+    let service = target.start(scene)?;
+    let port = target.port.to_string();
+    let job = Job::new(SCRIPT).network().args(&["nvme", HOST_ADDRESS, &port, SUBNQN]);
+    let guest = scene.boot("guest", Kernel::Backports, &job)?;
+    outages(scene, &target, service, guest, |progress| progress.state != "live")?;
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+pub(super) fn virtio(scene: &Scene<'_>) -> Result<Outcome> {
+    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
+    let target = Target::new(scene, &[volume])?;
+    let service = target.start(scene)?;
+    let socket = scene.socket("disk.sock");
+    let mut device = emulator(scene, &socket, &target, 1)?;
+    let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
+    let guest = scene.boot("guest", Kernel::Stable, &job)?;
+    // The guest's disk has no state that would tell; that its I/O stands still has to do.
+    outages(scene, &target, service, guest, |_| true)?;
+    device.must_run()?;
+    drop(device);
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// Kills and restarts the target twice, each time when the guest's I/O is under way, and each time
+/// not before the guest's I/O stands still and `is_cut` says that the guest knows.
+fn outages(
+    scene: &Scene<'_>,
+    target: &Target,
+    mut service: Service,
+    mut guest: Guest,
+    is_cut: impl Fn(&Progress) -> bool,
+) -> Result<()> {
+    let mut goal = KILL_AFTER_IOS;
+    for round in ["first", "second"] {
+        guest.wait_until(&format!("I/O before the {round} outage"), |console| {
+            last(console).is_some_and(|progress| progress.ios >= goal)
+        })?;
+        service.kill()?;
+        let seen = all(&guest.console()).len();
+        println!("{round} outage at {} I/Os", last(&guest.console()).map_or(0, |p| p.ios));
+        guest.wait_until(&format!("standstill in the {round} outage"), |console| {
+            // A line may have been under way when the target died: count from the one after it.
+            let lines = all(console);
+            match lines.get(seen + 1..) {
+                Some([.., before, now]) => before.ios == now.ios && is_cut(now),
+                _ => false,
+            }
+        })?;
+        ensure!(!guest.console().contains("fio is done"), "fio ended in the {round} outage");
+        service = target.start(scene)?;
+        let standstill = last(&guest.console()).context("no progress line")?.ios;
+        goal = standstill + KILL_AFTER_IOS;
+    }
+    let results = guest.finish()?;
+    service.must_run()?;
+    fio_verified(&results, 1)
+}
+
+/// A line of the guest's script: finished I/Os and the state of the path.
+#[derive(Debug, PartialEq, Eq)]
+struct Progress {
+    ios: u64,
+    state: String,
+}
+
+fn all(console: &str) -> Vec<Progress> {
+    console
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.trim().strip_prefix("progress: ")?.split(' ');
+            let reads: u64 = words.next()?.parse().ok()?;
+            let writes: u64 = words.next()?.parse().ok()?;
+            Some(Progress { ios: reads + writes, state: words.next()?.to_owned() })
+        })
+        .collect()
+}
+
+fn last(console: &str) -> Option<Progress> {
+    all(console).pop()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_lines_are_read_among_others() {
+        let console =
+            "boot\r\nprogress: 3 40 live\r\nnoise\r\nprogress: 5 41 connecting\r\nprogress: 7";
+        let lines = all(console);
+        assert_eq!(lines.len(), 2);
+        assert_eq!(last(console), Some(Progress { ios: 46, state: "connecting".to_owned() }));
+    }
+}

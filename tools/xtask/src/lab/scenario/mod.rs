@@ -1,0 +1,200 @@
+//! The scenarios, and what they share: starting our target and our emulator.
+
+mod fio_jobs;
+mod kernel_host;
+mod kill_target;
+mod selftest;
+mod up;
+mod virtio_disk;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::Scene;
+use super::guest::Results;
+use super::service::{Service, free_ports, is_listening};
+use crate::report::Outcome;
+
+/// Something to show with guests.
+pub(super) struct Scenario {
+    pub(super) name: &'static str,
+    pub(super) shows: &'static str,
+    /// Whether it runs our release binary.
+    pub(super) needs_penstock: bool,
+    pub(super) run: fn(&Scene<'_>) -> Result<Outcome>,
+}
+
+/// Every scenario, in the order a full run takes them.
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "selftest",
+        shows: "the lab itself: kernel host with the kernel's target, guest disk of QEMU's server",
+        needs_penstock: false,
+        run: selftest::run,
+    },
+    Scenario {
+        name: "kernel-host",
+        shows: "newest backports kernel: discover, connect-all, file system, fio verify, reset",
+        needs_penstock: true,
+        run: kernel_host::backports,
+    },
+    Scenario {
+        name: "kernel-host-6.12",
+        shows: "the same with Debian 13's own kernel",
+        needs_penstock: true,
+        run: kernel_host::stable,
+    },
+    Scenario {
+        name: "virtio-disk",
+        shows: "a guest's virtio disk is a remote volume; a kernel host reads the same bytes",
+        needs_penstock: true,
+        run: virtio_disk::run,
+    },
+    Scenario {
+        name: "kill-target-kernel",
+        shows: "the target is killed twice during fio verify on a kernel host",
+        needs_penstock: true,
+        run: kill_target::kernel,
+    },
+    Scenario {
+        name: "kill-target-virtio",
+        shows: "the target is killed twice during fio verify on a virtio disk",
+        needs_penstock: true,
+        run: kill_target::virtio,
+    },
+    Scenario {
+        name: "fio-jobs",
+        shows: "fio-jobs/ on both disks of a guest, and natively through libblkio",
+        needs_penstock: true,
+        run: fio_jobs::run,
+    },
+    Scenario {
+        name: "up",
+        shows: "`penstock up`: proves itself, its lines work, a second start finds the data",
+        needs_penstock: true,
+        run: up::run,
+    },
+];
+
+/// The subsystem that our target serves when it is told no other.
+const SUBNQN: &str = "nqn.2026-11.io.penstock:default";
+/// How the guest names this machine's 127.0.0.1.
+const HOST_ADDRESS: &str = "10.0.2.2";
+/// Time for one of our programs to be ready. Far above what it takes: the machine may be busy.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// The target's command line and ports, so that it can be started more than once.
+struct Target {
+    volumes: Vec<String>,
+    port: u16,
+    discovery_port: u16,
+    log: PathBuf,
+}
+
+impl Target {
+    /// A target whose namespaces are `volumes`, in the order of their identifiers, on free ports.
+    fn new(scene: &Scene<'_>, volumes: &[String]) -> Result<Self> {
+        let [port, discovery_port] = free_ports()?;
+        Ok(Self { volumes: volumes.to_vec(), port, discovery_port, log: scene.path("target.log") })
+    }
+
+    fn start(&self, scene: &Scene<'_>) -> Result<Service> {
+        let mut command = scene.penstock();
+        command.arg("target");
+        for volume in &self.volumes {
+            command.args(["--volume", volume]);
+        }
+        let [io, discovery] = [self.port, self.discovery_port]
+            .map(|port| format!("127.0.0.1:{port},advertise={HOST_ADDRESS}:{port}"));
+        command.args(["--listen", &io, "--discovery", &discovery]);
+        let mut service = Service::start("penstock target", &command, &self.log)?;
+        let ports = [self.port, self.discovery_port];
+        service.wait_until("listening ports", READY_LIMIT, |_| {
+            ports.iter().all(|p| is_listening(*p))
+        })?;
+        Ok(service)
+    }
+}
+
+/// Starts an emulator with one virtio-blk disk that is the namespace `nsid` of the target.
+fn emulator(scene: &Scene<'_>, socket: &Path, target: &Target, nsid: u32) -> Result<Service> {
+    let mut command = scene.penstock();
+    command.args(["emulate", "--device"]).arg(format!(
+        "disk{nsid}=virtio-blk,socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsid},queues=2",
+        socket.display(),
+        target.port,
+    ));
+    let log = scene.path(&format!("emulate-{nsid}.log"));
+    let mut service = Service::start("penstock emulate", &command, &log)?;
+    service.wait_until("device socket", READY_LIMIT, |_| socket.exists())?;
+    Ok(service)
+}
+
+/// A file volume of the scenario; `name` is also that of the file.
+fn file_volume(scene: &Scene<'_>, name: &str, mib: u64) -> (String, PathBuf) {
+    let path = scene.path(&format!("{name}.img"));
+    (format!("{name}=file:{},size={mib}M", path.display()), path)
+}
+
+/// The first element of a JSON array, or the value itself.
+fn first(value: &Value) -> &Value {
+    value.get(0).unwrap_or(value)
+}
+
+/// Checks that fio's JSON result tells of I/O without an error, and returns bytes read and written.
+fn fio_result(results: &Value, name: &str) -> Result<(u64, u64)> {
+    let jobs = results["jobs"].as_array().with_context(|| format!("{name}: no jobs"))?;
+    ensure!(!jobs.is_empty(), "{name}: no jobs");
+    let (mut read, mut written) = (0, 0);
+    for job in jobs {
+        ensure!(job["error"].as_i64() == Some(0), "{name}: fio reports error {}", job["error"]);
+        read += job["read"]["io_bytes"].as_u64().unwrap_or(0);
+        written += job["write"]["io_bytes"].as_u64().unwrap_or(0);
+    }
+    ensure!(read + written > 0, "{name}: fio did no I/O");
+    Ok((read, written))
+}
+
+/// Checks every `fio-*.json` of a guest that verified what it wrote.
+fn fio_verified(results: &Results, count_min: usize) -> Result<()> {
+    let names: Vec<String> =
+        results.names(".json")?.into_iter().filter(|name| name.starts_with("fio-")).collect();
+    ensure!(names.len() >= count_min, "only {} fio results, expected {count_min}", names.len());
+    for name in &names {
+        let (read, written) = fio_result(&results.json(name)?, name)?;
+        ensure!(read > 0 && written > 0, "{name}: {written} bytes written, {read} read back");
+    }
+    Ok(())
+}
+
+/// The word of a guest's one-line result, for instance a checksum.
+fn word(results: &Results, name: &str) -> Result<String> {
+    let text = results.text(name)?;
+    Ok(text.split_whitespace().next().with_context(|| format!("{name} is empty"))?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fio_results_with_an_error_or_without_io_are_refused() {
+        let result = |error: i64, bytes: u64| {
+            serde_json::json!({"jobs": [{"error": error, "read": {"io_bytes": bytes},
+                "write": {"io_bytes": bytes}}]})
+        };
+        assert_eq!(fio_result(&result(0, 5), "x").unwrap(), (5, 5));
+        assert!(fio_result(&result(84, 5), "x").unwrap_err().to_string().contains("84"));
+        assert!(fio_result(&result(0, 0), "x").is_err());
+        assert!(fio_result(&serde_json::json!({"jobs": []}), "x").is_err());
+    }
+
+    #[test]
+    fn scenarios_have_names_of_their_own() {
+        let names: std::collections::BTreeSet<_> = SCENARIOS.iter().map(|s| s.name).collect();
+        assert_eq!(names.len(), SCENARIOS.len());
+    }
+}
