@@ -1,30 +1,47 @@
 //! The loop of one core.
 
+use std::cell::{Cell, RefCell};
+use std::fmt;
 use std::rc::Rc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use iobuf::Pool;
 
 use crate::error::SetupError;
-use crate::mailbox::CoreHandle;
+use crate::kernel::{Cqe, Kernel};
+use crate::mailbox::{CoreHandle, Mailbox};
+use crate::ops::Ops;
 use crate::port::Port;
+use crate::rx::RxPool;
+use crate::sim::SimCore;
+use crate::sys;
+use crate::uring::Uring;
+
+/// How long a core that is dropped waits for the kernel to let go of its operations. A device that
+/// hangs for longer costs memory: what the kernel may still touch is never freed.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
 
 /// Sizes and habits of one core. Build it with `..CoreConfig::default()`.
 #[derive(Clone, Debug)]
 pub struct CoreConfig {
-    /// Operations that may be in flight at once (ring entries). 1 to 16384.
+    /// Operations that may be in flight at once: 1 to 16384.
     pub entries: u32,
-    /// How long the core looks for work in user space before it sleeps. Zero on a processor it shares with other busy threads.
+    /// How long the core looks for work in user space before it sleeps: 20 to 50 us saves the 20 us
+    /// of a wake-up under load. Zero on a processor that it shares with other busy threads.
     pub spin: Duration,
-    /// Receive buffers shared by all streams of the core: a power of two, 1 to 32768.
+    /// Receive buffers, shared by all streams of the core: a power of two, 1 to 32768.
     pub rx_buffers: u16,
-    /// Size of each receive buffer, in bytes.
+    /// Size of each receive buffer, in bytes: 64 to 16 MiB.
     pub rx_buffer_bytes: u32,
+    /// Use receive buffers up piece by piece (Linux 6.12; without effect before): many connections
+    /// with little traffic each then share a buffer.
+    pub rx_incremental: bool,
     /// Bound of the core's buffer pool, in bytes. Memory is taken when first used.
     pub pool_bytes: usize,
     /// Processor to bind the calling thread to.
     pub pin_to: Option<usize>,
-    /// Messages that may wait in the mailbox.
+    /// Messages that may wait in the mailbox: at least 1.
     pub mailbox_depth: usize,
 }
 
@@ -35,10 +52,30 @@ impl Default for CoreConfig {
             spin: Duration::from_micros(50),
             rx_buffers: 8,
             rx_buffer_bytes: 256 << 10,
+            rx_incremental: false,
             pool_bytes: 64 << 20,
             pin_to: None,
             mailbox_depth: 1024,
         }
+    }
+}
+
+impl CoreConfig {
+    fn check(&self) -> Result<(), SetupError> {
+        let fail = |setting, value, allowed| Err(SetupError::Config { setting, value, allowed });
+        if !(1..=16384).contains(&self.entries) {
+            return fail("entries", self.entries.into(), "1 to 16384");
+        }
+        if !self.rx_buffers.is_power_of_two() || self.rx_buffers > 32768 {
+            return fail("rx_buffers", self.rx_buffers.into(), "a power of two, 1 to 32768");
+        }
+        if !(64..=16 << 20).contains(&self.rx_buffer_bytes) {
+            return fail("rx_buffer_bytes", self.rx_buffer_bytes.into(), "64 bytes to 16 MiB");
+        }
+        if self.mailbox_depth == 0 {
+            return fail("mailbox_depth", 0, "at least 1");
+        }
+        Ok(())
     }
 }
 
@@ -55,34 +92,98 @@ pub enum Progress {
 
 /// A piece of the data path that lives on one core.
 pub trait Task {
-    /// Does a bounded slice of work. Called every turn; must be cheap when there is nothing to do.
+    /// Does a bounded slice of work. Called every turn, also while the core spins: it must be cheap
+    /// when there is nothing to do.
     fn poll(&mut self, now: Duration) -> Progress;
 
-    /// The core is about to sleep: enable notifications (shared-memory doorbells) and check once more. `true`: there is
-    /// work, do not sleep.
+    /// The core is about to sleep: enable notifications (shared-memory doorbells) and check once
+    /// more. `true`: there is work, do not sleep.
     fn arm(&mut self) -> bool {
         false
     }
 
-    /// The core is awake again (called once after each `arm`): notifications are no longer needed.
+    /// The core is awake again: notifications are no longer needed. Called once after each `arm`.
     fn disarm(&mut self) {}
 
-    /// When `poll` wants to run although nothing happened. A deadline in the past keeps the core awake.
+    /// When `poll` wants to run although nothing happened. One in the past keeps the core awake.
     fn deadline(&self) -> Option<Duration> {
         None
     }
 }
 
 /// One core: a ring and the tasks on it. Built on the thread that runs it.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use reactor::{Core, CoreConfig, Progress, Task};
+///
+/// struct Hello;
+/// impl Task for Hello {
+///     fn poll(&mut self, now: Duration) -> Progress {
+///         println!("hello at {now:?}");
+///         Progress::Done
+///     }
+/// }
+///
+/// let mut core = Core::new(CoreConfig { spin: Duration::ZERO, ..CoreConfig::default() })?;
+/// core.spawn(Box::new(Hello));
+/// core.handle().stop();
+/// core.run();
+/// # Ok::<(), reactor::SetupError>(())
+/// ```
 pub struct Core {
+    tasks: Vec<Box<dyn Task>>,
     local: Local,
+    spin: Duration,
+    /// Since when nothing progressed; `None` while something does.
+    idle_since: Option<Duration>,
 }
 
 impl Core {
     /// Sets up the ring, the receive buffers and the pool; binds the thread if asked to.
     pub fn new(config: CoreConfig) -> Result<Core, SetupError> {
-        let _ = config;
-        todo!()
+        config.check()?;
+        if let Some(cpu) = config.pin_to {
+            sys::pin_thread(cpu).map_err(|source| SetupError::Pin { cpu, source })?;
+        }
+        let eventfd = sys::eventfd().map_err(|e| SetupError::other("an event descriptor", e))?;
+        let mailbox = Mailbox::new(config.mailbox_depth, Some(eventfd));
+        let rx = RxPool::new(config.rx_buffers, config.rx_buffer_bytes, true)
+            .map_err(|e| SetupError::other("receive buffers", e))?;
+        let ring = Uring::new(&config, Rc::clone(&rx), Arc::clone(&mailbox))?;
+        Core::build(&config, CoreHandle(mailbox), rx, Kernel::Uring(Box::new(ring)), None)
+    }
+
+    /// A core on the kernel of a simulated world.
+    pub(crate) fn simulated(config: CoreConfig, sim: SimCore) -> Result<Core, SetupError> {
+        config.check()?;
+        let mailbox = Mailbox::new(config.mailbox_depth, None);
+        let rx = RxPool::new(config.rx_buffers, config.rx_buffer_bytes, false)
+            .map_err(|e| SetupError::other("receive buffers", e))?;
+        let kernel = Kernel::Sim(Box::new(sim.kernel(Rc::clone(&rx))));
+        Core::build(&config, CoreHandle(mailbox), rx, kernel, Some(sim))
+    }
+
+    fn build(
+        config: &CoreConfig,
+        handle: CoreHandle,
+        rx: Rc<RxPool>,
+        kernel: Kernel,
+        sim: Option<SimCore>,
+    ) -> Result<Core, SetupError> {
+        let pool = Pool::new(config.pool_bytes)
+            .map_err(|e| SetupError::other("the buffer pool of a core", e))?;
+        let shared = Rc::new(Shared {
+            ops: RefCell::new(Ops::new(kernel, config.entries)),
+            rx,
+            pool,
+            handle,
+            sim,
+            now: Cell::new(Duration::ZERO),
+            cqes: Cell::new(Vec::with_capacity(2 * config.entries as usize)),
+        });
+        shared.read_clock();
+        Ok(Core { tasks: Vec::new(), local: Local(shared), spin: config.spin, idle_since: None })
     }
 
     /// The services of this core.
@@ -97,19 +198,140 @@ impl Core {
 
     /// Adds a task.
     pub fn spawn(&mut self, task: Box<dyn Task>) {
-        let _ = task;
-        todo!()
+        self.tasks.push(task);
     }
 
-    /// Runs until [`CoreHandle::stop`] was called and all tasks are done.
+    /// Tasks that are not done.
+    pub fn tasks(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Runs until [`CoreHandle::stop`] was called and all tasks are done. A simulated core also
+    /// returns when nothing can happen any more without its world.
     pub fn run(&mut self) {
-        todo!()
+        while !(self.local.is_stopping() && self.tasks.is_empty()) {
+            let progressed = self.turn(true);
+            if !progressed && self.local.0.sim.is_some() {
+                return;
+            }
+        }
     }
 
     /// One turn of the loop. `true` if anything progressed.
+    ///
+    /// With `may_sleep`, and after [`CoreConfig::spin`] without progress, the turn blocks until
+    /// there is something to do.
     pub fn turn(&mut self, may_sleep: bool) -> bool {
-        let _ = may_sleep;
-        todo!()
+        let now = self.local.0.read_clock();
+        let mut progressed = self.local.0.handle.0.flag.take();
+        progressed |= self.run_messages();
+        progressed |= self.poll_tasks(now);
+        progressed |= self.local.0.enter_and_reap();
+        if progressed {
+            self.idle_since = None;
+            return true;
+        }
+        if !may_sleep {
+            return false;
+        }
+        let idle_since = *self.idle_since.get_or_insert(now);
+        if now.saturating_sub(idle_since) < self.spin {
+            std::hint::spin_loop();
+            return false;
+        }
+        self.sleep(now)
+    }
+
+    /// Runs what is in the mailbox now; what messages post themselves waits for the next turn.
+    fn run_messages(&mut self) -> bool {
+        let mailbox = &self.local.0.handle.0;
+        let count = mailbox.len();
+        for _ in 0..count {
+            let Some(message) = mailbox.pop() else { break };
+            message(&mut Spawner { local: &self.local, tasks: &mut self.tasks });
+        }
+        count > 0
+    }
+
+    fn poll_tasks(&mut self, now: Duration) -> bool {
+        let mut progressed = false;
+        let mut index = 0;
+        while let Some(task) = self.tasks.get_mut(index) {
+            match task.poll(now) {
+                Progress::Idle => index += 1,
+                Progress::Worked => {
+                    progressed = true;
+                    index += 1;
+                }
+                Progress::Done => {
+                    progressed = true;
+                    drop(self.tasks.remove(index));
+                }
+            }
+        }
+        progressed
+    }
+
+    fn sleep(&mut self, now: Duration) -> bool {
+        let must_stay = self.arm() || self.local.0.has_pending();
+        let deadline = self.deadline();
+        let is_due = deadline.is_some_and(|deadline| deadline <= now);
+        let mailbox = &self.local.0.handle.0;
+        if must_stay || is_due || !mailbox.flag.try_sleep() {
+            self.disarm();
+            return must_stay;
+        }
+        let timeout = deadline.map(|deadline| deadline.saturating_sub(now));
+        self.local.0.ops.borrow_mut().kernel.sleep(timeout);
+        mailbox.flag.woke();
+        self.disarm();
+        // What woke the core may be the first of a burst: spin again before the next sleep.
+        self.idle_since = None;
+        self.local.0.reap()
+    }
+
+    /// Arms all tasks. `true`: one of them has work.
+    pub(crate) fn arm(&mut self) -> bool {
+        let mut has_work = false;
+        for task in &mut self.tasks {
+            has_work |= task.arm();
+        }
+        has_work
+    }
+
+    pub(crate) fn disarm(&mut self) {
+        for task in &mut self.tasks {
+            task.disarm();
+        }
+    }
+
+    /// The earliest deadline of the tasks.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.tasks.iter().filter_map(|task| task.deadline()).min()
+    }
+
+    /// Whether a notice waits that the next turn will act on.
+    pub(crate) fn is_notified(&self) -> bool {
+        self.local.0.handle.0.flag.is_notified()
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.local.0
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.local.0.handle.0.close();
+        // Tasks first: their ports and streams cancel what is in flight.
+        self.tasks.clear();
+        self.local.0.shutdown();
+    }
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("tasks", &self.tasks.len()).finish_non_exhaustive()
     }
 }
 
@@ -131,9 +353,119 @@ impl Spawner<'_> {
     }
 }
 
+impl fmt::Debug for Spawner<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Spawner").finish_non_exhaustive()
+    }
+}
+
+/// What all handles of one core share.
 pub(crate) struct Shared {
+    /// Never borrowed while foreign code runs (tasks, messages, holds).
+    pub(crate) ops: RefCell<Ops>,
+    pub(crate) rx: Rc<RxPool>,
     pool: Pool,
     handle: CoreHandle,
+    sim: Option<SimCore>,
+    now: Cell<Duration>,
+    /// Reused by each reap.
+    cqes: Cell<Vec<Cqe>>,
+}
+
+impl Shared {
+    /// The one reading of the clock in a turn.
+    fn read_clock(&self) -> Duration {
+        let now = match &self.sim {
+            Some(sim) => sim.now(),
+            None => monotonic_now(),
+        };
+        self.now.set(now);
+        now
+    }
+
+    fn enter_and_reap(&self) -> bool {
+        {
+            let mut ops = self.ops.borrow_mut();
+            ops.retry(&self.rx);
+            ops.kernel.enter();
+        }
+        self.reap()
+    }
+
+    /// Records what completed; frees what is finished.
+    fn reap(&self) -> bool {
+        let mut cqes = self.cqes.take();
+        let progressed = {
+            let mut ops = self.ops.borrow_mut();
+            let woken = ops.kernel.reap(&mut cqes);
+            for cqe in cqes.drain(..) {
+                ops.on_cqe(cqe, &self.rx);
+            }
+            ops.take_recorded() | woken
+        };
+        self.cqes.set(cqes);
+        self.retire();
+        progressed
+    }
+
+    /// Whether an operation waits for room or a buffer that is there.
+    fn has_pending(&self) -> bool {
+        let ops = self.ops.borrow();
+        ops.has_backlog() || ops.can_feed(&self.rx)
+    }
+
+    /// Lets go of what finished operations held. Holds run foreign code, so `ops` is not borrowed
+    /// meanwhile.
+    fn retire(&self) {
+        loop {
+            let finished = self.ops.borrow_mut().take_finished();
+            let Some(finished) = finished else { break };
+            let (index, segments) = finished.release();
+            self.ops.borrow_mut().recycle(index, segments);
+        }
+    }
+
+    pub(crate) fn is_simulated(&self) -> bool {
+        self.sim.is_some()
+    }
+
+    /// When the simulated kernel has something to do.
+    pub(crate) fn next_event(&self) -> Option<Duration> {
+        self.ops.borrow().kernel.next_event()
+    }
+
+    /// Cancels everything and waits until the kernel has let go.
+    fn shutdown(self: &Rc<Self>) {
+        {
+            let mut ops = self.ops.borrow_mut();
+            ops.close();
+            ops.kernel.abandon();
+        }
+        let start = Instant::now();
+        loop {
+            self.enter_and_reap();
+            {
+                let mut ops = self.ops.borrow_mut();
+                if ops.flying() == 0 && ops.kernel.quiesce() {
+                    break;
+                }
+            }
+            if start.elapsed() > SHUTDOWN_MAX {
+                // The kernel may still write to memory of these operations, whenever the device
+                // comes back: keep it all, for ever.
+                std::mem::forget(Rc::clone(self));
+                break;
+            }
+            let nap = Duration::from_millis(10);
+            self.ops.borrow_mut().kernel.sleep(Some(nap));
+        }
+    }
+}
+
+/// Time since the first reading in this process, the same for all its threads.
+fn monotonic_now() -> Duration {
+    static ORIGIN: OnceLock<Instant> = OnceLock::new();
+    ORIGIN.get_or_init(Instant::now).elapsed()
 }
 
 /// Services of a core for the tasks on it. Cheap to clone, not `Send`.
@@ -141,9 +473,10 @@ pub(crate) struct Shared {
 pub struct Local(pub(crate) Rc<Shared>);
 
 impl Local {
-    /// Time of this turn since an arbitrary origin common to all cores of the process (or of the simulated world).
+    /// Time of this turn, since an arbitrary origin common to all cores of the process (or of the
+    /// simulated world).
     pub fn now(&self) -> Duration {
-        todo!()
+        self.0.now.get()
     }
 
     /// The core's buffer pool.
@@ -153,7 +486,7 @@ impl Local {
 
     /// A new share of the ring.
     pub fn port(&self) -> Port {
-        todo!()
+        Port::new(self)
     }
 
     /// The handle for other threads.
@@ -163,11 +496,20 @@ impl Local {
 
     /// Random bits: from the system, or from the seed of the simulated world.
     pub fn random_u64(&self) -> u64 {
-        todo!()
+        match &self.0.sim {
+            Some(sim) => sim.random_u64(),
+            None => sys::random_u64(),
+        }
     }
 
     /// Whether [`CoreHandle::stop`] was called: finish up and say [`Progress::Done`].
     pub fn is_stopping(&self) -> bool {
         self.0.handle.0.is_stopping()
+    }
+}
+
+impl fmt::Debug for Local {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Local").field("now", &self.now()).finish_non_exhaustive()
     }
 }

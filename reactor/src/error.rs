@@ -136,6 +136,11 @@ pub enum SetupError {
 }
 
 impl SetupError {
+    /// An error that is not about io_uring.
+    pub(crate) fn other(what: &'static str, source: io::Error) -> SetupError {
+        SetupError::Other { what, source }
+    }
+
     /// Sorts an error of `io_uring_setup` or `io_uring_register`.
     pub(crate) fn from_ring(what: &'static str, source: io::Error) -> SetupError {
         match source.raw_os_error() {

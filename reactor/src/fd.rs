@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::sim::{SimFile, SimSocket};
+use crate::sim::{SimEvent, SimFile, SimSocket};
 use crate::sys;
 
 #[derive(Clone)]
@@ -15,6 +15,7 @@ pub(crate) enum Source {
     Os(Arc<OwnedFd>),
     File(SimFile),
     Socket(Arc<SimSocket>),
+    Event(SimEvent),
 }
 
 /// A descriptor for use with a [`Port`](crate::Port). Cheap to clone; closed when the last clone is gone and no operation
@@ -32,7 +33,7 @@ impl Fd {
     pub fn as_os(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
             Source::Os(fd) => Some(fd.as_fd()),
-            Source::File(_) | Source::Socket(_) => None,
+            _ => None,
         }
     }
 
@@ -59,12 +60,19 @@ impl From<SimFile> for Fd {
     }
 }
 
+impl From<SimEvent> for Fd {
+    fn from(event: SimEvent) -> Fd {
+        Fd(Rc::new(Source::Event(event)))
+    }
+}
+
 impl fmt::Debug for Fd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
             Source::Os(fd) => f.debug_tuple("Fd").field(fd).finish(),
             Source::File(file) => f.debug_tuple("Fd").field(file).finish(),
             Source::Socket(socket) => f.debug_tuple("Fd").field(socket).finish(),
+            Source::Event(event) => f.debug_tuple("Fd").field(event).finish(),
         }
     }
 }
@@ -106,11 +114,28 @@ impl Socket {
         }
     }
 
+    pub(crate) fn is_simulated(&self) -> bool {
+        matches!(self.0, SocketKind::Sim(_))
+    }
+
+    /// Switches Nagle's delay off, where there is one (not on a Unix socket).
+    pub(crate) fn set_nodelay(&self) {
+        if let SocketKind::Os(fd) = &self.0 {
+            let _ = sys::set_nodelay(fd);
+        }
+    }
+
     pub(crate) fn into_fd(self) -> Fd {
         match self.0 {
             SocketKind::Os(fd) => Fd::from(fd),
             SocketKind::Sim(socket) => Fd(Rc::new(Source::Socket(Arc::new(socket)))),
         }
+    }
+}
+
+impl From<OwnedFd> for Socket {
+    fn from(fd: OwnedFd) -> Socket {
+        Socket(SocketKind::Os(fd))
     }
 }
 

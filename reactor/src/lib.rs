@@ -34,11 +34,15 @@
 mod core;
 mod error;
 mod fd;
+mod kernel;
 mod mailbox;
 pub mod net;
+mod ops;
 mod port;
+mod rx;
 pub mod sim;
 mod sys;
+mod uring;
 
 pub use crate::core::{Core, CoreConfig, Local, Progress, Spawner, Task};
 pub use crate::error::{Busy, Errno, Full, SetupError};

@@ -41,6 +41,11 @@ impl WakeFlag {
             && self.0.swap(RUNNING, Ordering::AcqRel) == NOTIFIED
     }
 
+    /// Whether a notice waits.
+    pub(crate) fn is_notified(&self) -> bool {
+        self.0.load(Ordering::Acquire) == NOTIFIED
+    }
+
     /// About to sleep. `false`: a notice is there, look again first.
     pub(crate) fn try_sleep(&self) -> bool {
         self.0.compare_exchange(RUNNING, SLEEPING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
@@ -88,6 +93,11 @@ impl Mailbox {
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    /// Messages that wait now.
+    pub(crate) fn len(&self) -> usize {
+        self.len.load(Ordering::Acquire)
     }
 
     pub(crate) fn pop(&self) -> Option<Message> {

@@ -166,6 +166,37 @@ pub(crate) fn peer_addr(fd: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
     Ok(RawAddr { storage, len }.to_addr())
 }
 
+/// Private, zero-filled memory, aligned to pages and given when first touched.
+pub(crate) struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let len = len.max(1);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping { base: base.cast(), len })
+    }
+
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are those of `mmap`; the owner lends no part of it for longer than its own life.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,12 @@
 //! The record layer between a stream's user and its socket.
 
+// UNSAFETY: payload to be sealed is guest or pool memory, which is copied out by address.
+#![expect(unsafe_code)]
+
 use std::fmt;
 use std::ops::Range;
+
+use iobuf::{OutOfBounds, Segment};
 
 /// The peer's records are wrong, or the layer cannot go on. The stream fails with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,40 +23,117 @@ impl std::error::Error for LayerError {}
 /// Where plaintext came out of [`Layer::open`].
 #[derive(Debug)]
 pub enum Plain<'a> {
-    /// Decrypted in place: this range of the wire bytes just given. Ranges ascend and do not overlap.
+    /// Decrypted in place: this range of the wire bytes just given. Ranges ascend and do not
+    /// overlap.
     InPlace(Range<usize>),
     /// Bytes of a record that was spread over several pieces of wire bytes; they are copied.
     Copied(&'a [u8]),
 }
 
-/// Bytes to be sent, scattered in memory.
+/// Bytes to be sent, scattered in memory that others (a guest) may write to at the same time.
 pub struct Gather<'a> {
-    _bytes: &'a (),
+    /// Invariant: mapped and readable for `'a`.
+    segments: &'a [Segment],
+    len: usize,
 }
 
-impl Gather<'_> {
+impl<'a> Gather<'a> {
+    /// # Safety
+    ///
+    /// All segments are mapped and readable for `'a`.
+    pub(crate) unsafe fn new(segments: &'a [Segment]) -> Gather<'a> {
+        Gather { segments, len: segments.iter().map(Segment::len).sum() }
+    }
+
     /// Bytes in total.
     pub fn len(&self) -> usize {
-        todo!()
+        self.len
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 
-    /// Copies `dst.len()` bytes from `offset`; the range must lie inside.
-    pub fn copy_to_slice(&self, offset: usize, dst: &mut [u8]) -> Result<(), iobuf::OutOfBounds> {
-        let _ = (offset, dst);
-        todo!()
+    /// Copies `dst.len()` bytes from `offset`.
+    pub fn copy_to_slice(&self, offset: usize, dst: &mut [u8]) -> Result<(), OutOfBounds> {
+        match offset.checked_add(dst.len()) {
+            Some(end) if end <= self.len => {}
+            _ => return Err(OutOfBounds),
+        }
+        let (mut skip, mut done) = (offset, 0);
+        for segment in self.segments {
+            if skip >= segment.len() {
+                skip -= segment.len();
+                continue;
+            }
+            let part = (segment.len() - skip).min(dst.len() - done);
+            let from = segment.as_ptr().wrapping_add(skip);
+            let to = &mut dst[done..done + part];
+            // SAFETY: `from` is inside a segment that is readable (invariant) and has `part` bytes
+            // from there; `to` is a separate buffer of that length.
+            unsafe { copy(from, to.as_mut_ptr(), part) };
+            done += part;
+            skip = 0;
+            if done == dst.len() {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
-/// A record layer such as TLS: one per stream and direction pair, in place where possible.
+impl fmt::Debug for Gather<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gather").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// A record layer such as TLS: one per stream, for both directions.
+///
+/// The stream promises: `seal` gets the bytes in the order of the pushes, and its output is sent in
+/// that order, all of it or none after a failure; `open` gets received bytes in order, in pieces
+/// cut anywhere. After an error neither is called again.
 pub trait Layer {
-    /// Appends to `out` the records that carry `plain`. The bytes of `plain` are not needed afterwards.
+    /// Appends to `out` the records that carry `plain`, whose bytes are not needed afterwards.
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError>;
 
     /// Takes all of `wire`, keeps what is incomplete, and reports plaintext to `sink` in order.
     fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError>;
+}
+
+/// Copies memory that others may change meanwhile: not inlined, so that the optimiser can neither
+/// repeat nor forward the access.
+///
+/// # Safety
+///
+/// `src` is readable and `dst` writable for `len` bytes, and they do not overlap.
+#[inline(never)]
+pub(crate) unsafe fn copy(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller promises both ranges.
+    unsafe { std::ptr::copy_nonoverlapping(src, dst, len) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gather_copies_across_segments_and_refuses_what_is_outside() {
+        let (mut a, mut b) = (*b"012", *b"3456789");
+        let segments =
+            [Segment::new(a.as_mut_ptr(), a.len()), Segment::new(b.as_mut_ptr(), b.len())];
+        // SAFETY: both arrays live to the end of the test.
+        let gather = unsafe { Gather::new(&segments) };
+        assert_eq!(gather.len(), 10);
+        for start in 0..=10 {
+            for end in start..=10 {
+                let mut out = vec![0; end - start];
+                gather.copy_to_slice(start, &mut out).unwrap();
+                assert_eq!(out, b"0123456789"[start..end]);
+            }
+        }
+        assert_eq!(gather.copy_to_slice(5, &mut [0; 6]), Err(OutOfBounds));
+        assert_eq!(gather.copy_to_slice(usize::MAX, &mut [0; 2]), Err(OutOfBounds));
+    }
 }

@@ -1,7 +1,19 @@
 //! Connected byte streams: the seam between a protocol machine and its socket.
+//!
+//! ```text
+//!   push ─► entries: head and tail bytes in an arena, payload where it is
+//!             │ flush / end of the last send            recv ◄─ chunks ◄─ poll ◄─ recorded CQEs
+//!             ▼                                                   ▲
+//!   (Layer::seal) ─► one sendmsg in flight ─► sent tokens   (Layer::open)
+//! ```
 
 mod layer;
 mod stream;
+mod tx;
 
 pub use self::layer::{Gather, Layer, LayerError, Plain};
-pub use self::stream::{HEAD_BYTES_MAX, Rx, RxChunk, Stream, StreamConfig};
+pub use self::stream::{Rx, Stream, StreamConfig};
+pub use self::tx::HEAD_BYTES_MAX;
+pub use crate::rx::RxChunk;
+
+pub(crate) use self::tx::Tx;

@@ -1,23 +1,32 @@
-//! The stream: coalescing send queue, receive from the core's buffers.
+//! The stream: a connected socket, its send queue and its received chunks.
 
+// UNSAFETY: the send queue must be told truthfully whether a send is in flight.
+#![expect(unsafe_code)]
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::ops::{Deref, DerefMut};
+use std::ops::Range;
+use std::rc::Rc;
 
 use iobuf::SgList;
 
 use crate::core::Local;
-use crate::error::{Errno, Full};
-use crate::fd::Socket;
-use crate::net::Layer;
-
-/// Longest header that [`Stream::push`] takes, in bytes.
-pub const HEAD_BYTES_MAX: usize = 512;
+use crate::error::{Busy, Errno, Full};
+use crate::fd::{Fd, Socket};
+use crate::net::layer::{Layer, LayerError, Plain};
+use crate::net::tx::Tx;
+use crate::ops::{Event, OpId, Request};
+use crate::port::Port;
+use crate::rx::{RxChunk, RxPool};
 
 /// Sizes of one stream. Build it with `..StreamConfig::default()`.
 pub struct StreamConfig {
-    /// PDUs that may wait or be in flight at once.
+    /// PDUs that may wait or be in flight at once, tokens not yet taken included.
     pub tx_entries_max: usize,
-    /// Bytes that one `sendmsg` takes, unless a single PDU is longer.
+    /// Bytes that one `sendmsg` takes, unless a single PDU is longer. 128 KiB lets large PDUs go
+    /// one by one, which measured best, and small ones up to 32 together.
     pub tx_batch_bytes: usize,
     /// Record layer; `None` sends and receives as is.
     pub layer: Option<Box<dyn Layer>>,
@@ -29,6 +38,16 @@ impl Default for StreamConfig {
     }
 }
 
+impl fmt::Debug for StreamConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamConfig")
+            .field("tx_entries_max", &self.tx_entries_max)
+            .field("tx_batch_bytes", &self.tx_batch_bytes)
+            .field("layer", &self.layer.is_some())
+            .finish()
+    }
+}
+
 /// What [`Stream::recv`] found.
 #[derive(Debug)]
 pub enum Rx {
@@ -36,68 +55,139 @@ pub enum Rx {
     Empty,
     /// Received bytes.
     Data(RxChunk),
-    /// The peer closed its side; nothing more will come.
+    /// The peer closed its side; nothing more will come. Sending may go on.
     Eof,
     /// The connection failed.
     Failed(Errno),
 }
 
-/// Received bytes. Their buffer goes back to the core when the chunk is dropped, so hold it only as long as needed.
-#[derive(Debug)]
-pub struct RxChunk {}
-
-impl RxChunk {
-    /// Drops the first `len` bytes (all, if there are fewer): they were consumed.
-    pub fn advance(&mut self, len: usize) {
-        let _ = len;
-        todo!()
-    }
+/// The receiving side. Who moves it on stands behind each state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RxState {
+    /// Not receiving: `resume`, or `poll` if it should be receiving.
+    Off,
+    /// Receiving: the peer, an error, or `pause`.
+    On(OpId),
+    /// Being cancelled: the kernel.
+    Stopping,
+    /// The peer has finished, or the connection failed: nobody.
+    Ended,
 }
 
-impl Deref for RxChunk {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        todo!()
-    }
+/// The sending side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TxState {
+    /// No message is prepared: `flush`.
+    Idle,
+    /// A message is prepared, but the core had no slot: `poll` tries again.
+    Waiting,
+    /// A send is with the kernel.
+    Flying(OpId),
 }
 
-impl DerefMut for RxChunk {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        todo!()
-    }
+/// What a layer opened, in order.
+enum Opened {
+    InPlace(Range<usize>),
+    Copied(RxChunk),
 }
 
-/// A connected stream socket with a send queue.
-pub struct Stream {}
+/// A connected stream socket with a coalescing send queue.
+///
+/// The owner calls, each turn: [`poll`](Stream::poll), [`recv`](Stream::recv) until empty,
+/// [`push`](Stream::push) for each PDU, [`flush`](Stream::flush) once, [`sent`](Stream::sent) until
+/// none. Exactly one `sendmsg` is in flight; whatever is pushed meanwhile goes with the next, which
+/// `poll` starts when the first is done.
+///
+/// Dropping a stream is safe at any time, but a send may still be in the kernel then and reach the
+/// peer later. Whoever needs to know calls [`shutdown`](Stream::shutdown), and drops it when it
+/// [`is_quiet`](Stream::is_quiet).
+pub struct Stream {
+    port: Port,
+    fd: Fd,
+    peer: String,
+    layer: Option<Box<dyn Layer>>,
+    tx: Rc<Tx>,
+    send: TxState,
+    rx: RxState,
+    rx_wanted: bool,
+    rx_chunks: VecDeque<RxChunk>,
+    rx_eof: bool,
+    /// A spare buffer of this stream is out.
+    rx_lent: Rc<Cell<bool>>,
+    /// Reused by each opening of received bytes.
+    rx_opened: Vec<Opened>,
+    failed: Option<Errno>,
+    closing: bool,
+}
 
 impl Stream {
-    /// Takes over a connected socket and starts to receive.
+    /// Takes over a connected socket and starts to receive. Switches Nagle's delay off.
     pub fn new(local: &Local, socket: Socket, config: StreamConfig) -> io::Result<Stream> {
-        let _ = (local, socket, config);
-        todo!()
+        if socket.is_simulated() != local.0.is_simulated() {
+            let text = "a simulated socket on a real core, or the reverse";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        socket.set_nodelay();
+        let peer = socket.peer();
+        let fd = socket.into_fd();
+        let mut stream = Stream {
+            port: local.port(),
+            fd,
+            peer,
+            layer: config.layer,
+            tx: Tx::new(config.tx_entries_max, config.tx_batch_bytes),
+            send: TxState::Idle,
+            rx: RxState::Off,
+            rx_wanted: true,
+            rx_chunks: VecDeque::with_capacity(16),
+            rx_eof: false,
+            rx_lent: Rc::new(Cell::new(false)),
+            rx_opened: Vec::new(),
+            failed: None,
+            closing: false,
+        };
+        stream.start_recv();
+        Ok(stream)
     }
 
-    /// The next received bytes.
+    /// The next received bytes. Data that arrived before a failure or the end comes first.
     pub fn recv(&mut self) -> Rx {
-        todo!()
+        if self.rx_chunks.is_empty() {
+            self.poll();
+        }
+        if let Some(chunk) = self.rx_chunks.pop_front() {
+            return Rx::Data(chunk);
+        }
+        match self.failed {
+            Some(errno) => Rx::Failed(errno),
+            None if self.rx_eof => Rx::Eof,
+            None => Rx::Empty,
+        }
     }
 
-    /// Stops receiving (back-pressure). What has arrived already still comes out of [`Stream::recv`].
+    /// Stops receiving (back-pressure). What has arrived already still comes out of
+    /// [`Stream::recv`]: take it, as it sits in buffers that other streams need.
     pub fn pause(&mut self) {
-        todo!()
+        self.rx_wanted = false;
+        self.stop_recv();
     }
 
     /// Receives again.
     pub fn resume(&mut self) {
-        todo!()
+        self.rx_wanted = !self.closing;
+        self.start_recv();
     }
 
-    /// Queues one PDU: `head` (at most [`HEAD_BYTES_MAX`]) and `tail` are copied, the payload (`len` bytes of a list from
-    /// `offset`) is sent from where it is. `token` comes back from [`Stream::sent`] when its memory is no longer needed.
+    /// Queues one PDU: `head` (at most [`HEAD_BYTES_MAX`](crate::net::HEAD_BYTES_MAX)) and `tail`
+    /// are copied, the payload (`len` bytes of a list from `offset`) is sent from where it is.
+    /// `token` comes back from [`Stream::sent`] when its memory is no longer needed.
+    ///
+    /// [`Full`] if there is no [`room`](Stream::room), or the stream has failed or is shut down.
     ///
     /// # Panics
     ///
-    /// If the head is too long or the payload range is not inside the list: a mistake of the caller, never of a peer.
+    /// If the head is too long, or the payload range is not inside the list: a mistake of the
+    /// caller, never of a peer.
     pub fn push(
         &mut self,
         head: &[u8],
@@ -105,47 +195,238 @@ impl Stream {
         tail: Option<[u8; 4]>,
         token: Option<u32>,
     ) -> Result<(), Full> {
-        let _ = (head, payload, tail, token);
-        todo!()
+        if self.closing || self.failed.is_some() {
+            return Err(Full);
+        }
+        self.tx.push(head, payload, tail, token)
     }
 
     /// PDUs that can still be pushed.
     pub fn room(&self) -> usize {
-        todo!()
+        if self.closing || self.failed.is_some() { 0 } else { self.tx.room() }
     }
 
-    /// Starts a send if none is in flight. What is pushed while one is in flight goes with the next.
+    /// Starts a send of what is queued, if none is in flight.
     pub fn flush(&mut self) {
-        todo!()
+        if self.closing || self.failed.is_some() {
+            return;
+        }
+        match self.send {
+            TxState::Idle => self.start_send(),
+            TxState::Waiting => self.submit_send(),
+            TxState::Flying(_) => {}
+        }
     }
 
     /// Acts on recorded completions. `true` if there were any.
     pub fn poll(&mut self) -> bool {
-        todo!()
+        let mut progressed = false;
+        while let Some(event) = self.port.next_event() {
+            progressed = true;
+            match event {
+                Event::Chunk(chunk) => self.on_chunk(chunk),
+                Event::RecvEnd(result) => self.on_recv_end(result),
+                Event::Sent(result) => self.on_sent(result),
+                // Not started by streams.
+                Event::Done(_) | Event::Signal { .. } => {}
+            }
+        }
+        if self.rx == RxState::Off && self.rx_wanted {
+            self.start_recv();
+        }
+        if self.send == TxState::Waiting {
+            self.flush();
+        }
+        progressed
     }
 
-    /// The next token whose PDU is sent (or will never be, after a failure or shutdown), in the order of the pushes.
+    /// The next token whose PDU is sent, in the order of the pushes, or will never be, after a
+    /// failure or shutdown.
     pub fn sent(&mut self) -> Option<u32> {
-        todo!()
+        self.tx.pop_sent()
+    }
+
+    /// Bytes or PDUs wait to be sent, or are being sent.
+    pub fn is_sending(&self) -> bool {
+        self.send != TxState::Idle || !self.tx.is_idle()
     }
 
     /// Why the connection failed, if it did.
     pub fn failed(&self) -> Option<Errno> {
-        todo!()
+        self.failed
     }
 
-    /// Stops sending and receiving. Tokens still come back through [`Stream::sent`] as the kernel lets go.
+    /// Stops sending and receiving, and forgets what was received. Tokens still come back through
+    /// [`Stream::sent`] as the kernel lets go; call [`Stream::poll`] until [`Stream::is_quiet`].
     pub fn shutdown(&mut self) {
-        todo!()
+        self.closing = true;
+        self.rx_wanted = false;
+        self.rx_chunks.clear();
+        self.stop_recv();
+        self.stop_send();
     }
 
-    /// Nothing is in flight: no byte of any payload will be touched after this.
+    /// Shut down or failed, and nothing is in flight: no byte of any payload will be touched, and
+    /// none will reach the peer, after this.
     pub fn is_quiet(&self) -> bool {
-        todo!()
+        let is_over = self.closing || self.failed.is_some();
+        is_over && self.send == TxState::Idle && self.port.in_flight() == 0
     }
 
     /// The address of the peer, as text.
     pub fn peer(&self) -> String {
-        todo!()
+        self.peer.clone()
     }
+
+    fn start_recv(&mut self) {
+        if self.rx != RxState::Off || self.failed.is_some() || self.closing {
+            return;
+        }
+        let request = Request::Recv { lent: Rc::clone(&self.rx_lent), spare: None };
+        // Busy: `poll` tries again.
+        if let Ok(op) = self.port.start_fd(request, &self.fd, 0) {
+            self.rx = RxState::On(op);
+        }
+    }
+
+    fn stop_recv(&mut self) {
+        if let RxState::On(op) = self.rx {
+            self.rx = RxState::Stopping;
+            self.port.cancel(op);
+        }
+    }
+
+    fn on_chunk(&mut self, chunk: RxChunk) {
+        if self.closing {
+            return;
+        }
+        let Some(layer) = &mut self.layer else {
+            self.rx_chunks.push_back(chunk);
+            return;
+        };
+        if self.failed.is_some() {
+            return; // the layer may be what failed: it is not called again
+        }
+        let pool = &self.port.shared().rx;
+        let opened = open(&mut **layer, chunk, pool, &mut self.rx_opened, &mut self.rx_chunks);
+        if opened.is_err() {
+            self.stop_recv();
+            self.fail(Errno::BAD_MESSAGE);
+        }
+    }
+
+    fn on_recv_end(&mut self, result: Result<(), Errno>) {
+        self.rx = RxState::Ended;
+        match result {
+            Ok(()) => self.rx_eof = true,
+            Err(Errno::CANCELED) => self.rx = RxState::Off,
+            Err(errno) => self.fail(errno),
+        }
+    }
+
+    fn start_send(&mut self) {
+        let layer = self.layer.as_deref_mut().map(|layer| layer as &mut dyn Layer);
+        // SAFETY: no send is in flight: all callers know that `send` is `Idle`.
+        match unsafe { self.tx.prepare(layer) } {
+            Ok(true) => self.submit_send(),
+            Ok(false) => {}
+            Err(LayerError(_)) => self.fail(Errno::BAD_MESSAGE),
+        }
+    }
+
+    /// Sends what is left of the prepared message.
+    fn submit_send(&mut self) {
+        let request = Request::Send(Rc::clone(&self.tx));
+        self.send = match self.port.start_fd(request, &self.fd, 0) {
+            Ok(op) => TxState::Flying(op),
+            Err(Busy) => TxState::Waiting,
+        };
+    }
+
+    fn on_sent(&mut self, result: Result<usize, Errno>) {
+        self.send = TxState::Idle;
+        let result = match result {
+            Ok(0) => Err(Errno(libc::EPIPE)),
+            // SAFETY: the completion of the only send has just arrived.
+            Ok(bytes) => Ok(unsafe { self.tx.on_sent(bytes, self.layer.is_some()) }),
+            Err(Errno(libc::EINTR | libc::EAGAIN)) => Ok(false),
+            Err(errno) => Err(errno),
+        };
+        if self.closing || self.failed.is_some() {
+            self.tx.abandon();
+            return;
+        }
+        match result {
+            Ok(true) => self.start_send(),
+            Ok(false) => self.submit_send(),
+            Err(errno) => self.fail(errno),
+        }
+    }
+
+    fn stop_send(&mut self) {
+        if let TxState::Flying(op) = self.send {
+            self.tx.abandon_waiting();
+            self.port.cancel(op);
+        } else {
+            self.send = TxState::Idle;
+            self.tx.abandon();
+        }
+    }
+
+    /// The connection is lost. The receiving side goes on until it ends by itself or by `shutdown`:
+    /// the peer's last words may say why.
+    fn fail(&mut self, errno: Errno) {
+        if self.closing || self.failed.is_some() {
+            return;
+        }
+        self.failed = Some(errno);
+        self.stop_send();
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream")
+            .field("peer", &self.peer)
+            .field("rx", &self.rx)
+            .field("sending", &self.is_sending())
+            .field("failed", &self.failed)
+            .field("closing", &self.closing)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Passes received bytes through the layer; plaintext goes to `into`.
+fn open(
+    layer: &mut dyn Layer,
+    mut chunk: RxChunk,
+    pool: &Rc<RxPool>,
+    opened: &mut Vec<Opened>,
+    into: &mut VecDeque<RxChunk>,
+) -> Result<(), LayerError> {
+    opened.clear();
+    layer.open(&mut chunk, &mut |plain| match plain {
+        Plain::InPlace(range) => opened.push(Opened::InPlace(range)),
+        Plain::Copied(mut bytes) => {
+            while !bytes.is_empty() {
+                let (copy, len) = pool.spare().copy_of(bytes);
+                opened.push(Opened::Copied(copy));
+                bytes = &bytes[len..];
+            }
+        }
+    })?;
+    let mut consumed = 0;
+    for piece in opened.drain(..) {
+        match piece {
+            Opened::Copied(copy) => into.push_back(copy),
+            Opened::InPlace(range) => {
+                let part = chunk.cut(range, &mut consumed);
+                let part = part.ok_or(LayerError("plaintext outside of the received bytes"))?;
+                if !part.is_empty() {
+                    into.push_back(part);
+                }
+            }
+        }
+    }
+    Ok(())
 }

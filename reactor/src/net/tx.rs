@@ -1,0 +1,386 @@
+//! The send queue of one stream.
+//!
+//! Entries (PDUs) wait in order. Their head and tail bytes are copied into a ring of bytes, their
+//! payload stays where it is, kept by its hold. A send takes entries from the front, as many as fit
+//! one `sendmsg`; pushes go on behind it meanwhile. An entry is over when its last byte was sent
+//! (or sealed): then its memory is released and its token reported.
+
+// UNSAFETY: the kernel reads the prepared message and the arena while entries are added behind it.
+#![expect(unsafe_code)]
+
+use std::cell::{RefCell, UnsafeCell};
+use std::collections::VecDeque;
+use std::mem;
+use std::rc::Rc;
+
+use iobuf::{Hold, Segment, SgList};
+
+use crate::error::Full;
+use crate::net::layer::{Gather, Layer, LayerError};
+
+/// Longest header that [`Stream::push`](crate::net::Stream::push) takes, in bytes: the longest
+/// header of NVMe/TCP (a termination request with 128 bytes of the offending PDU) and slack.
+pub const HEAD_BYTES_MAX: usize = 192;
+
+/// Length of a tail (data digest).
+const TAIL_BYTES: usize = 4;
+/// Arena bytes per entry.
+const ENTRY_BYTES: usize = HEAD_BYTES_MAX + TAIL_BYTES;
+/// Segments in one `sendmsg`: the kernel's `UIO_MAXIOV`.
+const IOVECS_MAX: usize = 1024;
+
+struct Entry {
+    /// In `Queue::segments`.
+    segments: usize,
+    /// The payload's, among the segments: all but the head before and the tail behind.
+    payload: std::ops::Range<usize>,
+    bytes: u64,
+    hold: Option<Rc<dyn Hold>>,
+    token: Option<u32>,
+}
+
+struct Queue {
+    entries: VecDeque<Entry>,
+    /// Of all entries, in order.
+    segments: VecDeque<Segment>,
+    /// Entries at the front that sends have taken completely, and segments that they have taken.
+    taken_entries: usize,
+    taken_segments: usize,
+    /// Bytes sent of the front entry.
+    front_bytes: u64,
+    /// Where the next head goes in the arena; counted on until the queue is empty.
+    arena_end: u64,
+    /// Tokens to report.
+    sent: VecDeque<u32>,
+}
+
+/// The message that the kernel works on.
+struct Message {
+    header: libc::msghdr,
+    iovecs: Vec<Segment>,
+    /// First of `iovecs` that is not sent.
+    at: usize,
+    sealed: Vec<u8>,
+}
+
+/// Shared by the stream and by the operation slot of a send: what the kernel reads stays in place
+/// although the stream is dropped.
+pub(crate) struct Tx {
+    /// Bytes outside those of entries are written by `push`, those of entries by nobody.
+    arena: Box<[UnsafeCell<u8>]>,
+    entries_max: usize,
+    batch_bytes: u64,
+    queue: RefCell<Queue>,
+    /// Touched only while no send is in flight, which the stream upholds.
+    message: UnsafeCell<Message>,
+}
+
+impl Tx {
+    pub(crate) fn new(entries_max: usize, batch_bytes: usize) -> Rc<Tx> {
+        let entries_max = entries_max.max(1);
+        // One more entry's worth, as none is split at the end of the arena.
+        let arena = (0..(entries_max + 1) * ENTRY_BYTES).map(|_| UnsafeCell::new(0)).collect();
+        // SAFETY: a `msghdr` is plain old data, and all zero is an empty message.
+        let header = unsafe { mem::zeroed() };
+        Rc::new(Tx {
+            arena,
+            entries_max,
+            batch_bytes: batch_bytes as u64,
+            queue: RefCell::new(Queue {
+                entries: VecDeque::with_capacity(entries_max),
+                segments: VecDeque::with_capacity(entries_max * 2),
+                taken_entries: 0,
+                taken_segments: 0,
+                front_bytes: 0,
+                arena_end: 0,
+                sent: VecDeque::with_capacity(entries_max),
+            }),
+            message: UnsafeCell::new(Message {
+                header,
+                iovecs: Vec::with_capacity(64),
+                at: 0,
+                sealed: Vec::new(),
+            }),
+        })
+    }
+
+    /// The message for the kernel, stable while a send is in flight.
+    pub(crate) fn message(&self) -> *const libc::msghdr {
+        // SAFETY: forms the address of a field inside a live allocation, no reference.
+        unsafe { &raw const (*self.message.get()).header }
+    }
+
+    pub(crate) fn room(&self) -> usize {
+        let queue = self.queue.borrow();
+        // Tokens that nobody takes count, too: that bounds them.
+        self.entries_max.saturating_sub(queue.entries.len() + queue.sent.len())
+    }
+
+    /// Whether no entry waits to be taken by a send.
+    pub(crate) fn is_idle(&self) -> bool {
+        let queue = self.queue.borrow();
+        queue.taken_segments == queue.segments.len()
+    }
+
+    pub(crate) fn pop_sent(&self) -> Option<u32> {
+        self.queue.borrow_mut().sent.pop_front()
+    }
+
+    /// See [`Stream::push`](crate::net::Stream::push).
+    pub(crate) fn push(
+        &self,
+        head: &[u8],
+        payload: Option<(&SgList, usize, usize)>,
+        tail: Option<[u8; TAIL_BYTES]>,
+        token: Option<u32>,
+    ) -> Result<(), Full> {
+        assert!(head.len() <= HEAD_BYTES_MAX, "a head of {} bytes", head.len());
+        if self.room() == 0 {
+            return Err(Full);
+        }
+        let mut queue = self.queue.borrow_mut();
+        let queue = &mut *queue;
+        let first = queue.segments.len();
+        let tail = tail.as_ref().map_or(&[][..], |tail| &tail[..]);
+        let at = queue.arena_end + self.skip(queue.arena_end, head.len() + tail.len());
+        if !head.is_empty() {
+            queue.segments.push_back(self.store(at, head));
+        }
+        let payload_first = queue.segments.len();
+        let mut hold = None;
+        let mut payload_bytes = 0;
+        if let Some((sg, offset, len)) = payload {
+            let inside = offset.checked_add(len).is_some_and(|end| end <= sg.len());
+            assert!(inside, "payload of {len} bytes at {offset} in a list of {}", sg.len());
+            queue.segments.extend(sg.range(offset, len));
+            payload_bytes = len;
+            hold = sg.hold();
+        }
+        let payload_end = queue.segments.len();
+        if !tail.is_empty() {
+            queue.segments.push_back(self.store(at + head.len() as u64, tail));
+        }
+        queue.arena_end = at + (head.len() + tail.len()) as u64;
+        if let Some(hold) = &hold {
+            for segment in queue.segments.range(payload_first..payload_end) {
+                hold.retain(std::slice::from_ref(segment));
+            }
+        }
+        queue.entries.push_back(Entry {
+            segments: queue.segments.len() - first,
+            payload: payload_first - first..payload_end - first,
+            bytes: (head.len() + payload_bytes + tail.len()) as u64,
+            hold,
+            token,
+        });
+        Ok(())
+    }
+
+    /// Bytes to leave out at arena position `at` so that `len` bytes do not wrap.
+    fn skip(&self, at: u64, len: usize) -> u64 {
+        let size = self.arena.len() as u64;
+        let left = size - at % size;
+        if (len as u64) > left { left } else { 0 }
+    }
+
+    /// Copies bytes to a free part of the arena.
+    fn store(&self, at: u64, bytes: &[u8]) -> Segment {
+        let at = (at % self.arena.len() as u64) as usize;
+        assert!(at + bytes.len() <= self.arena.len(), "`skip` keeps heads in one piece");
+        let to = self.arena.as_ptr().cast_mut().cast::<u8>().wrapping_add(at);
+        // SAFETY: the bytes are in the arena (just checked), inside `UnsafeCell`s. No entry has them: each has at
+        // most ENTRY_BYTES, there are at most `entries_max`, one more is set aside for the skip at
+        // the end, and positions only grow. So the kernel does not read them now.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Segment::new(to, bytes.len())
+    }
+
+    /// Prepares the next message. `false`: nothing waits.
+    ///
+    /// # Safety
+    ///
+    /// No send of this queue is in flight.
+    pub(crate) unsafe fn prepare(&self, layer: Option<&mut dyn Layer>) -> Result<bool, LayerError> {
+        // SAFETY: no send is in flight (the caller's promise), so the kernel does not read the
+        // message, and no other reference to it lives: each is local to a function of this type,
+        // none of which calls another that makes one.
+        let message = unsafe { &mut *self.message.get() };
+        message.iovecs.clear();
+        message.at = 0;
+        let bytes = self.take(&mut message.iovecs);
+        if message.iovecs.is_empty() {
+            self.complete(0); // entries without a byte
+            return Ok(false);
+        }
+        if let Some(layer) = layer {
+            message.sealed.clear();
+            // SAFETY: arena bytes live as long as `self`, payload is kept by the holds of entries,
+            // which are released only by `complete` below.
+            let gather = unsafe { Gather::new(&message.iovecs) };
+            layer.seal(&gather, &mut message.sealed)?;
+            message.iovecs.clear();
+            let sealed = &mut message.sealed;
+            message.iovecs.push(Segment::new(sealed.as_mut_ptr(), sealed.len()));
+            self.complete(bytes);
+        }
+        message.aim();
+        Ok(true)
+    }
+
+    /// Moves entries into a message: at least one (or as much of it as the kernel takes at once),
+    /// then while they fit.
+    fn take(&self, iovecs: &mut Vec<Segment>) -> u64 {
+        let mut queue = self.queue.borrow_mut();
+        let queue = &mut *queue;
+        let mut bytes = 0;
+        // Segments of the first untaken entry that an earlier message took.
+        let before: usize =
+            queue.entries.range(..queue.taken_entries).map(|entry| entry.segments).sum();
+        let mut skip = queue.taken_segments - before;
+        while let Some(entry) = queue.entries.get(queue.taken_entries) {
+            let is_first = iovecs.is_empty();
+            let wanted = entry.segments - skip;
+            if !is_first
+                && (bytes + entry.bytes > self.batch_bytes || iovecs.len() + wanted > IOVECS_MAX)
+            {
+                break;
+            }
+            let count = wanted.min(IOVECS_MAX);
+            let from = queue.taken_segments;
+            for segment in queue.segments.range(from..from + count) {
+                bytes += segment.len() as u64;
+                self.append(iovecs, *segment);
+            }
+            queue.taken_segments += count;
+            if count < wanted {
+                break;
+            }
+            queue.taken_entries += 1;
+            skip = 0;
+        }
+        bytes
+    }
+
+    /// Adds a segment. Neighbours in the arena (heads of entries without payload) become one.
+    fn append(&self, iovecs: &mut Vec<Segment>, segment: Segment) {
+        let arena = self.arena.as_ptr_range();
+        let arena = arena.start.cast::<u8>()..arena.end.cast::<u8>();
+        if let Some(last) = iovecs.last_mut()
+            && arena.contains(&last.as_ptr().cast_const())
+            && arena.contains(&segment.as_ptr().cast_const())
+            && last.as_ptr().wrapping_add(last.len()) == segment.as_ptr()
+        {
+            *last = Segment::new(last.as_ptr(), last.len() + segment.len());
+            return;
+        }
+        iovecs.push(segment);
+    }
+
+    /// The kernel sent `bytes` of the message. `true`: all of it.
+    ///
+    /// # Safety
+    ///
+    /// No send of this queue is in flight any more.
+    pub(crate) unsafe fn on_sent(&self, bytes: usize, is_sealed: bool) -> bool {
+        // SAFETY: as in `prepare`.
+        let message = unsafe { &mut *self.message.get() };
+        let is_over = message.advance(bytes);
+        message.aim();
+        if !is_sealed {
+            self.complete(bytes as u64);
+        }
+        is_over
+    }
+
+    /// The kernel or the cipher is done with `bytes` more: ends the entries that lie before.
+    fn complete(&self, bytes: u64) {
+        let mut queue = self.queue.borrow_mut();
+        queue.front_bytes += bytes;
+        while let Some(entry) = queue.entries.front()
+            && queue.taken_entries > 0
+            && queue.front_bytes >= entry.bytes
+        {
+            queue.front_bytes -= entry.bytes;
+            queue.end_front();
+        }
+    }
+
+    /// Ends entries although they were not sent: nothing will be sent any more, and nothing is in
+    /// flight. Their tokens are reported.
+    pub(crate) fn abandon(&self) {
+        let mut queue = self.queue.borrow_mut();
+        while !queue.entries.is_empty() {
+            queue.end_front();
+        }
+    }
+
+    /// Ends the entries behind those that the kernel has.
+    pub(crate) fn abandon_waiting(&self) {
+        let mut queue = self.queue.borrow_mut();
+        let queue = &mut *queue;
+        // An entry of which some segments are taken stays.
+        let kept: usize =
+            queue.entries.range(..queue.taken_entries).map(|entry| entry.segments).sum();
+        let keep = queue.taken_entries + usize::from(queue.taken_segments > kept);
+        let kept: usize = queue.entries.range(..keep).map(|entry| entry.segments).sum();
+        for entry in queue.entries.drain(keep..) {
+            release(&entry, queue.segments.drain(kept..kept + entry.segments));
+            queue.sent.extend(entry.token);
+        }
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        // The last owner is gone, so nothing is in flight.
+        self.abandon();
+    }
+}
+
+impl Queue {
+    fn end_front(&mut self) {
+        let Some(entry) = self.entries.pop_front() else { return };
+        release(&entry, self.segments.drain(..entry.segments));
+        self.sent.extend(entry.token);
+        self.taken_entries = self.taken_entries.saturating_sub(1);
+        self.taken_segments = self.taken_segments.saturating_sub(entry.segments);
+        if self.entries.is_empty() {
+            // Start over at the same place, which is in the cache.
+            self.arena_end = 0;
+            self.front_bytes = 0;
+        }
+    }
+}
+
+impl Message {
+    /// Points the header to what is left.
+    fn aim(&mut self) {
+        let left = &mut self.iovecs[self.at..];
+        self.header.msg_iov = left.as_mut_ptr().cast(); // a segment is laid out as an iovec
+        self.header.msg_iovlen = left.len();
+    }
+
+    fn advance(&mut self, mut bytes: usize) -> bool {
+        while let Some(segment) = self.iovecs.get_mut(self.at) {
+            if bytes < segment.len() {
+                let base = segment.as_ptr().wrapping_add(bytes);
+                *segment = Segment::new(base, segment.len() - bytes);
+                return false;
+            }
+            bytes -= segment.len();
+            self.at += 1;
+        }
+        true
+    }
+}
+
+/// Gives the payload of an entry back, segment by segment as it was retained.
+fn release(entry: &Entry, segments: impl Iterator<Item = Segment>) {
+    for (index, segment) in segments.enumerate() {
+        if let Some(hold) = &entry.hold
+            && entry.payload.contains(&index)
+        {
+            hold.release(&[segment]);
+        }
+    }
+}
