@@ -29,7 +29,6 @@
 mod channel;
 mod open;
 
-
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,102 @@
+//! Block devices, with a loop device as the disk. Needs root and a free loop device.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use block::uring::{FileOptions, FileVolume};
+use block::{OpenError, Volume, VolumeSpec};
+use tempfile::TempDir;
+
+use crate::harness::{Bench, identity};
+use crate::model::{self, Options};
+
+const BYTES: usize = 4 << 20;
+
+/// A loop device over a file; let go on drop.
+struct Loop {
+    dir: TempDir,
+    device: PathBuf,
+}
+
+impl Loop {
+    /// `None`, with a message, where there is no loop device for us.
+    fn new() -> Option<Loop> {
+        let dir = TempDir::new().unwrap();
+        let file = dir.path().join("backing");
+        fs::write(&file, vec![0; BYTES]).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output();
+        let output = match output {
+            Ok(output) if output.status.success() => output,
+            Ok(output) => {
+                let why = String::from_utf8_lossy(&output.stderr).into_owned();
+                eprintln!("SKIPPED, no loop device: {}", why.trim());
+                return None;
+            }
+            Err(e) => {
+                eprintln!("SKIPPED, no losetup: {e}");
+                return None;
+            }
+        };
+        let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+        Some(Loop { dir, device })
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        fs::read(self.dir.path().join("backing")).unwrap()
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let status = Command::new("losetup").arg("--detach").arg(&self.device).status();
+        assert!(status.is_ok_and(|s| s.success()), "{} stays attached", self.device.display());
+    }
+}
+
+fn open(path: &Path, options: &FileOptions) -> Result<FileVolume, OpenError> {
+    FileVolume::open_device(path, identity(), options)
+}
+
+fn options() -> FileOptions {
+    FileOptions { lock_wait: Duration::from_millis(1), ..FileOptions::default() }
+}
+
+#[test]
+fn a_device_is_an_array_of_bytes() {
+    let Some(disk) = Loop::new() else { return };
+    let volume = open(&disk.device, &options()).unwrap();
+    let geometry = volume.geometry();
+    assert_eq!((geometry.bytes(), geometry.block_bytes), (BYTES as u64, 512));
+    let Some(mut bench) = Bench::real(&volume, 16) else { return };
+    let run = Options { len_max: 2_000_000, ..Options::new(7, 700) };
+    let contents = model::run(&mut bench, &volume, vec![0; BYTES], &run);
+    bench.range(block::Op::Flush, 0, 0, false).unwrap();
+    drop((bench, volume));
+    assert!(disk.contents() == contents, "the device does not hold what was written");
+}
+
+#[test]
+fn a_device_in_use_is_refused() {
+    let Some(disk) = Loop::new() else { return };
+    let first = open(&disk.device, &options()).unwrap();
+    let Err(error) = open(&disk.device, &options()) else { panic!("should be refused") };
+    assert!(error.reason.contains("it is in use: mounted"), "{error}");
+    drop(first);
+    assert!(open(&disk.device, &options()).is_ok());
+}
+
+#[test]
+fn a_device_is_not_a_file() {
+    let Some(disk) = Loop::new() else { return };
+    let spec: VolumeSpec = format!("file:{},size=1M", disk.device.display()).parse().unwrap();
+    let Err(error) = spec.open(identity()) else { panic!("should be refused") };
+    assert!(error.reason.contains("write blockdev: instead of file:"), "{error}");
+    let sized = FileOptions { size_bytes: Some(1 << 20), ..options() };
+    let Err(error) = open(&disk.device, &sized) else { panic!("should be refused") };
+    assert!(error.reason.contains("leave size= out"), "{error}");
+    let spec: VolumeSpec = format!("blockdev:{},ro", disk.device.display()).parse().unwrap();
+    let volume = spec.open(identity()).unwrap();
+    assert!(volume.geometry().read_only);
+}
