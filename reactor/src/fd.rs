@@ -1,6 +1,7 @@
 //! Descriptors that operations name: real ones, or objects of a simulated world.
 
 use std::fmt;
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -122,6 +123,16 @@ impl Socket {
     pub(crate) fn set_nodelay(&self) {
         if let SocketKind::Os(fd) = &self.0 {
             let _ = sys::set_nodelay(fd);
+        }
+    }
+
+    /// Closing this connection discards what the kernel has not sent yet and resets it (`SO_LINGER` of
+    /// zero). Without it, bytes of a connection given up can reach the peer long after its close,
+    /// when the path comes back. A simulated connection has no such buffer.
+    pub fn set_reset_on_close(&self) -> io::Result<()> {
+        match &self.0 {
+            SocketKind::Os(fd) => sys::set_reset_on_close(fd),
+            SocketKind::Sim(_) => Ok(()),
         }
     }
 

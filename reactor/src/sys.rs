@@ -89,6 +89,22 @@ pub(crate) fn set_nodelay(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets a close discard what is not sent.
+pub(crate) fn set_reset_on_close(fd: &OwnedFd) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: the pointer and length name `linger`.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            mem::size_of_val(&linger) as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
 /// A socket address in the kernel's form.
 pub(crate) struct RawAddr {
     storage: libc::sockaddr_storage,

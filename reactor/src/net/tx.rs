@@ -384,3 +384,6 @@ fn release(entry: &Entry, segments: impl Iterator<Item = Segment>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

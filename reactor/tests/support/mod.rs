@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unsafe_code, reason = "one system call")]
 
+pub(crate) mod xor;
+
 use std::io;
 use std::time::{Duration, Instant};
 

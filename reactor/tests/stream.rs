@@ -1,0 +1,437 @@
+//! Streams on real sockets: TCP over loopback and Unix socket pairs.
+
+#![expect(clippy::unwrap_used, reason = "a failure in a helper is a failed test")]
+#![expect(unsafe_code, reason = "a reset is provoked by a socket option; memory is counted")]
+
+mod support;
+
+use std::cell::Cell;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+
+use iobuf::{Hold, Segment, SgList};
+use reactor::net::{HEAD_BYTES_MAX, Layer, Rx, RxChunk, Stream, StreamConfig};
+use reactor::{Core, CoreConfig, Errno, Full, Local, Socket};
+use support::xor::Xor;
+use support::{content, core, core_with, list, pattern, small, until};
+
+fn unix() -> [Socket; 2] {
+    let (a, b) = UnixStream::pair().unwrap();
+    [a.into(), b.into()]
+}
+
+fn tcp_raw() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (near, listener.accept().unwrap().0)
+}
+
+fn tcp() -> [Socket; 2] {
+    let (a, b) = tcp_raw();
+    [a.into(), b.into()]
+}
+
+fn streams(local: &Local, sockets: [Socket; 2], layers: bool) -> [Stream; 2] {
+    sockets.map(|socket| {
+        let layer = layers.then(|| Box::new(Xor::default()) as Box<dyn Layer>);
+        let config = StreamConfig { tx_entries_max: 32, layer, ..StreamConfig::default() };
+        Stream::new(local, socket, config).unwrap()
+    })
+}
+
+/// What arrives until there are `len` bytes.
+fn receive(
+    core: &mut Core,
+    stream: &mut Stream,
+    sender: Option<&mut Stream>,
+    len: usize,
+) -> Vec<u8> {
+    let mut sender = sender;
+    let mut bytes = Vec::with_capacity(len);
+    until(core, || {
+        if let Some(sender) = sender.as_deref_mut() {
+            sender.poll();
+        }
+        stream.poll();
+        loop {
+            match stream.recv() {
+                Rx::Data(chunk) => bytes.extend_from_slice(&chunk),
+                Rx::Empty => break,
+                other => panic!("{other:?} after {} bytes", bytes.len()),
+            }
+        }
+        (bytes.len() >= len).then_some(())
+    });
+    assert_eq!(bytes.len(), len);
+    bytes
+}
+
+/// Pushes PDUs of many shapes and checks bytes, tokens and memory on the other side.
+fn exchange(mut core: Core, sockets: [Socket; 2], layers: bool) {
+    let local = core.local();
+    let [mut near, mut far] = streams(&local, sockets, layers);
+    let mut expected = Vec::new();
+    let mut received = Vec::new();
+    let (mut pushed, mut sent) = (0u32, 0u32);
+    let payload_lens = [0, 1, 24, 512, 4096, 70_000, 300_000];
+    let rounds = 200;
+    until(&mut core, || {
+        while pushed < rounds && near.room() > 0 {
+            let head = pattern(1 + (pushed as usize * 7) % HEAD_BYTES_MAX, pushed.into());
+            let len = payload_lens[pushed as usize % payload_lens.len()];
+            let data = pattern(len + 20, u64::from(pushed) + 1);
+            let tail = (pushed % 3 == 0).then_some(pushed.to_le_bytes());
+            let sg = list(&local, &data);
+            let payload = (len > 0).then_some((&sg, 10, len));
+            near.push(&head, payload, tail, Some(pushed)).unwrap();
+            expected.extend_from_slice(&head);
+            expected.extend_from_slice(&data[10..10 + len]);
+            expected.extend(tail.into_iter().flatten());
+            pushed += 1;
+        }
+        near.flush();
+        near.poll();
+        far.poll();
+        while let Some(token) = near.sent() {
+            assert_eq!(token, sent);
+            sent += 1;
+        }
+        while let Rx::Data(chunk) = far.recv() {
+            received.extend_from_slice(&chunk);
+        }
+        (sent == rounds && received.len() == expected.len()).then_some(())
+    });
+    assert!(received == expected, "bytes differ");
+    assert!(!near.is_sending());
+    assert_eq!(local.pool().available(), local.pool().capacity());
+}
+
+#[test]
+fn pdus_arrive_whole_and_in_order() {
+    exchange(core(), unix(), false);
+    exchange(core(), tcp(), false);
+}
+
+#[test]
+fn pdus_arrive_through_buffers_used_up_piece_by_piece() {
+    let config = CoreConfig { rx_incremental: true, ..small() };
+    exchange(core_with(config.clone()), unix(), false);
+    exchange(core_with(config), tcp(), true);
+}
+
+#[test]
+fn a_record_layer_sits_in_between() {
+    exchange(core(), unix(), true);
+    exchange(core(), tcp(), true);
+}
+
+#[test]
+fn few_tiny_buffers_are_enough() {
+    for rx_incremental in [false, true] {
+        for layers in [false, true] {
+            let tiny = CoreConfig { rx_buffers: 1, rx_buffer_bytes: 64, ..small() };
+            exchange(core_with(CoreConfig { rx_incremental, ..tiny }), unix(), layers);
+        }
+    }
+}
+
+#[test]
+fn pushes_during_a_send_go_with_the_next() {
+    let mut core = core();
+    let local = core.local();
+    let [mut near, mut far] = streams(&local, unix(), false);
+    near.push(b"first ", None, None, Some(1)).unwrap();
+    near.flush();
+    // The first is with the kernel (or about to be); these wait and need no flush of their own.
+    near.push(b"second ", None, None, Some(2)).unwrap();
+    near.push(b"third", None, None, Some(3)).unwrap();
+    assert_eq!(receive(&mut core, &mut far, Some(&mut near), 18), b"first second third");
+    let mut tokens = Vec::new();
+    until(&mut core, || {
+        near.poll();
+        tokens.extend(near.sent());
+        (tokens.len() == 3).then_some(())
+    });
+    assert_eq!(tokens, [1, 2, 3]);
+}
+
+#[test]
+fn the_queue_is_bounded() {
+    let core = core();
+    let [mut near, _far] = streams(&core.local(), unix(), false);
+    let room = near.room();
+    assert_eq!(room, 32);
+    for token in 0..room {
+        near.push(&[1; HEAD_BYTES_MAX], None, Some([2; 4]), Some(token as u32)).unwrap();
+    }
+    assert_eq!(near.room(), 0);
+    assert_eq!(near.push(b"x", None, None, None), Err(Full));
+}
+
+#[test]
+fn a_peer_that_does_not_read_stops_the_sender_and_nothing_is_lost() {
+    let mut core = core();
+    let local = core.local();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let mut stream = Stream::new(&local, socket.into(), StreamConfig::default()).unwrap();
+    let data = pattern(1 << 20, 3);
+    let sg = list(&local, &data);
+    stream.push(b"head", Some((&sg, 0, data.len())), None, Some(1)).unwrap();
+    stream.flush();
+    for _ in 0..100 {
+        core.turn(false);
+        stream.poll();
+    }
+    assert_eq!(stream.sent(), None);
+    assert!(stream.is_sending());
+    let reader = std::thread::spawn(move || {
+        let mut bytes = vec![0; 4 + (1 << 20)];
+        raw.read_exact(&mut bytes).unwrap();
+        bytes
+    });
+    until(&mut core, || {
+        stream.poll();
+        stream.sent()
+    });
+    assert_eq!(content(&sg), data);
+    let bytes = reader.join().unwrap();
+    assert!(bytes[..4] == *b"head" && bytes[4..] == data);
+}
+
+#[test]
+fn after_shutdown_and_quiet_nothing_more_is_sent() {
+    let mut core = core();
+    let local = core.local();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let mut stream = Stream::new(&local, socket.into(), StreamConfig::default()).unwrap();
+    let sg = list(&local, &vec![1; 1 << 20]);
+    for token in 0..3 {
+        stream.push(&[], Some((&sg, 0, sg.len())), None, Some(token)).unwrap();
+    }
+    stream.flush();
+    core.turn(false);
+    assert!(!stream.is_quiet());
+    stream.shutdown();
+    let mut tokens = Vec::new();
+    until(&mut core, || {
+        stream.poll();
+        tokens.extend(std::iter::from_fn(|| stream.sent()));
+        stream.is_quiet().then_some(())
+    });
+    tokens.sort();
+    assert_eq!(tokens, [0, 1, 2]);
+    // Whatever happens to the memory now, the peer cannot see it.
+    sg.fill(0, sg.len(), 2).unwrap();
+    assert_eq!(stream.push(b"x", None, None, None), Err(Full));
+    assert_eq!(stream.room(), 0);
+    drop(stream);
+    let mut bytes = Vec::new();
+    let rest = raw.read_to_end(&mut bytes);
+    assert!(rest.is_ok() && bytes.len() < 3 << 20 && bytes.iter().all(|byte| *byte == 1));
+}
+
+#[test]
+fn a_paused_stream_receives_nothing() {
+    let mut core = core();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let mut stream = Stream::new(&core.local(), socket.into(), StreamConfig::default()).unwrap();
+    raw.write_all(b"before").unwrap();
+    assert_eq!(receive(&mut core, &mut stream, None, 6), b"before");
+    stream.pause();
+    // Turn until the cancelled receive is over: then nothing is left to complete.
+    let mut turns = 0;
+    until(&mut core, || {
+        turns += 1;
+        (!stream.poll() && turns > 10).then_some(())
+    });
+    raw.write_all(b"after").unwrap();
+    for _ in 0..10 {
+        core.turn(false);
+        assert!(matches!(stream.recv(), Rx::Empty));
+    }
+    stream.resume();
+    assert_eq!(receive(&mut core, &mut stream, None, 5), b"after");
+    // Changing one's mind while the cancellation is under way is fine, too.
+    for _ in 0..5 {
+        stream.pause();
+        stream.resume();
+    }
+    raw.write_all(b"again").unwrap();
+    assert_eq!(receive(&mut core, &mut stream, None, 5), b"again");
+}
+
+#[test]
+fn the_end_of_the_stream_comes_after_its_data() {
+    let mut core = core();
+    for socket_pair in [unix(), tcp()] {
+        let local = core.local();
+        let [mut near, mut far] = streams(&local, socket_pair, false);
+        near.push(b"farewell", None, None, Some(0)).unwrap();
+        near.flush();
+        until(&mut core, || {
+            near.poll();
+            near.sent()
+        });
+        drop(near);
+        assert_eq!(receive(&mut core, &mut far, None, 8), b"farewell");
+        until(&mut core, || matches!(far.recv(), Rx::Eof).then_some(()));
+    }
+}
+
+#[test]
+fn a_reset_is_a_failure_and_gives_tokens_back() {
+    let mut core = core();
+    let local = core.local();
+    let (raw, socket) = tcp_raw();
+    let mut stream = Stream::new(&local, socket.into(), StreamConfig::default()).unwrap();
+    assert!(stream.peer().starts_with("127.0.0.1:"));
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: pointer and length name `linger`.
+    let result = unsafe {
+        libc::setsockopt(
+            raw.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of_val(&linger) as u32,
+        )
+    };
+    assert_eq!(result, 0);
+    let sg = list(&local, &vec![1; 3 << 20]);
+    for token in 0..4 {
+        stream.push(b"head", Some((&sg, 0, sg.len())), None, Some(token)).unwrap();
+    }
+    stream.flush();
+    core.turn(false);
+    drop(raw);
+    let mut tokens = Vec::new();
+    until(&mut core, || {
+        stream.poll();
+        tokens.extend(std::iter::from_fn(|| stream.sent()));
+        (tokens.len() == 4).then_some(())
+    });
+    let errno = stream.failed().unwrap();
+    assert!(errno == Errno::CONNECTION_RESET || errno == Errno(libc::EPIPE), "{errno:?}");
+    assert!(matches!(stream.recv(), Rx::Failed(same) if same == errno));
+    stream.shutdown();
+    until(&mut core, || {
+        stream.poll();
+        stream.is_quiet().then_some(())
+    });
+}
+
+#[test]
+fn junk_fails_the_record_layer() {
+    let mut core = core();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let layer = Some(Box::new(Xor::default()) as Box<dyn Layer>);
+    let config = StreamConfig { layer, ..StreamConfig::default() };
+    let mut stream = Stream::new(&core.local(), socket.into(), config).unwrap();
+    raw.write_all(b"XYjunk").unwrap();
+    let errno = until(&mut core, || match stream.recv() {
+        Rx::Failed(errno) => Some(errno),
+        Rx::Empty => None,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(errno, Errno::BAD_MESSAGE);
+    assert_eq!(stream.push(b"x", None, None, None), Err(Full));
+}
+
+#[test]
+fn a_stream_is_not_starved_by_one_that_sits_on_all_buffers() {
+    let mut core = core_with(CoreConfig { rx_buffers: 2, rx_buffer_bytes: 256, ..small() });
+    let local = core.local();
+    let (mut hog_raw, hog_socket) = UnixStream::pair().unwrap();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let mut hog = Stream::new(&local, hog_socket.into(), StreamConfig::default()).unwrap();
+    let mut stream = Stream::new(&local, socket.into(), StreamConfig::default()).unwrap();
+    hog_raw.write_all(&[1; 512]).unwrap();
+    let mut held: Vec<RxChunk> = Vec::new();
+    until(&mut core, || {
+        if let Rx::Data(chunk) = hog.recv() {
+            held.push(chunk);
+        }
+        (held.iter().map(|chunk| chunk.len()).sum::<usize>() == 512).then_some(())
+    });
+    let data = pattern(100_000, 5);
+    let writer = std::thread::spawn(move || {
+        raw.write_all(&pattern(100_000, 5)).unwrap();
+        raw
+    });
+    assert_eq!(receive(&mut core, &mut stream, None, 100_000), data);
+    // The buffers come back, and so does the ordinary way.
+    held.clear();
+    let mut raw = writer.join().unwrap();
+    raw.write_all(b"end").unwrap();
+    assert_eq!(receive(&mut core, &mut stream, None, 3), b"end");
+}
+
+/// Memory whose users are counted.
+struct Counted {
+    bytes: Box<[u8]>,
+    uses: Cell<i32>,
+    gone: Rc<Cell<bool>>,
+}
+
+impl Hold for Counted {
+    fn retain(&self, segments: &[Segment]) {
+        self.uses.set(self.uses.get() + segments.len() as i32);
+    }
+    fn release(&self, segments: &[Segment]) {
+        self.uses.set(self.uses.get() - segments.len() as i32);
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        assert_eq!(self.uses.get(), 0);
+        self.gone.set(true);
+    }
+}
+
+#[test]
+fn a_dropped_stream_keeps_payload_until_the_kernel_is_done() {
+    let mut core = core();
+    let (_raw, socket) = UnixStream::pair().unwrap();
+    let mut stream = Stream::new(&core.local(), socket.into(), StreamConfig::default()).unwrap();
+    let gone = Rc::new(Cell::new(false));
+    let mut memory =
+        Counted { bytes: vec![1; 4 << 20].into(), uses: Cell::new(1), gone: Rc::clone(&gone) };
+    let segment = Segment::new(memory.bytes.as_mut_ptr(), memory.bytes.len());
+    let mut sg = SgList::default();
+    // SAFETY: the bytes live as long as the hold, and one use was counted for the list.
+    unsafe { sg.append(&Rc::new(memory), segment) };
+    for token in 0..2 {
+        stream.push(b"head", Some((&sg, 0, sg.len())), None, Some(token)).unwrap();
+    }
+    stream.flush();
+    core.turn(false);
+    drop(sg);
+    drop(stream);
+    assert!(!gone.get(), "the kernel still reads");
+    until(&mut core, || gone.get().then_some(()));
+}
+
+#[test]
+fn a_core_without_free_slots_sends_later() {
+    let mut core = core_with(CoreConfig { entries: 4, ..small() });
+    let local = core.local();
+    let [mut near, mut far] = streams(&local, unix(), false);
+    let mut port = local.port();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let fd = reactor::Fd::from(std::os::fd::OwnedFd::from(reader));
+    let sg = list(&local, &[0; 8]);
+    while port.readv(&fd, 0, &sg, 1).is_ok() {}
+    near.push(b"late", None, None, Some(1)).unwrap();
+    near.flush();
+    for _ in 0..5 {
+        core.turn(false);
+        near.poll();
+    }
+    assert!(near.is_sending() && near.sent().is_none() && near.failed().is_none());
+    port.cancel_all();
+    assert_eq!(receive(&mut core, &mut far, Some(&mut near), 4), b"late");
+}
