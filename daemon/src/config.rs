@@ -1,0 +1,390 @@
+//! What to run: checked configuration, from a TOML file, from flags, or from both.
+//!
+//! ```text
+//!  penstock.toml ──► file::read ──┐
+//!                                 ├──► Draft (text + where it came from) ──► Config (checked)
+//!  --volume a=ram:1M ─────────────┘
+//! ```
+//!
+//! Both sources give the same [`Draft`]: plain text with the [`Place`] each piece came from. There
+//! is one set of checks behind it, [`Draft::check`], so a flag and a key are judged alike and each
+//! message names the key or flag, the value and what is allowed, with file and line where there is
+//! one. The rest of the daemon sees only [`Config`] and never an unchecked value.
+
+mod check;
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::VolumeSpec;
+
+/// The largest number of I/O queues of one device, and of one association.
+pub const QUEUES_MAX: u64 = 64;
+/// The default number of request queues of a virtio-blk device.
+pub const DEVICE_QUEUES: u16 = 2;
+/// The port of NVMe/TCP I/O controllers (IANA).
+pub const IO_PORT: u16 = 4420;
+/// The port of NVMe/TCP discovery controllers (IANA).
+pub const DISCOVERY_PORT: u16 = 8009;
+
+/// Everything a `penstock` process runs; every value in it has been checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where identities are kept. Without it they are derived from names (see [`crate::identity`]).
+    pub data_dir: Option<PathBuf>,
+    /// Volumes to serve, in the order given.
+    pub volumes: Vec<VolumeConfig>,
+    /// The NVMe/TCP target, if there is one.
+    pub target: Option<TargetConfig>,
+    /// Devices to emulate.
+    pub devices: Vec<DeviceConfig>,
+    /// Cores the emulated devices run on; `None` lets the daemon choose.
+    pub emulator_cores: Option<u16>,
+}
+
+/// One volume, served as one namespace.
+#[derive(Debug, Clone)]
+pub struct VolumeConfig {
+    /// Unique name; identities are kept or derived by it.
+    pub name: String,
+    /// What is behind it.
+    pub spec: VolumeSpec,
+    /// The namespace ID, if the operator chose one.
+    pub nsid: Option<u32>,
+}
+
+/// The NVMe/TCP target.
+#[derive(Debug, Clone)]
+pub struct TargetConfig {
+    /// Where I/O controllers listen.
+    pub listen: Vec<Listen>,
+    /// Where discovery controllers listen; may be empty.
+    pub discovery: Vec<Listen>,
+    /// Subsystem NQN, if the operator chose one.
+    pub subnqn: Option<String>,
+    /// Cores that serve connections; `None` lets the daemon choose.
+    pub cores: Option<u16>,
+    /// Largest queue a host may ask for, in entries.
+    pub queue_entries_max: Option<u16>,
+    /// Most I/O queues one association may have.
+    pub io_queues_max: Option<u16>,
+}
+
+/// A listening address, and the address hosts are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Listen {
+    /// What is bound.
+    pub addr: SocketAddr,
+    /// What the discovery log says instead, where hosts reach the listener by another address.
+    pub advertise: Option<SocketAddr>,
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.addr)?;
+        match self.advertise {
+            Some(advertise) => write!(f, ",advertise={advertise}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The kind of an emulated device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// A virtio block device served over vhost-user.
+    VirtioBlk,
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceKind::VirtioBlk => f.write_str("virtio-blk"),
+        }
+    }
+}
+
+/// One emulated device: a socket for the machine, a remote namespace behind it.
+#[derive(Debug, Clone)]
+pub struct DeviceConfig {
+    /// Unique name.
+    pub name: String,
+    /// What the machine sees.
+    pub kind: DeviceKind,
+    /// The vhost-user socket the machine connects to.
+    pub socket: PathBuf,
+    /// The target.
+    pub connect: SocketAddr,
+    /// The subsystem the namespace is in.
+    pub subnqn: String,
+    /// The namespace.
+    pub nsid: u32,
+    /// Request queues of the device.
+    pub queues: u16,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// Where a piece of configuration came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A command-line flag, with its dashes.
+    Flag(&'static str),
+    /// A key in a file.
+    File {
+        /// The file as the operator named it.
+        path: Arc<Path>,
+        /// Line, counted from 1.
+        line: usize,
+        /// The key with its table, such as `target.listen`.
+        key: String,
+    },
+}
+
+/// A value that was refused. Its message is complete: place, value, reason, what is allowed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A value that is not allowed.
+    #[error("{}", ValueMessage { place, value, problem })]
+    Value {
+        /// Where it was given.
+        place: Place,
+        /// The value as given.
+        value: String,
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+    /// Something needed was not given.
+    #[error("{0}")]
+    Missing(String),
+    /// The file could not be read.
+    #[error("{}: cannot read the configuration: {problem}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        problem: String,
+    },
+    /// The file is no TOML of the right shape.
+    #[error("{}:{line}: {problem}", path.display())]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: usize,
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+}
+
+struct ValueMessage<'a> {
+    place: &'a Place,
+    value: &'a str,
+    problem: &'a str,
+}
+
+impl fmt::Display for ValueMessage<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.place {
+            Place::Flag(flag) => write!(f, "{flag} {:?}: {}", self.value, self.problem),
+            Place::File { path, line, key } => {
+                write!(f, "{}:{line}: {key} = {:?}: {}", path.display(), self.value, self.problem)
+            }
+        }
+    }
+}
+
+/// A piece of text and where it was given.
+#[derive(Debug, Clone)]
+pub struct Setting {
+    text: String,
+    place: Place,
+}
+
+impl Setting {
+    /// The argument of a flag.
+    pub fn flag(flag: &'static str, text: impl Into<String>) -> Self {
+        Setting { text: text.into(), place: Place::Flag(flag) }
+    }
+
+    fn refuse(&self, problem: impl Into<String>) -> ConfigError {
+        ConfigError::Value {
+            place: self.place.clone(),
+            value: self.text.clone(),
+            problem: problem.into(),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct VolumeDraft {
+    name: Setting,
+    spec: Setting,
+    nsid: Option<Setting>,
+}
+
+/// A device before it is checked: its keys by name.
+#[derive(Debug, Clone)]
+struct DeviceDraft {
+    name: Setting,
+    keys: BTreeMap<&'static str, Setting>,
+}
+
+/// The keys of a device besides its name, as the file and the flag know them.
+const DEVICE_KEYS: [&str; 7] =
+    ["type", "socket", "connect", "subnqn", "nsid", "queues", "read_only"];
+
+/// Configuration as given, not yet checked.
+///
+/// Flags are laid over a file: volumes and devices are added to the file's, single values and
+/// listeners replace the file's.
+#[derive(Debug, Clone, Default)]
+pub struct Draft {
+    data_dir: Option<Setting>,
+    volumes: Vec<VolumeDraft>,
+    devices: Vec<DeviceDraft>,
+    listen: Vec<Setting>,
+    discovery: Vec<Setting>,
+    subnqn: Option<Setting>,
+    cores: Option<Setting>,
+    emulator_cores: Option<Setting>,
+    queue_entries_max: Option<Setting>,
+    io_queues_max: Option<Setting>,
+    has_target: bool,
+}
+
+impl Draft {
+    /// An empty draft, to be filled from flags.
+    pub fn new() -> Self {
+        Draft::default()
+    }
+
+    /// Reads a configuration file.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        file::read(path)
+    }
+
+    /// Parses configuration text; `path` is only used in messages.
+    pub fn from_toml(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        file::parse(path, text)
+    }
+
+    /// `--data DIR`.
+    pub fn set_data_dir(&mut self, dir: impl Into<String>) {
+        self.data_dir = Some(Setting::flag("--data", dir));
+    }
+
+    /// `--volume NAME=SPEC`.
+    pub fn add_volume(&mut self, argument: &str) -> Result<(), ConfigError> {
+        let whole = Setting::flag("--volume", argument);
+        let Some((name, spec)) = argument.split_once('=') else {
+            return Err(
+                whole.refuse("allowed: NAME=SPEC, such as db0=file:/var/lib/db0.img,size=10GiB")
+            );
+        };
+        self.volumes.push(VolumeDraft {
+            name: Setting::flag("--volume", name),
+            spec: Setting::flag("--volume", spec),
+            nsid: None,
+        });
+        Ok(())
+    }
+
+    /// `--device NAME=TYPE,key=value,...`.
+    pub fn add_device(&mut self, argument: &str) -> Result<(), ConfigError> {
+        const FORM: &str = "allowed: NAME=virtio-blk,socket=PATH,connect=ADDR:PORT,subnqn=NQN,\
+                            nsid=N[,queues=N][,read_only=true]";
+        let whole = Setting::flag("--device", argument);
+        let Some((name, rest)) = argument.split_once('=') else {
+            return Err(whole.refuse(FORM));
+        };
+        let mut keys = BTreeMap::new();
+        for (index, part) in rest.split(',').enumerate() {
+            let (key, value) = match part.split_once('=') {
+                Some(pair) => pair,
+                None if index == 0 => ("type", part),
+                None => return Err(whole.refuse(format!("{part:?} is not key=value; {FORM}"))),
+            };
+            let Some(known) = DEVICE_KEYS.iter().find(|known| **known == key) else {
+                return Err(whole.refuse(format!(
+                    "there is no key {key:?}; allowed: {}",
+                    DEVICE_KEYS.join(", ")
+                )));
+            };
+            if keys.insert(*known, Setting::flag("--device", value)).is_some() {
+                return Err(whole.refuse(format!("the key {key:?} is given twice")));
+            }
+        }
+        self.devices.push(DeviceDraft { name: Setting::flag("--device", name), keys });
+        Ok(())
+    }
+
+    /// `--listen ADDR:PORT[,advertise=ADDR:PORT]`, as often as given; replaces the file's.
+    pub fn set_listen(&mut self, listen: &[String]) {
+        if !listen.is_empty() {
+            self.listen = listen.iter().map(|text| Setting::flag("--listen", text)).collect();
+        }
+    }
+
+    /// `--discovery ADDR:PORT[,advertise=ADDR:PORT]`, as often as given; replaces the file's.
+    pub fn set_discovery(&mut self, discovery: &[String]) {
+        if !discovery.is_empty() {
+            self.discovery =
+                discovery.iter().map(|text| Setting::flag("--discovery", text)).collect();
+        }
+    }
+
+    /// `--subnqn NQN`.
+    pub fn set_subnqn(&mut self, subnqn: impl Into<String>) {
+        self.subnqn = Some(Setting::flag("--subnqn", subnqn));
+    }
+
+    /// `--cores N` of the target.
+    pub fn set_target_cores(&mut self, cores: impl Into<String>) {
+        self.cores = Some(Setting::flag("--cores", cores));
+    }
+
+    /// `--cores N` of the emulator.
+    pub fn set_emulator_cores(&mut self, cores: impl Into<String>) {
+        self.emulator_cores = Some(Setting::flag("--cores", cores));
+    }
+
+    /// `--queue-entries-max N`.
+    pub fn set_queue_entries_max(&mut self, entries: impl Into<String>) {
+        self.queue_entries_max = Some(Setting::flag("--queue-entries-max", entries));
+    }
+
+    /// `--io-queues-max N`.
+    pub fn set_io_queues_max(&mut self, queues: impl Into<String>) {
+        self.io_queues_max = Some(Setting::flag("--io-queues-max", queues));
+    }
+
+    /// Takes the emulator's part out: what `penstock target` runs. Returns how many devices were
+    /// left out.
+    pub fn keep_target(&mut self) -> usize {
+        let left_out = self.devices.len();
+        self.devices.clear();
+        self.has_target = true;
+        left_out
+    }
+
+    /// Takes the target's part out: what `penstock emulate` runs. Returns how many volumes were
+    /// left out.
+    pub fn keep_devices(&mut self) -> usize {
+        let left_out = self.volumes.len();
+        let devices = std::mem::take(&mut self.devices);
+        *self = Draft {
+            data_dir: self.data_dir.take(),
+            emulator_cores: self.emulator_cores.take(),
+            devices,
+            ..Draft::default()
+        };
+        left_out
+    }
+}

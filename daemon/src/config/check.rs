@@ -1,0 +1,304 @@
+//! The one set of checks behind file and flags: [`Draft`] in, [`Config`] out.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::{
+    Config, ConfigError, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft, Listen,
+    QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft,
+};
+
+/// Names become file names, log fields and NQN suffixes.
+const NAME_LEN_MAX: usize = 64;
+/// More cores than this serve no block device we know.
+const CORES_MAX: u64 = 256;
+/// Smallest and largest queue: NVMe over Fabrics asks for two entries, CAP.MQES is 16 bits wide,
+/// and memory per connection is reserved for what may be in flight.
+const QUEUE_ENTRIES: std::ops::RangeInclusive<u64> = 2..=4096;
+/// Namespace IDs above this are refused by hosts that size tables by NN.
+const NSID_MAX: u64 = 65_536;
+/// `sockaddr_un` holds 108 bytes with the terminating zero.
+const SOCKET_PATH_MAX: usize = 107;
+/// Volumes of one target; devices of one emulator.
+const OBJECTS_MAX: usize = 4096;
+
+const NAME_ALLOWED: &str =
+    "allowed: 1 to 64 of A-Z a-z 0-9 . _ -, not beginning with a dot or a dash";
+
+impl Draft {
+    /// Checks every value. The first refusal ends it: one message, about one thing.
+    pub fn check(self) -> Result<Config, ConfigError> {
+        let volumes = check_volumes(&self.volumes)?;
+        let devices = check_devices(&self.devices)?;
+        let listen = check_listeners(&self.listen)?;
+        let discovery = check_listeners(&self.discovery)?;
+        for entry in &self.discovery {
+            let addr = listener(entry)?.addr;
+            if addr.port() != 0 && listen.iter().any(|other| other.addr == addr) {
+                return Err(entry.refuse(
+                    "is also an I/O listener; allowed: another port, such as 8009, for discovery",
+                ));
+            }
+        }
+
+        if !discovery.is_empty() {
+            for (entry, listen) in self.listen.iter().zip(&listen) {
+                if listen.addr.ip().is_unspecified() && listen.advertise.is_none() {
+                    return Err(entry.refuse(
+                        "listens everywhere, and the discovery log needs one address that hosts \
+                         can reach; add ,advertise=ADDR:PORT",
+                    ));
+                }
+            }
+        }
+
+        let has_target = self.has_target
+            || !volumes.is_empty()
+            || !self.listen.is_empty()
+            || !self.discovery.is_empty();
+        let target = if has_target {
+            if volumes.is_empty() {
+                return Err(ConfigError::Missing(
+                    "no volume to serve: give --volume NAME=SPEC, or a [[volume]] table with name \
+                     and spec; SPEC is file:PATH[,size=SIZE], blockdev:PATH, ram:SIZE or null:SIZE"
+                        .to_owned(),
+                ));
+            }
+            if listen.is_empty() {
+                return Err(ConfigError::Missing(
+                    "no address to listen on: give --listen ADDR:PORT, or target.listen in the \
+                     file, such as 127.0.0.1:4420"
+                        .to_owned(),
+                ));
+            }
+            let subnqn = match &self.subnqn {
+                Some(setting) if setting.text == nvme::spec::DISCOVERY_NQN => {
+                    return Err(setting.refuse(
+                        "is the discovery subsystem's; allowed: an NQN of your own, such as \
+                         nqn.2014-08.com.example:disks",
+                    ));
+                }
+                Some(setting) => Some(nqn(setting)?),
+                None => None,
+            };
+            Some(TargetConfig {
+                listen,
+                discovery,
+                subnqn,
+                cores: optional(&self.cores, 1..=CORES_MAX)?,
+                queue_entries_max: optional(&self.queue_entries_max, QUEUE_ENTRIES)?,
+                io_queues_max: optional(&self.io_queues_max, 1..=QUEUES_MAX)?,
+            })
+        } else {
+            None
+        };
+        if target.is_none() && devices.is_empty() {
+            return Err(ConfigError::Missing(
+                "nothing to run: give a target (--volume and --listen, or [[volume]] and [target]) \
+                 or a device (--device, or [[device]])"
+                    .to_owned(),
+            ));
+        }
+        let data_dir = match &self.data_dir {
+            Some(setting) if setting.text.is_empty() => {
+                return Err(setting.refuse("is empty; allowed: the path of a directory"));
+            }
+            Some(setting) => Some(PathBuf::from(&setting.text)),
+            None => None,
+        };
+        Ok(Config {
+            data_dir,
+            volumes,
+            target,
+            devices,
+            emulator_cores: optional(&self.emulator_cores, 1..=CORES_MAX)?,
+        })
+    }
+}
+
+fn check_volumes(drafts: &[VolumeDraft]) -> Result<Vec<VolumeConfig>, ConfigError> {
+    let mut volumes = Vec::with_capacity(drafts.len());
+    let mut names = BTreeMap::new();
+    let mut nsids = BTreeMap::new();
+    for draft in drafts {
+        if volumes.len() == OBJECTS_MAX {
+            return Err(draft.name.refuse(format!("allowed: at most {OBJECTS_MAX} volumes")));
+        }
+        let name = name(&draft.name)?;
+        if names.insert(name.clone(), ()).is_some() {
+            return Err(draft.name.refuse("is the name of another volume; allowed: unique names"));
+        }
+        let spec =
+            draft.spec.text.parse().map_err(|error| draft.spec.refuse(format!("{error}")))?;
+        let nsid = match &draft.nsid {
+            Some(setting) => {
+                let nsid = number(setting, 1..=NSID_MAX)? as u32;
+                if let Some(other) = nsids.insert(nsid, name.clone()) {
+                    return Err(setting.refuse(format!(
+                        "is the namespace ID of volume {other:?}; allowed: unique IDs"
+                    )));
+                }
+                Some(nsid)
+            }
+            None => None,
+        };
+        volumes.push(VolumeConfig { name, spec, nsid });
+    }
+    Ok(volumes)
+}
+
+fn check_devices(drafts: &[DeviceDraft]) -> Result<Vec<DeviceConfig>, ConfigError> {
+    let mut devices: Vec<DeviceConfig> = Vec::with_capacity(drafts.len());
+    for draft in drafts {
+        if devices.len() == OBJECTS_MAX {
+            return Err(draft.name.refuse(format!("allowed: at most {OBJECTS_MAX} devices")));
+        }
+        let device = device(draft)?;
+        if devices.iter().any(|other| other.name == device.name) {
+            return Err(draft.name.refuse("is the name of another device; allowed: unique names"));
+        }
+        if let Some(other) = devices.iter().find(|other| other.socket == device.socket) {
+            let socket = &draft.keys["socket"];
+            return Err(socket.refuse(format!(
+                "is the socket of device {:?}; allowed: a socket for each device",
+                other.name
+            )));
+        }
+        devices.push(device);
+    }
+    Ok(devices)
+}
+
+fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
+    let name = name(&draft.name)?;
+    let needed = |key: &'static str, form: &str| {
+        draft.keys.get(key).ok_or_else(|| {
+            draft.name.refuse(format!("this device has no {key}; needed: {key}={form}"))
+        })
+    };
+
+    let kind = needed("type", "virtio-blk")?;
+    let kind = match kind.text.as_str() {
+        "virtio-blk" => DeviceKind::VirtioBlk,
+        _ => return Err(kind.refuse("is no device type; allowed: virtio-blk")),
+    };
+    let socket = needed("socket", "PATH")?;
+    if socket.text.is_empty() || socket.text.len() > SOCKET_PATH_MAX {
+        return Err(socket.refuse(format!(
+            "is {} bytes long; allowed: a path of 1 to {SOCKET_PATH_MAX} bytes (limit of Unix \
+             sockets)",
+            socket.text.len()
+        )));
+    }
+    let connect = needed("connect", "ADDR:PORT")?;
+    let addr = address(connect, &connect.text)?;
+    if addr.port() == 0 || addr.ip().is_unspecified() {
+        return Err(connect.refuse(
+            "is no address to connect to; allowed: ADDR:PORT of a target, such as 192.0.2.7:4420",
+        ));
+    }
+    let subnqn = nqn(needed("subnqn", "NQN")?)?;
+    let nsid = number(needed("nsid", "N")?, 1..=u64::from(u32::MAX) - 1)? as u32;
+    let queues = match draft.keys.get("queues") {
+        Some(setting) => number(setting, 1..=QUEUES_MAX)? as u16,
+        None => DEVICE_QUEUES,
+    };
+    let read_only = match draft.keys.get("read_only") {
+        None => false,
+        Some(setting) => match setting.text.as_str() {
+            "true" => true,
+            "false" => false,
+            _ => return Err(setting.refuse("allowed: true or false")),
+        },
+    };
+    Ok(DeviceConfig {
+        name,
+        kind,
+        socket: PathBuf::from(&socket.text),
+        connect: addr,
+        subnqn,
+        nsid,
+        queues,
+        read_only,
+    })
+}
+
+fn check_listeners(settings: &[Setting]) -> Result<Vec<Listen>, ConfigError> {
+    let mut listeners: Vec<Listen> = Vec::with_capacity(settings.len());
+    for setting in settings {
+        let listen = listener(setting)?;
+        if listen.addr.port() != 0 && listeners.iter().any(|other| other.addr == listen.addr) {
+            return Err(setting.refuse("is given twice; allowed: each address once"));
+        }
+        listeners.push(listen);
+    }
+    Ok(listeners)
+}
+
+/// `ADDR:PORT[,advertise=ADDR:PORT]`.
+fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
+    const FORM: &str = "allowed: ADDR:PORT[,advertise=ADDR:PORT], such as \
+                        0.0.0.0:4420,advertise=192.0.2.7:4420";
+    let mut parts = setting.text.split(',');
+    let addr = address(setting, parts.next().unwrap_or(""))?;
+    let mut advertise = None;
+    for part in parts {
+        let Some(value) = part.strip_prefix("advertise=") else {
+            return Err(setting.refuse(format!("{part:?} is no option of a listener; {FORM}")));
+        };
+        if advertise.is_some() {
+            return Err(setting.refuse(format!("advertise is given twice; {FORM}")));
+        }
+        let value = address(setting, value)?;
+        if value.ip().is_unspecified() || value.port() == 0 {
+            return Err(setting.refuse(
+                "hosts cannot connect to the advertised address; allowed: a real ADDR:PORT",
+            ));
+        }
+        advertise = Some(value);
+    }
+    Ok(Listen { addr, advertise })
+}
+
+fn address(setting: &Setting, text: &str) -> Result<SocketAddr, ConfigError> {
+    text.parse().map_err(|_| {
+        let shown = if text == setting.text { String::new() } else { format!("in it, {text:?} ") };
+        setting.refuse(format!(
+            "{shown}is no ADDR:PORT; allowed: an IP address and a port, such as 127.0.0.1:4420 or \
+             [::1]:4420"
+        ))
+    })
+}
+
+fn name(setting: &Setting) -> Result<String, ConfigError> {
+    let text = &setting.text;
+    let good = (1..=NAME_LEN_MAX).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && !text.starts_with(['.', '-']);
+    if good { Ok(text.clone()) } else { Err(setting.refuse(format!("is no name; {NAME_ALLOWED}"))) }
+}
+
+fn nqn(setting: &Setting) -> Result<String, ConfigError> {
+    match crate::identity::check_nqn(&setting.text) {
+        Ok(()) => Ok(setting.text.clone()),
+        Err(problem) => Err(setting.refuse(problem)),
+    }
+}
+
+fn optional(
+    setting: &Option<Setting>,
+    allowed: std::ops::RangeInclusive<u64>,
+) -> Result<Option<u16>, ConfigError> {
+    setting.as_ref().map(|setting| number(setting, allowed).map(|value| value as u16)).transpose()
+}
+
+fn number(setting: &Setting, allowed: std::ops::RangeInclusive<u64>) -> Result<u64, ConfigError> {
+    match setting.text.parse::<u64>() {
+        Ok(value) if allowed.contains(&value) => Ok(value),
+        _ => {
+            let (low, high) = allowed.into_inner();
+            Err(setting.refuse(format!("allowed: a whole number from {low} to {high}")))
+        }
+    }
+}

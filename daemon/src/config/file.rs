@@ -1,0 +1,174 @@
+//! The configuration file: TOML in, [`Draft`] out.
+//!
+//! Serde checks the shape (unknown keys, types); values stay text with their line until
+//! [`Draft::check`] judges them together with the flags.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{ConfigError, DeviceDraft, Draft, Place, Setting, VolumeDraft};
+
+/// Larger files are refused: a configuration is written by people.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    data: Option<RawData>,
+    target: Option<RawTarget>,
+    emulator: Option<RawEmulator>,
+    #[serde(default)]
+    volume: Vec<Spanned<RawVolume>>,
+    #[serde(default)]
+    device: Vec<Spanned<RawDevice>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawData {
+    dir: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTarget {
+    #[serde(default)]
+    listen: Vec<Spanned<String>>,
+    #[serde(default)]
+    discovery: Vec<Spanned<String>>,
+    subnqn: Option<Spanned<String>>,
+    cores: Option<Spanned<i64>>,
+    queue_entries_max: Option<Spanned<i64>>,
+    io_queues_max: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawEmulator {
+    cores: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVolume {
+    name: Spanned<String>,
+    spec: Spanned<String>,
+    nsid: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDevice {
+    name: Spanned<String>,
+    r#type: Option<Spanned<String>>,
+    socket: Option<Spanned<String>>,
+    connect: Option<Spanned<String>>,
+    subnqn: Option<Spanned<String>>,
+    nsid: Option<Spanned<i64>>,
+    queues: Option<Spanned<i64>>,
+    read_only: Option<Spanned<bool>>,
+}
+
+/// Turns byte ranges of the file into places.
+struct Source<'a> {
+    path: Arc<Path>,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    fn line(&self, span: &Range<usize>) -> usize {
+        let before = self.text.as_bytes().get(..span.start).unwrap_or(self.text.as_bytes());
+        before.iter().filter(|byte| **byte == b'\n').count() + 1
+    }
+
+    fn setting<T: ToString>(&self, key: &str, value: &Spanned<T>) -> Setting {
+        Setting {
+            text: value.get_ref().to_string(),
+            place: Place::File {
+                path: self.path.clone(),
+                line: self.line(&value.span()),
+                key: key.to_owned(),
+            },
+        }
+    }
+
+    fn optional<T: ToString>(&self, key: &str, value: &Option<Spanned<T>>) -> Option<Setting> {
+        value.as_ref().map(|value| self.setting(key, value))
+    }
+}
+
+pub(super) fn read(path: &Path) -> Result<Draft, ConfigError> {
+    let unreadable = |problem: String| ConfigError::Unreadable { path: path.to_owned(), problem };
+    let size = std::fs::metadata(path).map_err(|error| unreadable(error.to_string()))?.len();
+    if size > FILE_BYTES_MAX {
+        return Err(unreadable(format!("{size} bytes; allowed: at most {FILE_BYTES_MAX}")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
+    parse(path, &text)
+}
+
+pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
+    let source = Source { path: Arc::from(path), text };
+    let raw: RawFile = toml::from_str(text).map_err(|error| shape_error(&source, &error))?;
+
+    let mut draft = Draft {
+        data_dir: raw.data.map(|data| source.setting("data.dir", &data.dir)),
+        emulator_cores: raw
+            .emulator
+            .and_then(|emulator| source.optional("emulator.cores", &emulator.cores)),
+        ..Draft::default()
+    };
+    if let Some(target) = raw.target {
+        draft.has_target = true;
+        draft.listen =
+            target.listen.iter().map(|text| source.setting("target.listen", text)).collect();
+        draft.discovery =
+            target.discovery.iter().map(|text| source.setting("target.discovery", text)).collect();
+        draft.subnqn = source.optional("target.subnqn", &target.subnqn);
+        draft.cores = source.optional("target.cores", &target.cores);
+        draft.queue_entries_max =
+            source.optional("target.queue_entries_max", &target.queue_entries_max);
+        draft.io_queues_max = source.optional("target.io_queues_max", &target.io_queues_max);
+    }
+    for volume in raw.volume {
+        let volume = volume.into_inner();
+        draft.volumes.push(VolumeDraft {
+            name: source.setting("volume.name", &volume.name),
+            spec: source.setting("volume.spec", &volume.spec),
+            nsid: source.optional("volume.nsid", &volume.nsid),
+        });
+    }
+    for device in raw.device {
+        let device = device.into_inner();
+        let mut keys = BTreeMap::new();
+        let mut add = |key: &'static str, setting: Option<Setting>| {
+            if let Some(setting) = setting {
+                keys.insert(key, setting);
+            }
+        };
+        add("type", source.optional("device.type", &device.r#type));
+        add("socket", source.optional("device.socket", &device.socket));
+        add("connect", source.optional("device.connect", &device.connect));
+        add("subnqn", source.optional("device.subnqn", &device.subnqn));
+        add("nsid", source.optional("device.nsid", &device.nsid));
+        add("queues", source.optional("device.queues", &device.queues));
+        add("read_only", source.optional("device.read_only", &device.read_only));
+        draft.devices.push(DeviceDraft { name: source.setting("device.name", &device.name), keys });
+    }
+    Ok(draft)
+}
+
+/// One line from the parser's error: the line of the file it is about, and what was expected.
+fn shape_error(source: &Source<'_>, error: &toml::de::Error) -> ConfigError {
+    let span = error.span().unwrap_or(0..0);
+    let line = source.line(&span);
+    let shown = source.text.lines().nth(line - 1).unwrap_or("").trim();
+    let message = error.message().replace('\n', ", ");
+    let problem = if shown.is_empty() { message } else { format!("in `{shown}`: {message}") };
+    ConfigError::Shape { path: source.path.to_path_buf(), line, problem }
+}

@@ -1,0 +1,329 @@
+//! Each refusal names the place, the key, the value and what is allowed.
+
+use super::*;
+
+const NQN: &str = "nqn.2014-08.org.nvmexpress:uuid:6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11";
+
+fn toml(text: &str) -> Result<Config, ConfigError> {
+    Draft::from_toml(Path::new("penstock.toml"), text)?.check()
+}
+
+fn refusal(text: &str) -> String {
+    let message = toml(text).unwrap_err().to_string();
+    assert!(!message.contains('\n'), "one line: {message}");
+    message
+}
+
+const WHOLE: &str = r#"
+[data]
+dir = "/var/lib/penstock"
+
+[[volume]]
+name = "db0"
+spec = "ram:64MiB"
+nsid = 3
+
+[[volume]]
+name = "db1"
+spec = "null:1TiB"
+
+[target]
+listen = ["0.0.0.0:4420,advertise=192.0.2.7:4420", "[::1]:4420"]
+discovery = ["127.0.0.1:8009"]
+subnqn = "nqn.2014-08.org.nvmexpress:uuid:6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+cores = 2
+queue_entries_max = 128
+io_queues_max = 8
+
+[emulator]
+cores = 1
+
+[[device]]
+name = "disk0"
+type = "virtio-blk"
+socket = "/run/disk0.sock"
+connect = "192.0.2.7:4420"
+subnqn = "nqn.2014-08.org.nvmexpress:uuid:6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+nsid = 3
+queues = 4
+read_only = true
+"#;
+
+#[test]
+fn a_whole_file() {
+    let config = toml(WHOLE).unwrap();
+    assert_eq!(config.data_dir.as_deref(), Some(Path::new("/var/lib/penstock")));
+    let names: Vec<_> = config.volumes.iter().map(|v| (v.name.as_str(), v.nsid)).collect();
+    assert_eq!(names, [("db0", Some(3)), ("db1", None)]);
+    let target = config.target.unwrap();
+    assert_eq!(target.listen[0].to_string(), "0.0.0.0:4420,advertise=192.0.2.7:4420");
+    assert_eq!(target.listen[1].addr, "[::1]:4420".parse().unwrap());
+    assert_eq!(target.discovery[0].to_string(), "127.0.0.1:8009");
+    assert_eq!(target.subnqn.as_deref(), Some(NQN));
+    assert_eq!((target.cores, target.queue_entries_max), (Some(2), Some(128)));
+    assert_eq!((target.io_queues_max, config.emulator_cores), (Some(8), Some(1)));
+    let device = &config.devices[0];
+    assert_eq!((device.name.as_str(), device.kind), ("disk0", DeviceKind::VirtioBlk));
+    assert_eq!(device.socket, Path::new("/run/disk0.sock"));
+    assert_eq!(device.connect, "192.0.2.7:4420".parse().unwrap());
+    assert_eq!((device.nsid, device.queues, device.read_only), (3, 4, true));
+}
+
+#[test]
+fn flags_give_the_same() {
+    let mut draft = Draft::new();
+    draft.set_data_dir("/var/lib/penstock");
+    draft.add_volume("db0=ram:64MiB").unwrap();
+    draft.add_volume("db1=null:1TiB").unwrap();
+    draft
+        .set_listen(&["0.0.0.0:4420,advertise=192.0.2.7:4420".to_owned(), "[::1]:4420".to_owned()]);
+    draft.set_discovery(&["127.0.0.1:8009".to_owned()]);
+    draft.set_subnqn(NQN);
+    draft.set_target_cores("2");
+    draft.set_queue_entries_max("128");
+    draft.set_io_queues_max("8");
+    draft.set_emulator_cores("1");
+    draft
+        .add_device(&format!(
+            "disk0=virtio-blk,socket=/run/disk0.sock,connect=192.0.2.7:4420,subnqn={NQN},nsid=3,\
+             queues=4,read_only=true"
+        ))
+        .unwrap();
+    let flags = draft.check().unwrap();
+    let file = toml(&WHOLE.replace("nsid = 3\n\n[[volume]]", "\n[[volume]]")).unwrap();
+    assert_eq!(format!("{flags:?}"), format!("{file:?}"));
+}
+
+#[test]
+fn flags_add_to_a_file_and_replace_single_values() {
+    let mut draft = Draft::from_toml(Path::new("penstock.toml"), WHOLE).unwrap();
+    draft.add_volume("db2=ram:1MiB").unwrap();
+    draft.set_listen(&["127.0.0.1:5000".to_owned()]);
+    draft.set_discovery(&[]);
+    draft.set_data_dir("/tmp/other");
+    let config = draft.check().unwrap();
+    assert_eq!(config.volumes.len(), 3);
+    assert_eq!(config.data_dir.as_deref(), Some(Path::new("/tmp/other")));
+    let target = config.target.unwrap();
+    assert_eq!(target.listen.len(), 1);
+    assert_eq!(target.listen[0].addr.port(), 5000);
+    assert_eq!(target.discovery[0].addr.port(), 8009);
+}
+
+#[test]
+fn each_command_takes_its_part() {
+    let draft = || Draft::from_toml(Path::new("penstock.toml"), WHOLE).unwrap();
+    let mut target = draft();
+    assert_eq!(target.keep_target(), 1);
+    let target = target.check().unwrap();
+    assert!(target.devices.is_empty() && target.target.is_some());
+    let mut devices = draft();
+    assert_eq!(devices.keep_devices(), 2);
+    let devices = devices.check().unwrap();
+    assert!(devices.volumes.is_empty() && devices.target.is_none());
+    assert_eq!((devices.devices.len(), devices.emulator_cores), (1, Some(1)));
+    assert!(devices.data_dir.is_some());
+}
+
+/// A target with one change: `(what to replace, by what, the whole message)`.
+#[test]
+fn values_in_the_file() {
+    let cases = [
+        (
+            "name = \"db0\"",
+            "name = \"-db0\"",
+            "penstock.toml:6: volume.name = \"-db0\": is no name; allowed: 1 to 64 of A-Z a-z 0-9 \
+             . _ -, not beginning with a dot or a dash",
+        ),
+        (
+            "name = \"db1\"",
+            "name = \"db0\"",
+            "penstock.toml:11: volume.name = \"db0\": is the name of another volume; allowed: \
+             unique names",
+        ),
+        (
+            "nsid = 3",
+            "nsid = 0",
+            "penstock.toml:8: volume.nsid = \"0\": allowed: a whole number from 1 to 65536",
+        ),
+        (
+            "[\"127.0.0.1:8009\"]",
+            "[\"localhost:8009\"]",
+            "penstock.toml:16: target.discovery = \"localhost:8009\": is no ADDR:PORT; allowed: an \
+             IP address and a port, such as 127.0.0.1:4420 or [::1]:4420",
+        ),
+        (
+            "[\"127.0.0.1:8009\"]",
+            "[\"[::1]:4420\"]",
+            "penstock.toml:16: target.discovery = \"[::1]:4420\": is also an I/O listener; \
+             allowed: another port, such as 8009, for discovery",
+        ),
+        (
+            "\"[::1]:4420\"",
+            "\"[::1]:4420,announce=1\"",
+            "penstock.toml:15: target.listen = \"[::1]:4420,announce=1\": \"announce=1\" is no \
+             option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT], such as \
+             0.0.0.0:4420,advertise=192.0.2.7:4420",
+        ),
+        (
+            "advertise=192.0.2.7:4420",
+            "advertise=0.0.0.0:4420",
+            "penstock.toml:15: target.listen = \"0.0.0.0:4420,advertise=0.0.0.0:4420\": hosts \
+             cannot connect to the advertised address; allowed: a real ADDR:PORT",
+        ),
+        (
+            ",advertise=192.0.2.7:4420",
+            "",
+            "penstock.toml:15: target.listen = \"0.0.0.0:4420\": listens everywhere, and the \
+             discovery log needs one address that hosts can reach; add ,advertise=ADDR:PORT",
+        ),
+        (
+            "cores = 2",
+            "cores = -1",
+            "penstock.toml:18: target.cores = \"-1\": allowed: a whole number from 1 to 256",
+        ),
+        (
+            "queue_entries_max = 128",
+            "queue_entries_max = 1",
+            "penstock.toml:19: target.queue_entries_max = \"1\": allowed: a whole number from 2 to \
+             4096",
+        ),
+        (
+            "io_queues_max = 8",
+            "io_queues_max = 65",
+            "penstock.toml:20: target.io_queues_max = \"65\": allowed: a whole number from 1 to 64",
+        ),
+        (
+            "type = \"virtio-blk\"",
+            "type = \"nvme\"",
+            "penstock.toml:27: device.type = \"nvme\": is no device type; allowed: virtio-blk",
+        ),
+        (
+            "connect = \"192.0.2.7:4420\"",
+            "connect = \"0.0.0.0:4420\"",
+            "penstock.toml:29: device.connect = \"0.0.0.0:4420\": is no address to connect to; \
+             allowed: ADDR:PORT of a target, such as 192.0.2.7:4420",
+        ),
+        (
+            "queues = 4",
+            "queues = 0",
+            "penstock.toml:32: device.queues = \"0\": allowed: a whole number from 1 to 64",
+        ),
+        (
+            "socket = \"/run/disk0.sock\"\n",
+            "",
+            "penstock.toml:26: device.name = \"disk0\": this device has no socket; needed: \
+             socket=PATH",
+        ),
+    ];
+    for (from, to, expected) in cases {
+        assert!(WHOLE.contains(from), "{from}");
+        assert_eq!(refusal(&WHOLE.replacen(from, to, 1)), expected);
+    }
+}
+
+#[test]
+fn the_shape_of_the_file() {
+    let cases = [
+        ("cores = 2", "colour = 2", "penstock.toml:18: in `colour = 2`: unknown field `colour`"),
+        (
+            "cores = 2",
+            "cores = \"2\"",
+            "penstock.toml:18: in `cores = \"2\"`: invalid type: string",
+        ),
+        ("[emulator]", "[emulater]", "penstock.toml:22: in `[emulater]`: unknown field `emulater`"),
+        ("[emulator]", "[emulator", "penstock.toml:22: "),
+        ("spec = \"null:1TiB\"", "", "missing field `spec`"),
+        ("read_only = true", "read_only = 1", "penstock.toml:33: in `read_only = 1`: invalid type"),
+    ];
+    for (from, to, expected) in cases {
+        let message = refusal(&WHOLE.replacen(from, to, 1));
+        assert!(message.contains(expected), "{expected:?} not in {message:?}");
+        assert!(message.starts_with("penstock.toml:"), "{message}");
+    }
+}
+
+#[test]
+fn bad_volume_specs_are_named_with_their_line() {
+    for spec in ["disk:/dev/sda", "ram:", "ram:12Q", "file:", ""] {
+        let message = refusal(&WHOLE.replacen("ram:64MiB", spec, 1));
+        let start = format!("penstock.toml:7: volume.spec = {spec:?}: ");
+        assert!(message.starts_with(&start), "{message}");
+    }
+}
+
+#[test]
+fn bad_nqns_are_named_with_their_line() {
+    for nqn in ["", "iqn.2014-08.org.nvmexpress:a", "nqn.", &format!("nqn.{}", "a".repeat(220))] {
+        let message = refusal(&WHOLE.replacen(NQN, nqn, 1));
+        let start = format!("penstock.toml:17: target.subnqn = {nqn:?}: ");
+        assert!(message.starts_with(&start), "{message}");
+    }
+}
+
+#[test]
+fn the_discovery_subsystem_is_not_for_volumes() {
+    let message = refusal(&WHOLE.replacen(NQN, "nqn.2014-08.org.nvmexpress.discovery", 1));
+    assert!(message.contains("is the discovery subsystem's; allowed:"), "{message}");
+}
+
+#[test]
+fn what_is_missing() {
+    for (text, expected) in [
+        ("", "nothing to run"),
+        ("[target]\nlisten = [\"127.0.0.1:4420\"]", "no volume to serve"),
+        ("[[volume]]\nname = \"a\"\nspec = \"ram:1MiB\"", "no address to listen on"),
+    ] {
+        let message = refusal(text);
+        assert!(message.contains(expected), "{message}");
+    }
+    let error = Draft::from_file(Path::new("/nonexistent/penstock.toml")).unwrap_err().to_string();
+    assert!(error.starts_with("/nonexistent/penstock.toml: cannot read"), "{error}");
+}
+
+#[test]
+fn flags_are_named_like_keys() {
+    let flag = |add: fn(&mut Draft, &str) -> Result<(), ConfigError>, argument: &str| {
+        let mut draft = Draft::new();
+        match add(&mut draft, argument) {
+            Err(error) => error.to_string(),
+            Ok(()) => {
+                draft.set_listen(&["127.0.0.1:4420".to_owned()]);
+                draft.check().unwrap_err().to_string()
+            }
+        }
+    };
+    assert_eq!(
+        flag(Draft::add_volume, "ram:1MiB"),
+        "--volume \"ram:1MiB\": allowed: NAME=SPEC, such as db0=file:/var/lib/db0.img,size=10GiB"
+    );
+    assert!(flag(Draft::add_volume, "a b=ram:1MiB").starts_with("--volume \"a b\": is no name"));
+    assert!(flag(Draft::add_volume, "a=tape:1").starts_with("--volume \"tape:1\": "));
+    let device = flag(Draft::add_device, "d=virtio-blk,sockets=/a");
+    assert!(device.contains("there is no key \"sockets\"; allowed: type, socket"), "{device}");
+    let device = flag(Draft::add_device, "d=virtio-blk,socket=/a,socket=/b");
+    assert!(device.contains("given twice"), "{device}");
+    let device = flag(Draft::add_device, "d=virtio-blk,socket=/a,nsid=1,connect=x,subnqn=y");
+    assert!(device.starts_with("--device \"x\": is no ADDR:PORT"), "{device}");
+    let long =
+        format!("d=virtio-blk,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket=/{}", "a".repeat(107));
+    let device = flag(Draft::add_device, &long);
+    assert!(device.contains("is 108 bytes long; allowed: a path of 1 to 107 bytes"), "{device}");
+}
+
+#[test]
+fn two_devices_do_not_share_a_socket_or_a_name() {
+    let device = |name: &str, socket: &str| {
+        format!("{name}=virtio-blk,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket={socket}")
+    };
+    let mut draft = Draft::new();
+    draft.add_device(&device("a", "/run/a")).unwrap();
+    draft.add_device(&device("b", "/run/a")).unwrap();
+    let message = draft.check().unwrap_err().to_string();
+    assert!(message.contains("is the socket of device \"a\""), "{message}");
+    let mut draft = Draft::new();
+    draft.add_device(&device("a", "/run/a")).unwrap();
+    draft.add_device(&device("a", "/run/b")).unwrap();
+    let message = draft.check().unwrap_err().to_string();
+    assert!(message.contains("is the name of another device"), "{message}");
+}
