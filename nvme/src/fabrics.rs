@@ -79,6 +79,8 @@ impl ConnectReject {
     pub const SQSIZE: Self = Self::sqe(44);
     /// CATTR: an unsupported attribute.
     pub const CATTR: Self = Self::sqe(46);
+    /// KATO longer than the controller allows.
+    pub const KATO: Self = Self::sqe(48);
     /// HOSTID zero, or not the one of the admin queue.
     pub const HOSTID: Self = Self::data(0);
     /// CNTLID not known, or not dynamic on an admin queue.
@@ -117,9 +119,9 @@ impl ConnectRequest {
             return Err(ConnectReject::SQSIZE);
         }
         let cattr = (cdw11 >> 16) as u8;
-        // Bits 1:0 are the priority class, which round robin ignores. Bit 3 (individual I/O queue
-        // deletion) and above need support this controller does not report in FCATT/OFCS.
-        if cattr & !0b111 != 0 {
+        // Bits 1:0 are the priority class, which round robin ignores; bit 2 disables SQ flow
+        // control; bit 3 says that the host can delete a single I/O queue (Disconnect).
+        if cattr & !0b1111 != 0 {
             return Err(ConnectReject::CATTR);
         }
         if data.hostid == [0; 16] {
@@ -221,7 +223,7 @@ mod tests {
         };
         assert_eq!(with_sqe(&|s| s.cdw10.set(1)), ConnectReject::INCOMPATIBLE_FORMAT);
         assert_eq!(with_sqe(&|s| s.cdw11.set(0)), ConnectReject::SQSIZE);
-        assert_eq!(with_sqe(&|s| s.cdw11.set(1 | 8 << 16)), ConnectReject::CATTR);
+        assert_eq!(with_sqe(&|s| s.cdw11.set(1 | 16 << 16)), ConnectReject::CATTR);
         assert_eq!(with_data(256, b'x'), ConnectReject::SUBNQN);
         assert_eq!(with_data(512, 0), ConnectReject::HOSTNQN);
         assert_eq!(

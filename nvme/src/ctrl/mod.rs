@@ -1,3 +1,303 @@
-//! The controller: I/O command decoding.
+//! The controller: one per association, I/O or discovery. Pure: a Property Set over fabrics and
+//! a write to a PCI function's register are the same event, time is a parameter, and what must
+//! happen outside (closing queues, sending a completion later) is an [`AdminOutcome`].
+//!
+//! ```text
+//!   Connect qid 0 ─► admit_admin ─► Controller::new
+//!   SQE (qid 0)   ─► Controller::admin ─► Complete | Pending (AER) | ResetQueues
+//!   Connect qid n ─► Controller::connect_io
+//!   SQE (qid n)   ─► io::decode                  (needs no Controller, only the SubsystemInfo)
+//!   config change ─► update_subsys / update_discovery ─► poll_event (AER completions)
+//!   any command   ─► touch;   timer ─► is_expired
+//! ```
+//!
+//! The parts: `enable` (registers), `admin` (dispatch), `identify`, `features`, `log`, `aer`,
+//! `keep_alive`, and [`io`]. Not here: authentication, ANA, reservations, namespace management.
 
+mod admin;
+mod aer;
+mod enable;
+mod features;
+mod identify;
 pub mod io;
+mod keep_alive;
+mod log;
+#[cfg(test)]
+mod tests;
+
+use core::time::Duration;
+use std::sync::Arc;
+
+pub use self::admin::{AdminOutcome, io_queue_fabrics};
+pub use self::log::{ErrorRecord, HealthCounters};
+use crate::fabrics::{ConnectReject, ConnectRequest};
+use crate::spec::{Nqn, Status};
+use crate::subsys::SubsystemInfo;
+use crate::subsys::discovery::DiscoveryLog;
+
+/// Asynchronous Event Requests a controller holds (AERL, one-based).
+pub const AER_MAX: usize = 4;
+/// Abort commands a host may have outstanding (ACL, one-based). Each is answered at once.
+pub const ABORT_MAX: u8 = 4;
+/// Entries of the Error Information log (ELPE, one-based).
+pub const ERROR_LOG_MAX: usize = 64;
+/// Most controller-to-host bytes of a command that is not Get Log Page.
+pub const ADMIN_DATA_MAX: u32 = 4096;
+
+/// What kind of controller.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ControllerKind {
+    /// I/O controller.
+    Io,
+    /// Discovery controller, serving this log.
+    Discovery(Arc<DiscoveryLog>),
+}
+
+/// What a controller is made from: the accepted Connect command and the subsystem.
+#[derive(Clone, Debug)]
+pub struct ControllerConfig {
+    /// Controller ID assigned.
+    pub cntlid: u16,
+    /// I/O or discovery.
+    pub kind: ControllerKind,
+    /// Host of the association.
+    pub hostnqn: Nqn,
+    /// Its identifier.
+    pub hostid: [u8; 16],
+    /// Keep alive timeout asked for in Connect; zero: none.
+    pub kato: Duration,
+    /// The subsystem.
+    pub subsys: Arc<SubsystemInfo>,
+}
+
+/// Whether an admin-queue Connect fits the subsystem. The caller has found `subsys` by SUBNQN and
+/// checked that the host may use it.
+///
+/// # Errors
+/// The refusal to answer with.
+pub fn admit_admin(request: &ConnectRequest, subsys: &SubsystemInfo) -> Result<(), ConnectReject> {
+    if request.qid != 0 {
+        return Err(ConnectReject::QID);
+    }
+    if request.queue_entries > u32::from(subsys.limits().queue_entries_max) {
+        return Err(ConnectReject::SQSIZE);
+    }
+    if request.kato > subsys.limits().kato_max {
+        return Err(ConnectReject::KATO);
+    }
+    // "FFFFh shall be used to create a controller in the dynamic controller model."
+    if !request.is_dynamic() {
+        return Err(ConnectReject::CNTLID);
+    }
+    // The discovery subsystem may be reached by the well-known NQN and by its own.
+    if request.subnqn != *subsys.nqn() && !request.subnqn.is_discovery() {
+        return Err(ConnectReject::SUBNQN);
+    }
+    Ok(())
+}
+
+/// One controller. See the module documentation.
+#[derive(Debug)]
+pub struct Controller {
+    cntlid: u16,
+    kind: ControllerKind,
+    hostnqn: Nqn,
+    hostid: [u8; 16],
+    subsys: Arc<SubsystemInfo>,
+    registers: enable::Registers,
+    keep_alive: keep_alive::KeepAlive,
+    aer: aer::AsyncEvents,
+    features: features::Features,
+    log: log::Logs,
+    /// I/O queues connected, by qid; index 0 unused.
+    queues: Vec<bool>,
+}
+
+impl Controller {
+    /// A controller as it is after an accepted Connect: not enabled, keep alive running.
+    #[must_use]
+    pub fn new(config: ControllerConfig, now: Duration) -> Controller {
+        let limits = *config.subsys.limits();
+        let is_discovery = matches!(config.kind, ControllerKind::Discovery(_));
+        let io_queues = if is_discovery { 0 } else { limits.io_queues_max };
+        Controller {
+            cntlid: config.cntlid,
+            kind: config.kind,
+            hostnqn: config.hostnqn,
+            hostid: config.hostid,
+            registers: enable::Registers::new(limits.queue_entries_max, is_discovery),
+            keep_alive: keep_alive::KeepAlive::new(config.kato, now),
+            aer: aer::AsyncEvents::default(),
+            features: features::Features::new(io_queues, now),
+            log: log::Logs::default(),
+            queues: vec![false; usize::from(io_queues) + 1],
+            subsys: config.subsys,
+        }
+    }
+
+    /// Controller ID; also dword 0 of the Connect response (no authentication required).
+    #[must_use]
+    pub fn cntlid(&self) -> u16 {
+        self.cntlid
+    }
+    /// Host NQN of the association.
+    #[must_use]
+    pub fn hostnqn(&self) -> &Nqn {
+        &self.hostnqn
+    }
+    /// The subsystem as this controller sees it now.
+    #[must_use]
+    pub fn subsys(&self) -> &Arc<SubsystemInfo> {
+        &self.subsys
+    }
+    /// Whether it is a discovery controller.
+    #[must_use]
+    pub fn is_discovery(&self) -> bool {
+        matches!(self.kind, ControllerKind::Discovery(_))
+    }
+    /// Whether I/O may be admitted: enabled, ready, and neither resetting nor shutting down.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.registers.is_ready()
+    }
+    /// Controller Fatal Status: the host asked for a configuration that does not exist.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        self.registers.csts().cfs()
+    }
+    /// I/O queues the host may connect: qid 1 to this number.
+    #[must_use]
+    pub fn io_queues_granted(&self) -> u16 {
+        self.features.io_queues_granted()
+    }
+    /// I/O queues connected now.
+    #[must_use]
+    pub fn io_queues_connected(&self) -> usize {
+        self.queues.iter().filter(|&&connected| connected).count()
+    }
+
+    /// Checks an I/O queue's Connect and marks the queue connected.
+    ///
+    /// # Errors
+    /// The refusal to answer with.
+    pub fn connect_io(&mut self, request: &ConnectRequest) -> Result<(), ConnectReject> {
+        if request.cntlid != self.cntlid {
+            return Err(ConnectReject::CNTLID);
+        }
+        if request.subnqn != *self.subsys.nqn() {
+            return Err(ConnectReject::SUBNQN);
+        }
+        if request.hostnqn != self.hostnqn {
+            return Err(ConnectReject::HOSTNQN);
+        }
+        if request.hostid != self.hostid {
+            return Err(ConnectReject::HOSTID);
+        }
+        if self.is_discovery() || request.qid == 0 || request.qid > self.io_queues_granted() {
+            return Err(ConnectReject::QID);
+        }
+        if request.queue_entries > u32::from(self.subsys.limits().queue_entries_max) {
+            return Err(ConnectReject::SQSIZE);
+        }
+        if !self.is_ready() {
+            return Err(ConnectReject::SEQUENCE);
+        }
+        let connected = &mut self.queues[usize::from(request.qid)];
+        if *connected {
+            return Err(ConnectReject::SEQUENCE);
+        }
+        *connected = true;
+        Ok(())
+    }
+
+    /// An I/O queue is gone: its connection ended, or Disconnect was completed.
+    pub fn disconnect_io(&mut self, qid: u16) {
+        if let Some(connected) = self.queues.get_mut(usize::from(qid)) {
+            *connected = false;
+        }
+    }
+
+    /// Another view of the subsystem: namespaces came, went or changed. Raises the Namespace
+    /// Attribute Changed event if the host enabled it. NQN and limits must be the same: they are
+    /// what the host was told in Identify.
+    pub fn update_subsys(&mut self, subsys: Arc<SubsystemInfo>) {
+        debug_assert_eq!(self.subsys.limits(), subsys.limits());
+        let changed = aer::changed_namespaces(&self.subsys, &subsys);
+        self.subsys = subsys;
+        if !changed.is_empty() {
+            self.aer.namespaces_changed(&changed, self.features.async_events());
+        }
+    }
+
+    /// Another discovery log. Raises the Discovery Log Page Change event if the host enabled it.
+    /// Nothing happens on an I/O controller.
+    pub fn update_discovery(&mut self, log: Arc<DiscoveryLog>) {
+        if let ControllerKind::Discovery(current) = &mut self.kind
+            && *current != log
+        {
+            *current = log;
+            self.aer.discovery_changed(self.features.async_events());
+        }
+    }
+
+    /// Completions of Asynchronous Event Requests that are due: slot, status, dword 0. Call until
+    /// `None` after every call that may raise one.
+    pub fn poll_event(&mut self) -> Option<(u16, Status, u64)> {
+        self.aer.poll()
+    }
+
+    /// The I/O queues that [`AdminOutcome::ResetQueues`] asked to close are closed and all they
+    /// admitted is finished: the reset or shutdown is complete and CSTS says so.
+    pub fn queues_closed(&mut self, now: Duration) {
+        self.queues.fill(false);
+        match self.registers.finish() {
+            Some(enable::Ending::Reset) => {
+                let io_queues = (self.queues.len() - 1) as u16;
+                self.features.reset(io_queues, now);
+                self.aer.reset();
+            }
+            Some(enable::Ending::Shutdown) => self.aer.reset(),
+            None => {}
+        }
+    }
+
+    /// Whether a reset or shutdown waits for [`Controller::queues_closed`].
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.registers.is_ending()
+    }
+
+    /// A command arrived on any queue of the association (traffic based keep alive).
+    #[inline]
+    pub fn touch(&mut self, now: Duration) {
+        self.keep_alive.touch(now);
+    }
+    /// Whether the keep alive timer expired: the association is to be torn down.
+    #[must_use]
+    pub fn is_expired(&self, now: Duration) -> bool {
+        self.deadline().is_some_and(|deadline| now >= deadline)
+    }
+    /// When the keep alive timer expires if nothing arrives; `None`: never.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        // "The Keep Alive Timer is not active while the controller is shut down": a host that
+        // has asked for shutdown sends nothing more and disconnects when it has seen the end.
+        if self.registers.is_shut_down() { None } else { self.keep_alive.deadline() }
+    }
+    /// Keep alive timeout in force; zero: none.
+    #[must_use]
+    pub fn kato(&self) -> Duration {
+        self.keep_alive.kato()
+    }
+
+    /// Counters behind the SMART log. Call it before a Get Log Page command or from time to time.
+    pub fn set_health(&mut self, counters: HealthCounters) {
+        self.log.set_health(counters);
+    }
+
+    /// Records a failed command in the Error Information log. For errors of the controller or
+    /// its media: not for commands refused because the host asked for nonsense.
+    pub fn record_error(&mut self, record: &ErrorRecord) {
+        self.log.record(record);
+    }
+}

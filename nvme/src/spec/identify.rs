@@ -397,6 +397,9 @@ pub struct IdentifyNamespaceIndependent {
 const _: () = assert!(size_of::<IdentifyNamespaceIndependent>() == IDENTIFY_LEN);
 
 impl IdentifyNamespaceIndependent {
+    /// NSFEAT: no volatile write cache is behind this namespace, whatever the controller's VWC
+    /// says (NVMe Base 2.1; reserved, and ignored by hosts, before).
+    pub const NSFEAT_VWC_NOT_PRESENT: u8 = 1 << 5;
     /// NSTAT: the namespace is ready.
     pub const NSTAT_READY: u8 = 1;
 }

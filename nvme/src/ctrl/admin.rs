@@ -1,0 +1,223 @@
+//! Dispatch of admin-queue commands.
+
+use core::time::Duration;
+
+use super::enable::{CcEffect, Ending};
+use super::{ADMIN_DATA_MAX, Controller};
+use crate::spec::{AdminOpcode, FabricsType, GetLogPage, Property, Sqe, Status};
+use crate::xfer;
+
+/// What to do with an admin command.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum AdminOutcome {
+    /// Send `out` (if any) and complete. The whole of `result` is for Property Get; other
+    /// commands use the low 32 bits.
+    Complete {
+        /// Status.
+        status: Status,
+        /// Dwords 0 and 1 of the completion.
+        result: u64,
+    },
+    /// An Asynchronous Event Request is held; [`Controller::poll_event`] completes its slot.
+    Pending,
+    /// Complete like [`AdminOutcome::Complete`] (now or later: the host polls CSTS), close every
+    /// I/O queue, let what they admitted finish, then call [`Controller::queues_closed`].
+    ResetQueues {
+        /// Status.
+        status: Status,
+        /// Dwords 0 and 1 of the completion.
+        result: u64,
+        /// Shutdown and not reset: volatile caches are to be flushed before `queues_closed`.
+        shutdown: bool,
+    },
+}
+
+impl AdminOutcome {
+    fn done(status: Status) -> AdminOutcome {
+        AdminOutcome::Complete { status, result: 0 }
+    }
+}
+
+/// In-capsule data limit of an admin queue: NVMe/TCP fixes it ("8,192 bytes of in-capsule data
+/// for the Admin Queue and for Connect").
+pub(crate) const ADMIN_IN_CAPSULE_BYTES: u32 = 8192;
+
+/// Successful reply.
+enum Reply {
+    Result(u64),
+    Pending,
+    Close(Ending),
+}
+
+impl Controller {
+    /// Host-to-controller data this admin command needs before [`Controller::admin`] can run, in
+    /// bytes: what the driver takes from the capsule or asks for by R2T. Never more than the
+    /// command's data pointer says, and at most 4096; 0 for commands that are refused anyway.
+    #[must_use]
+    pub fn needs_host_data(sqe: &Sqe) -> u32 {
+        let needed = match AdminOpcode(sqe.opcode) {
+            AdminOpcode::SET_FEATURES => Self::set_features_data_len(sqe),
+            AdminOpcode::FABRICS if sqe.fctype() == FabricsType::CONNECT => 1024,
+            _ => 0,
+        };
+        let available = xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES).map_or(0, |data| data.len());
+        needed.min(available).min(ADMIN_DATA_MAX)
+    }
+
+    /// Largest controller-to-host payload this admin command can produce, in bytes: what the
+    /// driver must be able to hold before it calls [`Controller::admin`].
+    #[must_use]
+    pub fn host_data_max(&self, sqe: &Sqe) -> u32 {
+        let max = match AdminOpcode(sqe.opcode) {
+            AdminOpcode::GET_LOG_PAGE => {
+                let mdts = u64::from(self.subsys.limits().mdts_bytes);
+                GetLogPage::from_sqe(sqe).len.min(mdts) as u32
+            }
+            AdminOpcode::IDENTIFY | AdminOpcode::GET_FEATURES => ADMIN_DATA_MAX,
+            _ => 0,
+        };
+        xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES).map_or(0, |data| data.len().min(max))
+    }
+
+    /// Runs one admin-queue command other than Connect.
+    ///
+    /// `data` is the host-to-controller payload ([`Controller::needs_host_data`] bytes). `out` is
+    /// cleared, and filled with the controller-to-host payload on success: never longer than the
+    /// command's data pointer says. `slot` names the command in [`Controller::poll_event`].
+    pub fn admin(
+        &mut self,
+        slot: u16,
+        sqe: &Sqe,
+        data: &[u8],
+        out: &mut Vec<u8>,
+        now: Duration,
+    ) -> AdminOutcome {
+        out.clear();
+        self.touch(now);
+        let reply = if sqe.is_fabrics() {
+            self.fabrics(sqe)
+        } else {
+            self.admin_command(slot, sqe, data, out, now)
+        };
+        match reply {
+            Ok(Reply::Result(result)) => AdminOutcome::Complete { status: Status::SUCCESS, result },
+            Ok(Reply::Pending) => AdminOutcome::Pending,
+            Ok(Reply::Close(ending)) => AdminOutcome::ResetQueues {
+                status: Status::SUCCESS,
+                result: 0,
+                shutdown: ending == Ending::Shutdown,
+            },
+            Err(status) => {
+                out.clear();
+                AdminOutcome::done(status)
+            }
+        }
+    }
+
+    fn admin_command(
+        &mut self,
+        slot: u16,
+        sqe: &Sqe,
+        data: &[u8],
+        out: &mut Vec<u8>,
+        now: Duration,
+    ) -> Result<Reply, Status> {
+        if sqe.fuse() != 0 {
+            return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+        }
+        // Before CC.EN, and while resetting or shutting down, only fabrics commands are processed.
+        if !self.is_ready() {
+            return Err(Status::COMMAND_SEQUENCE_ERROR.dnr());
+        }
+        let transfer = xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES)?.len();
+        let nothing = Reply::Result(0);
+        match AdminOpcode(sqe.opcode) {
+            AdminOpcode::IDENTIFY => self.identify(sqe, transfer, out).map(|()| nothing),
+            AdminOpcode::GET_LOG_PAGE => self.get_log_page(sqe, transfer, out).map(|()| nothing),
+            AdminOpcode::GET_FEATURES => {
+                let result = self.get_features(sqe, out, now)?;
+                if out.len() > transfer as usize {
+                    return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+                }
+                // The host gets as much as it asked for, so that a transfer is never short. A
+                // feature without data (a host may pass a buffer all the same) moves none.
+                if !out.is_empty() {
+                    out.resize(transfer.min(ADMIN_DATA_MAX) as usize, 0);
+                }
+                Ok(Reply::Result(u64::from(result)))
+            }
+            AdminOpcode::SET_FEATURES => {
+                self.set_features(sqe, data, now).map(|result| Reply::Result(u64::from(result)))
+            }
+            AdminOpcode::ASYNC_EVENT_REQUEST => {
+                self.aer.hold(slot, sqe.cid.get()).map(|()| Reply::Pending)
+            }
+            AdminOpcode::KEEP_ALIVE => Ok(nothing),
+            AdminOpcode::ABORT if !self.is_discovery() => Ok(Reply::Result(self.abort(sqe))),
+            _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+        }
+    }
+
+    /// Abort: dword 0 bit 0 says "not aborted". Held event requests can be; everything else is
+    /// with the backend already and runs to its end.
+    fn abort(&mut self, sqe: &Sqe) -> u64 {
+        let cdw10 = sqe.cdw10.get();
+        let (sqid, cid) = (cdw10 as u16, (cdw10 >> 16) as u16);
+        let aborted = sqid == 0 && self.aer.abort(cid);
+        u64::from(!aborted)
+    }
+
+    fn fabrics(&mut self, sqe: &Sqe) -> Result<Reply, Status> {
+        match sqe.fctype() {
+            FabricsType::PROPERTY_GET => {
+                let (property, is_8_bytes) = property(sqe)?;
+                self.registers.read(property, is_8_bytes).map(Reply::Result)
+            }
+            FabricsType::PROPERTY_SET => {
+                let (property, is_8_bytes) = property(sqe)?;
+                let value = sqe.cdw12_13();
+                let value = if is_8_bytes { value } else { value & 0xffff_ffff };
+                Ok(match self.registers.write(property, is_8_bytes, value)? {
+                    CcEffect::None => Reply::Result(0),
+                    CcEffect::CloseQueues(ending) => Reply::Close(ending),
+                })
+            }
+            // The queue is connected already.
+            FabricsType::CONNECT => Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
+            // "Disconnect shall not be used on the Admin Queue."
+            FabricsType::DISCONNECT => Err(Status::INVALID_QUEUE_TYPE.dnr()),
+            _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+        }
+    }
+}
+
+/// Property offset, and whether the size is 8 bytes: ATTRIB (byte 40) bits 2:0 are 0 for 4 bytes
+/// and 1 for 8.
+fn property(sqe: &Sqe) -> Result<(Property, bool), Status> {
+    let is_8_bytes = match sqe.cdw10.get() & 7 {
+        0 => false,
+        1 => true,
+        _ => return Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
+    };
+    Ok((Property(sqe.cdw11.get()), is_8_bytes))
+}
+
+/// Checks a fabrics command that arrived on a connected I/O queue. `Ok` is a Disconnect: complete
+/// it with success, then close the connection and call [`Controller::disconnect_io`].
+///
+/// # Errors
+/// The status to complete the command with.
+pub fn io_queue_fabrics(sqe: &Sqe) -> Result<(), Status> {
+    match sqe.fctype() {
+        // RECFMT is in the low half of dword 10.
+        FabricsType::DISCONNECT if sqe.cdw10.get() & 0xffff == 0 => Ok(()),
+        FabricsType::DISCONNECT => Err(Status::CONNECT_INCOMPATIBLE_FORMAT.dnr()),
+        FabricsType::CONNECT => Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
+        // Properties are for the admin queue.
+        FabricsType::PROPERTY_GET | FabricsType::PROPERTY_SET => {
+            Err(Status::INVALID_FIELD_IN_COMMAND.dnr())
+        }
+        _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+    }
+}
