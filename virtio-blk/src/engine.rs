@@ -55,6 +55,38 @@ pub struct Counters {
     pub calls: u64,
 }
 
+impl Counters {
+    /// Add the counts of another life of the queue.
+    pub fn add(&mut self, other: &Counters) {
+        let Counters {
+            reads,
+            writes,
+            flushes,
+            discards,
+            write_zeroes,
+            others,
+            read_bytes,
+            written_bytes,
+            errors,
+            busy,
+            kicks,
+            calls,
+        } = other;
+        self.reads += reads;
+        self.writes += writes;
+        self.flushes += flushes;
+        self.discards += discards;
+        self.write_zeroes += write_zeroes;
+        self.others += others;
+        self.read_bytes += read_bytes;
+        self.written_bytes += written_bytes;
+        self.errors += errors;
+        self.busy += busy;
+        self.kicks += kicks;
+        self.calls += calls;
+    }
+}
+
 /// How a queue is to be served.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
@@ -195,7 +227,13 @@ impl Engine {
         &mut self.counters
     }
 
-    fn can_take(&self) -> bool {
+    /// Stop taking requests: something the queue depends on has failed.
+    pub fn break_down(&mut self, broken: Broken) {
+        self.broken.get_or_insert(broken);
+    }
+
+    /// Whether a new request would be taken now. If not, a completion changes it, or its owner.
+    pub fn can_take(&self) -> bool {
         self.is_enabled
             && !self.is_detached
             && !self.is_starved
@@ -231,12 +269,6 @@ impl Engine {
                 self.broken = Some(broken);
                 true
             })
-    }
-
-    /// Whether requests wait in the ring that could be taken now; for rings without
-    /// notifications.
-    pub fn is_polling(&self) -> bool {
-        self.can_take()
     }
 
     /// Notifications are not needed for now.

@@ -37,6 +37,8 @@ pub enum Broken {
     NoStatus,
     /// The status byte is outside guest memory.
     StatusAddress,
+    /// The eventfd of the driver's notifications failed.
+    Kick,
 }
 
 impl fmt::Display for Broken {
@@ -53,6 +55,7 @@ impl fmt::Display for Broken {
             Broken::IndirectAddress => "an indirect table outside guest memory",
             Broken::NoStatus => "a request without a writable status byte",
             Broken::StatusAddress => "a status byte outside guest memory",
+            Broken::Kick => "waiting for the driver's eventfd failed",
         })
     }
 }

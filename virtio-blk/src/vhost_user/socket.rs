@@ -1,0 +1,252 @@
+//! The Unix socket: listening on a path, and one connection as a stream of messages.
+
+use std::fs;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
+    SocketAddrUnix, SocketFlags, SocketType,
+};
+
+use super::wire::{Decoder, FDS_MAX, Message, PAYLOAD_BYTES_MAX, WireFault};
+
+/// Connections that may wait while a client is served.
+const BACKLOG: i32 = 16;
+
+/// Why a socket cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Something else has this name.
+    #[error("{} exists and is not a socket; choose another path or remove it", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Another process serves it.
+    #[error("{} is in use: another process listens on it", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The kernel refused.
+    #[error("cannot {step} {}", path.display())]
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A listening socket. Its file is removed on drop, if it is still this socket's.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    fd: OwnedFd,
+    path: PathBuf,
+    /// Device and inode of the socket file.
+    file: (u64, u64),
+}
+
+impl Listener {
+    /// Listen on `path`. A socket file that nobody listens on any more is replaced; `mode` are the
+    /// permission bits of the new one.
+    pub(crate) fn new(path: &Path, mode: u32) -> Result<Listener, ListenError> {
+        let io = |step| {
+            move |error: Errno| ListenError::Io {
+                step,
+                path: path.to_path_buf(),
+                source: error.into(),
+            }
+        };
+        let address = SocketAddrUnix::new(path).map_err(io("use the path"))?;
+        // Of two processes that find the same stale file one must not remove the other's new one.
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder =
+            rustix::fs::open(folder, flags, Mode::empty()).map_err(io("open the folder of"))?;
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(ListenError::InUse { path: path.into() }),
+            Err(error) => return Err(io("lock the folder of")(error)),
+        }
+        remove_stale(path, &address)?;
+
+        let socket = new_socket().map_err(io("make a socket for"))?;
+        rustix::net::bind(&socket, &address).map_err(io("bind"))?;
+        // Nobody can connect before `listen`, so the file is never open to more than `mode` says.
+        let failed = |step, source| ListenError::Io { step, path: path.into(), source };
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .map_err(|error| failed("set permissions of", error))?;
+        let metadata = fs::symlink_metadata(path).map_err(|error| failed("look at", error))?;
+        rustix::net::listen(&socket, BACKLOG).map_err(io("listen on"))?;
+        let file = (metadata.dev(), metadata.ino());
+        Ok(Listener { fd: socket, path: path.into(), file })
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// The next client, if one waits.
+    pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match rustix::net::accept_with(&self.fd, flags) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let is_ours = |m: fs::Metadata| (m.dev(), m.ino()) == self.file;
+        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            // If it cannot be removed, the next one to listen replaces it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn new_socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
+    let failed = |step, source| ListenError::Io { step, path: path.into(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at", error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(ListenError::NotASocket { path: path.into() });
+        }
+        Ok(_) => {}
+    }
+    let probe = new_socket().map_err(|error| failed("make a socket for", error.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => {
+            fs::remove_file(path).map_err(|error| failed("replace the unused socket", error))
+        }
+        Err(Errno::NOENT) => Ok(()),
+        // EAGAIN: so many wait already.
+        Ok(()) | Err(Errno::AGAIN) => Err(ListenError::InUse { path: path.into() }),
+        Err(error) => Err(failed("find out whether somebody listens on", error.into())),
+    }
+}
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    #[error(transparent)]
+    Wire(#[from] WireFault),
+    #[error("socket error: {0}")]
+    Socket(Errno),
+}
+
+/// What a connection has for us.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    /// Nothing more now.
+    Empty,
+    /// The peer has closed, between two messages.
+    Closed,
+}
+
+/// A client's connection, not blocking.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    decoder: Decoder,
+    out: Vec<u8>,
+    out_sent: usize,
+}
+
+impl Connection {
+    pub(crate) fn new(socket: OwnedFd) -> Connection {
+        Connection { socket, decoder: Decoder::new(), out: Vec::new(), out_sent: 0 }
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// The next message. Never more is read than belongs to it.
+    pub(crate) fn receive(&mut self) -> Result<Received, ConnectionError> {
+        loop {
+            let mut bytes = [0; PAYLOAD_BYTES_MAX];
+            let wanted = self.decoder.wanted();
+            let mut slices = [IoSliceMut::new(&mut bytes[..wanted])];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            // Descriptors that are not taken out are closed with it.
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let received =
+                match rustix::net::recvmsg(&self.socket, &mut slices, &mut control, flags) {
+                    Ok(received) => received,
+                    Err(Errno::AGAIN) => return Ok(Received::Empty),
+                    Err(Errno::INTR) => continue,
+                    Err(error) => return Err(ConnectionError::Socket(error)),
+                };
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(WireFault::Fds.into());
+            }
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(fds) = message {
+                    self.decoder.push_fds(fds)?;
+                }
+            }
+            if received.bytes == 0 {
+                self.decoder.end()?;
+                return Ok(Received::Closed);
+            }
+            let mut input = bytes.get(..received.bytes).unwrap_or_default();
+            if let Some(message) = self.decoder.push(&mut input)? {
+                return Ok(Received::Message(message));
+            }
+        }
+    }
+
+    /// Send a reply, now or when the peer takes it.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
+        self.out.extend_from_slice(bytes);
+        self.flush()
+    }
+
+    /// Whether replies are waiting for the peer. No message is read meanwhile, so that no more
+    /// than one collects.
+    pub(crate) fn has_output(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+        while self.out_sent < self.out.len() {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(&self.socket, &self.out[self.out_sent..], flags) {
+                Ok(sent) => self.out_sent += sent,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(ConnectionError::Socket(error)),
+            }
+        }
+        self.out.clear();
+        self.out_sent = 0;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
