@@ -167,3 +167,26 @@ impl fmt::Debug for Socket {
         f.debug_tuple("Socket").field(&self.peer()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_socket_that_resets_on_close_does_not_finish_in_order() {
+        for resets in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut far, _) = listener.accept().unwrap();
+            let socket = Socket::from(near);
+            if resets {
+                socket.set_reset_on_close().unwrap();
+            }
+            drop(socket);
+            let end = far.read(&mut [0]).map_err(|error| error.kind());
+            assert_eq!(end, if resets { Err(io::ErrorKind::ConnectionReset) } else { Ok(0) });
+        }
+    }
+}
