@@ -8,7 +8,7 @@ use std::time::Duration;
 use iobuf::SgList;
 use reactor::{Completion, Errno, Fd, Local, Outcome, Port, SharedFd};
 
-use super::Shared;
+use super::{Layout, Shared};
 use crate::io::{Io, IoError, Op, check};
 use crate::volume::{Busy, Channel};
 
@@ -212,7 +212,7 @@ impl Engine {
                         Err(reactor::Busy) => (Step::Stalled, 0),
                     };
                 }
-                let direct = self.direct_piece(&io.data, done, left);
+                let direct = direct_piece(&self.shared.layout, &io.data, done, left);
                 part.clear();
                 let (list, piece) = if direct > 0 {
                     bounce.clear();
@@ -264,22 +264,6 @@ impl Engine {
             && data.is_aligned(self.shared.layout.memory_align as usize)
     }
 
-    /// Bytes from `done` that can go into one operation as they are; 0 means that they must be
-    /// copied.
-    fn direct_piece(&self, data: &SgList, done: u64, left: u64) -> u64 {
-        let align = self.shared.layout.memory_align as usize - 1;
-        let mut piece = 0;
-        for segment in data.range(done as usize, left.min(PIECE_BYTES) as usize).take(SEGMENTS_MAX)
-        {
-            if (segment.as_ptr().addr() | segment.len()) & align != 0 {
-                break;
-            }
-            piece += segment.len() as u64;
-        }
-        // Whole blocks, or the offset of the next piece would not suit.
-        piece - piece % u64::from(self.shared.layout.block_bytes)
-    }
-
     /// Notes what an operation did. `Some` ends the I/O, `None` goes on with it.
     fn on_success(&self, slot: &mut Slot, outcome: &Outcome) -> Option<Result<(), IoError>> {
         let io = slot.io.as_ref()?;
@@ -288,11 +272,7 @@ impl Engine {
             Stage::Allocate(_) => slot.done += slot.piece,
             Stage::Transfer | Stage::ZeroFill => {
                 let Outcome::Bytes(moved) = outcome else { return Some(Err(IoError::Medium)) };
-                let mut moved = u64::from(*moved).min(slot.piece);
-                if moved < slot.piece {
-                    // Go on at a whole block; what is behind it is done again.
-                    moved -= moved % u64::from(self.shared.layout.block_bytes);
-                }
+                let moved = whole_blocks(&self.shared.layout, u64::from(*moved), slot.piece);
                 if moved == 0 {
                     // The end of the file, where there should be data.
                     return Some(Err(IoError::Medium));
@@ -337,6 +317,26 @@ impl Engine {
             _ => Some(Err(from_errno(errno))),
         }
     }
+}
+
+/// Bytes from `done` that can go into one operation as they are; 0 means that they must be copied.
+fn direct_piece(layout: &Layout, data: &SgList, done: u64, left: u64) -> u64 {
+    let mask = layout.memory_align as usize - 1;
+    let mut piece = 0;
+    for segment in data.range(done as usize, left.min(PIECE_BYTES) as usize).take(SEGMENTS_MAX) {
+        if (segment.as_ptr().addr() | segment.len()) & mask != 0 {
+            break;
+        }
+        piece += segment.len() as u64;
+    }
+    // Whole blocks, or the offset of the next piece would not suit.
+    piece - piece % u64::from(layout.block_bytes)
+}
+
+/// What counts of the bytes moved: after a short transfer the next piece begins at a whole block,
+/// and what is behind it is done again.
+fn whole_blocks(layout: &Layout, moved: u64, piece: u64) -> u64 {
+    if moved >= piece { piece } else { moved - moved % u64::from(layout.block_bytes) }
 }
 
 /// How an I/O begins; `None` if the storage cannot do it.
@@ -427,6 +427,108 @@ impl Channel for FileChannel {
     fn abort(&mut self) {
         while let Some(index) = self.stalled.pop_front() {
             self.end(index, Err(IoError::Aborted));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iobuf::Pool;
+
+    fn layout(block_bytes: u32, memory_align: u32) -> Layout {
+        Layout {
+            block_bytes,
+            physical_block_bytes: 4096,
+            memory_align,
+            deallocate_granularity_bytes: 4096,
+            read_only: false,
+            can_punch: true,
+        }
+    }
+
+    #[test]
+    fn a_short_transfer_counts_in_whole_blocks() {
+        let layout = layout(512, 512);
+        for (moved, want) in [(0, 0), (511, 0), (512, 512), (1500, 1024), (2048, 2048)] {
+            assert_eq!(whole_blocks(&layout, moved, 4096), want);
+        }
+        assert_eq!(whole_blocks(&layout, 4096, 4096), 4096);
+        assert_eq!(whole_blocks(&layout, 5000, 4096), 4096);
+    }
+
+    #[test]
+    fn pieces_are_whole_blocks_of_aligned_memory() {
+        let pool = Pool::new(4 << 20).unwrap();
+        let mut whole = SgList::default();
+        pool.alloc(3 << 20, &mut whole).unwrap();
+        let list = |parts: &[(usize, usize)]| {
+            let mut list = SgList::default();
+            for (offset, len) in parts {
+                list.append_range(&whole, *offset, *len).unwrap();
+            }
+            list
+        };
+        let piece = |layout: &Layout, list: &SgList, done: u64| {
+            direct_piece(layout, list, done, list.len() as u64 - done)
+        };
+        let small = layout(512, 512);
+        let large = layout(4096, 512);
+        let all = list(&[(0, 3 << 20)]);
+        assert_eq!(piece(&small, &all, 0), PIECE_BYTES);
+        assert_eq!(piece(&small, &all, 5 << 19), 1 << 19);
+        // Up to the misaligned part, in whole blocks.
+        let mixed = list(&[(0, 1536), (4096, 4096), (8196, 512), (12288, 4096)]);
+        assert_eq!(piece(&small, &mixed, 0), 5632);
+        assert_eq!(piece(&large, &mixed, 0), 4096);
+        assert_eq!(piece(&small, &mixed, 5632), 0);
+        assert_eq!(piece(&small, &mixed, 6144), 4096);
+        // A multiple of the alignment in each segment, but no whole block before the odd one.
+        assert_eq!(piece(&large, &list(&[(0, 1536), (4, 2560)]), 0), 0);
+        // More segments than one operation takes.
+        let many = list(&vec![(0, 512); SEGMENTS_MAX + 3]);
+        assert_eq!(piece(&small, &many, 0), 512 * SEGMENTS_MAX as u64);
+        assert_eq!(piece(&large, &many, 512), 512 * SEGMENTS_MAX as u64);
+        let many = list(&vec![(0, 4); 2 * SEGMENTS_MAX]);
+        assert_eq!(piece(&layout(512, 4), &many, 0), 1024);
+        let many = list(&vec![(0, 1); 512]);
+        assert_eq!(piece(&layout(512, 1), &many, 0), 0, "too many pieces for one block");
+    }
+
+    #[test]
+    fn operations_begin_where_the_storage_allows() {
+        let shared = |can_punch, can_zero| Shared {
+            layout: layout(512, 512),
+            blocks: 8.into(),
+            can_punch: std::sync::atomic::AtomicBool::new(can_punch),
+            can_zero: std::sync::atomic::AtomicBool::new(can_zero),
+        };
+        let first = |punch, zero, op, no_unmap| {
+            first_stage(&shared(punch, zero), &Io { no_unmap, ..Io::new(op, 0, 512) })
+        };
+        let (punch, zero) = (Stage::Allocate(PUNCH_HOLE), Stage::Allocate(ZERO_RANGE));
+        assert_eq!(first(true, true, Op::Deallocate, false), Some(punch));
+        assert_eq!(first(false, true, Op::Deallocate, false), None);
+        assert_eq!(first(true, true, Op::WriteZeroes, false), Some(punch));
+        assert_eq!(first(true, true, Op::WriteZeroes, true), Some(zero));
+        assert_eq!(first(false, true, Op::WriteZeroes, false), Some(zero));
+        assert_eq!(first(true, false, Op::WriteZeroes, true), Some(Stage::ZeroFill));
+        assert_eq!(first(false, false, Op::WriteZeroes, false), Some(Stage::ZeroFill));
+    }
+
+    #[test]
+    fn errors_of_the_kernel_say_what_to_expect() {
+        for (errno, want) in [
+            (libc::ENOSPC, IoError::NoSpace),
+            (libc::EDQUOT, IoError::NoSpace),
+            (libc::EIO, IoError::Medium),
+            (libc::EREMOTEIO, IoError::Medium),
+            (libc::EROFS, IoError::ReadOnly),
+            (libc::EINVAL, IoError::Misaligned),
+            (libc::ENODEV, IoError::Gone),
+            (libc::ECANCELED, IoError::Aborted),
+        ] {
+            assert_eq!(from_errno(Errno(errno)), want);
         }
     }
 }
