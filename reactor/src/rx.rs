@@ -42,7 +42,7 @@ pub(crate) struct RxPool {
     provided: Cell<u32>,
     /// For the simulated kernel: what the ring would hold.
     free: RefCell<VecDeque<u16>>,
-    spares: RefCell<Vec<Box<[u8]>>>,
+    spares: RefCell<Vec<Rc<SpareBytes>>>,
 }
 
 impl RxPool {
@@ -165,66 +165,88 @@ impl RxPool {
     /// A spare buffer of [`SPARE_BYTES`], outside the ring.
     pub(crate) fn spare(self: &Rc<Self>) -> Spare {
         let kept = self.spares.borrow_mut().pop();
-        let bytes = kept.unwrap_or_else(|| vec![0; SPARE_BYTES].into_boxed_slice());
-        Spare { pool: Rc::clone(self), bytes: Box::into_raw(bytes).cast(), lent: None }
+        let bytes = kept.unwrap_or_else(|| Rc::new(SpareBytes::new()));
+        Spare { pool: Rc::clone(self), bytes }
     }
 }
 
-/// A buffer outside the ring: for a stream that finds the ring empty, and for plaintext that must be copied.
+/// The memory of a spare buffer.
+struct SpareBytes {
+    /// From a `Box<[u8]>` of [`SPARE_BYTES`]; a raw pointer, since the kernel may be writing to it.
+    base: *mut u8,
+    /// Tells its stream that one is out: a stream has at most one, which bounds their number.
+    lent: RefCell<Option<Rc<Cell<bool>>>>,
+}
+
+impl SpareBytes {
+    fn new() -> SpareBytes {
+        let bytes = vec![0u8; SPARE_BYTES].into_boxed_slice();
+        SpareBytes { base: Box::into_raw(bytes).cast(), lent: RefCell::new(None) }
+    }
+}
+
+impl Drop for SpareBytes {
+    fn drop(&mut self) {
+        let bytes = std::ptr::slice_from_raw_parts_mut(self.base, SPARE_BYTES);
+        // SAFETY: the pointer came from `Box::into_raw` of a slice of this length. Whoever lends it
+        // to the kernel keeps a `Spare` until the kernel is done.
+        drop(unsafe { Box::from_raw(bytes) });
+    }
+}
+
+/// A buffer outside the ring: for a stream that finds the ring empty, and for plaintext that must
+/// be copied. Clones are parts of one buffer, which returns to the pool with the last.
+#[derive(Clone)]
 pub(crate) struct Spare {
     pool: Rc<RxPool>,
-    /// Came from `Box<[u8]>` of [`SPARE_BYTES`]; a raw pointer, since the kernel may be writing to it.
-    bytes: *mut u8,
-    /// Tells its stream that one is out: a stream has at most one, which bounds their number.
-    lent: Option<Rc<Cell<bool>>>,
+    bytes: Rc<SpareBytes>,
 }
 
 impl Spare {
-    /// Sets `lent` for as long as the buffer is out.
-    pub(crate) fn lend(mut self, lent: &Rc<Cell<bool>>) -> Spare {
-        lent.set(true);
-        self.lent = Some(Rc::clone(lent));
-        self
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.bytes.base
     }
 
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.bytes
+    /// Sets `lent` for as long as the buffer is out.
+    pub(crate) fn lend(self, lent: &Rc<Cell<bool>>) -> Spare {
+        lent.set(true);
+        *self.bytes.lent.borrow_mut() = Some(Rc::clone(lent));
+        self
     }
 
     /// The first `len` bytes as a chunk.
     pub(crate) fn into_chunk(self, len: usize) -> RxChunk {
         assert!(len <= SPARE_BYTES, "more bytes than a spare buffer has");
-        RxChunk { memory: Memory::Spare(Rc::new(self)), start: 0, len }
+        RxChunk { memory: Memory::Spare(self), start: 0, len }
     }
 
     /// A chunk with a copy of as many bytes as fit.
     pub(crate) fn copy_of(self, bytes: &[u8]) -> (RxChunk, usize) {
         let len = bytes.len().min(SPARE_BYTES);
         // SAFETY: the buffer is at least `len` bytes long, and nobody else has it.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.bytes, len) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr(), len) };
         (self.into_chunk(len), len)
     }
 }
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        if let Some(lent) = &self.lent {
+        if Rc::strong_count(&self.bytes) > 1 {
+            return;
+        }
+        if let Some(lent) = self.bytes.lent.take() {
             lent.set(false);
         }
-        let bytes = std::ptr::slice_from_raw_parts_mut(self.bytes, SPARE_BYTES);
-        // SAFETY: the pointer came from `Box::into_raw` of a slice of this length. Whoever lends it to the kernel keeps the
-        // `Spare` until the kernel is done.
-        let bytes = unsafe { Box::from_raw(bytes) };
         let mut spares = self.pool.spares.borrow_mut();
         if spares.len() < SPARES_KEPT {
-            spares.push(bytes);
+            spares.push(Rc::clone(&self.bytes));
         }
     }
 }
 
 enum Memory {
     Ring { pool: Rc<RxPool>, bid: u16 },
-    Spare(Rc<Spare>),
+    Spare(Spare),
 }
 
 /// Received bytes. Their buffer goes back to the core when the chunk is dropped, so hold it only as long as needed: all
@@ -255,7 +277,7 @@ impl RxChunk {
                 cell.set(buffer);
                 Memory::Ring { pool: Rc::clone(pool), bid: *bid }
             }
-            Memory::Spare(spare) => Memory::Spare(Rc::clone(spare)),
+            Memory::Spare(spare) => Memory::Spare(spare.clone()),
         };
         let front = RxChunk { memory, start: self.start, len: at };
         self.advance(at);
@@ -277,7 +299,7 @@ impl RxChunk {
     fn as_ptr(&self) -> *mut u8 {
         let base = match &self.memory {
             Memory::Ring { pool, bid } => pool.base(*bid),
-            Memory::Spare(spare) => spare.bytes,
+            Memory::Spare(spare) => spare.as_ptr(),
         };
         base.wrapping_add(self.start)
     }

@@ -70,14 +70,17 @@ fn receive(
 }
 
 /// Pushes PDUs of many shapes and checks bytes, tokens and memory on the other side.
-fn exchange(mut core: Core, sockets: [Socket; 2], layers: bool) {
+fn exchange(core: Core, sockets: [Socket; 2], layers: bool) {
+    exchange_pdus(core, sockets, layers, 200);
+}
+
+fn exchange_pdus(mut core: Core, sockets: [Socket; 2], layers: bool, rounds: u32) {
     let local = core.local();
     let [mut near, mut far] = streams(&local, sockets, layers);
     let mut expected = Vec::new();
     let mut received = Vec::new();
     let (mut pushed, mut sent) = (0u32, 0u32);
     let payload_lens = [0, 1, 24, 512, 4096, 70_000, 300_000];
-    let rounds = 200;
     until(&mut core, || {
         while pushed < rounds && near.room() > 0 {
             let head = pattern(1 + (pushed as usize * 7) % HEAD_BYTES_MAX, pushed.into());
@@ -133,7 +136,8 @@ fn few_tiny_buffers_are_enough() {
     for rx_incremental in [false, true] {
         for layers in [false, true] {
             let tiny = CoreConfig { rx_buffers: 1, rx_buffer_bytes: 64, ..small() };
-            exchange(core_with(CoreConfig { rx_incremental, ..tiny }), unix(), layers);
+            let core = core_with(CoreConfig { rx_incremental, ..tiny });
+            exchange_pdus(core, unix(), layers, 14);
         }
     }
 }
