@@ -1,1 +1,33 @@
-//! nvmf-target
+//! The NVMe/TCP target: drives the sans-IO code of `nvme` over the sockets and volumes of a core.
+//!
+//! ```text
+//!  control plane                     each core: one task
+//!  ┌────────┐ add_connection  ┌──────────────────────────────────────────────┐
+//!  │ Target ├────────────────►│ Conn: Stream ◄─► tcp::Target ◄─► ctrl / io ──┼─► Channel (one per
+//!  └───┬────┘                 │  …                                           │    volume and core)
+//!      │ Registry: associations, shared by all cores, locked at connect only  │
+//!      └──────────────────────┴──────────────────────────────────────────────┘
+//! ```
+//!
+//! A turn of the task is one pass: receive from every connection, submit what is complete, poll the
+//! channels, queue the responses, flush every connection once. Responses are so coalesced without a
+//! timer. All queues of an association may lie on different cores; they meet in the registry.
+//!
+//! What it does not do: listen (the daemon hands accepted sockets over), read a clock of its own, or
+//! allocate per I/O: `Io` objects and slots are recycled.
+//!
+//! Start reading at [`Target`], then `core.rs` (the task) and `conn.rs` (one qpair).
+#![forbid(unsafe_code)]
+
+mod admin;
+mod conn;
+mod core;
+mod counters;
+mod registry;
+mod status;
+mod target;
+
+pub use counters::Totals;
+pub use target::{
+    Limits, Listener, NamespaceConfig, SetupError, SubsystemConfig, Target, TargetConfig,
+};

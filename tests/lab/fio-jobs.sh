@@ -12,7 +12,7 @@ for FILENAME in "$(ns_device "$3" 1)" /dev/vda; do
         name=$(basename "$job" .fio)
         [ "$name" != kernel ] || continue
         out=/out/${FILENAME#/dev/}-$name.json
-        fio --output-format=json --output="$out" /job/kernel.fio "$job" || { cat "$out"; fail "$name on $FILENAME"; }
+        fio --eta=never --output-format=json --output="$out" /job/kernel.fio "$job" || { cat "$out"; fail "$name on $FILENAME"; }
         step "$name on $FILENAME"
     done
 done

@@ -21,7 +21,7 @@ step "fio on $dev, counted on $disks"
 # the speed of the machine; checked while writing goes on, and again at the end.
 fio --name=fio-outage --filename="$dev" --direct=1 --ioengine=libaio --rw=randwrite --bsrange=512-32k \
     --iodepth=16 --size=32M --rate=2m --verify=crc32c --verify_fatal=1 --do_verify=1 \
-    --verify_backlog=256 --randrepeat=0 --output-format=json --output=/out/fio-outage.json &
+    --verify_backlog=256 --randrepeat=0 --eta=never --output-format=json --output=/out/fio-outage.json &
 fio=$!
 while kill -0 $fio 2>/dev/null; do
     echo "progress: $(count_io $disks) $(cat "$state")"

@@ -7,3 +7,4 @@
 pub mod bare;
 pub mod load;
 pub mod process;
+pub mod rig;

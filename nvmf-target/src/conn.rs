@@ -1,0 +1,882 @@
+//! One qpair: its stream, its protocol machine and the commands it has outstanding.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{Io, IoError, Op};
+use nvme::ctrl::io::IoCommand;
+use nvme::fabrics::ConnectRequest;
+use nvme::spec::{Cqe, Direction, FabricsType, NSID_ALL, Sqe, Status};
+use nvme::tcp::{self, TargetEvent};
+use nvme::xfer::{self, DataPtr};
+use reactor::net::{Rx, RxChunk, Stream};
+
+use crate::admin::Admin;
+use crate::core::{Env, Refused};
+use crate::registry::Association;
+use crate::status;
+use crate::target::{Limits, Listener};
+
+/// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
+const CHUNKS_PER_TURN: usize = 4;
+
+/// What the connection is.
+pub(crate) enum Role {
+    /// Connect has not succeeded yet.
+    Fresh,
+    Admin(Box<Admin>),
+    Io {
+        subsystem: usize,
+        epoch: u32,
+    },
+}
+
+/// What a slot's command is to do once its data is there.
+#[derive(Clone, Copy)]
+enum Work {
+    Nothing,
+    Connect,
+    Admin,
+    Io(IoCommand),
+    /// Refused; only its in-capsule data must still be taken off the stream.
+    Refuse(Status),
+}
+
+/// Where a command stands, and who moves it on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Free,
+    /// Data is arriving behind the capsule: the host.
+    Capsule,
+    /// Wants a buffer for data to be fetched by R2T: the pool.
+    WaitFetch,
+    /// R2T sent: the host.
+    Fetching,
+    /// Wants a buffer or room in the channel: pool or channel.
+    WaitSubmit,
+    /// At the volume: the channel.
+    Submitted,
+    /// Response queued, payload still referenced by the stream: the socket.
+    Sending,
+    /// Held: an AER until an event, a Connect until the fence is down, a reset until queues are gone.
+    Held,
+}
+
+struct Slot {
+    phase: Phase,
+    work: Work,
+    sqe: Sqe,
+    io: Option<Box<Io>>,
+    /// Bytes that the command moves between host and controller.
+    len: u32,
+    /// In-capsule data begins this far into the capsule's data.
+    skip: u32,
+    /// Next range of a deallocate, or next namespace of a flush to all.
+    step: u32,
+}
+
+impl Slot {
+    fn free() -> Slot {
+        Slot {
+            phase: Phase::Free,
+            work: Work::Nothing,
+            sqe: Sqe::default(),
+            io: None,
+            len: 0,
+            skip: 0,
+            step: 0,
+        }
+    }
+}
+
+/// How far the connection is from its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Open,
+    /// A last PDU is on its way; past the deadline it is given up.
+    Terminating(Duration),
+    /// Shut down; waits for the volume and the socket to give everything back.
+    Draining,
+}
+
+/// See the module's documentation.
+pub(crate) struct Conn {
+    index: u32,
+    stream: Stream,
+    machine: tcp::Target,
+    listener: Listener,
+    pub(crate) role: Role,
+    pub(crate) association: Option<Arc<Association>>,
+    qid: u16,
+    slots: Vec<Slot>,
+    sq_head: u16,
+    sq_entries: u16,
+    /// Submission queue flow control is off: reads may end with their data.
+    no_flow_control: bool,
+    at_volume: usize,
+    /// Received bytes that could not be processed for want of a buffer, and the slot that wants it.
+    backlog: Vec<u8>,
+    stalled: Option<u16>,
+    life: Life,
+    /// By then Connect must have succeeded.
+    handshake_deadline: Option<Duration>,
+    held: Option<Held>,
+}
+
+/// A command that waits for something other than the host or a volume; one at a time.
+#[derive(Clone, Copy)]
+pub(crate) enum Held {
+    /// Until the host's old controller can write no more.
+    Connect(u16),
+    /// Until the I/O queues are gone and the volumes flushed.
+    Shutdown,
+    /// Until the volume of this number is flushed.
+    Flushing(usize),
+    /// Until the I/O queues are gone.
+    Reset,
+}
+
+/// Token of the last PDU of a connection; slots are fewer.
+const TERMINATION: u32 = u32::MAX;
+const TERMINATION_LIMIT: Duration = Duration::from_secs(1);
+
+/// Slot number of I/O that belongs to no command.
+const OWN_SLOT: u16 = u16::MAX;
+
+/// Slots until Connect tells the queue's size: the Connect itself.
+const FRESH_SLOTS: u16 = 2;
+
+/// In-capsule data of the admin queue (NVMe/TCP: 8,192 bytes).
+const ADMIN_IN_CAPSULE: u32 = 8192;
+
+/// More commands than the queue has entries are given slack: a host may reuse an entry as soon as it
+/// has the response, which is before the socket has told us that the response is sent.
+fn slots_of(entries: u16) -> u16 {
+    entries.saturating_mul(2).saturating_add(8)
+}
+
+impl Conn {
+    /// PDUs that a connection may have queued: an R2T, data and a response for each slot of the
+    /// largest queue, and a termination.
+    pub(crate) const TX_ENTRIES: usize = 4096;
+
+    pub(crate) fn new(
+        index: u32,
+        stream: Stream,
+        listener: Listener,
+        limits: &Limits,
+        now: Duration,
+    ) -> Conn {
+        let machine = tcp::Target::new(tcp::TargetConfig {
+            max_h2c_data: limits.h2c_data_bytes,
+            in_capsule_max: ADMIN_IN_CAPSULE,
+            slots: FRESH_SLOTS,
+            ..tcp::TargetConfig::default()
+        });
+        Conn {
+            index,
+            stream,
+            machine,
+            listener,
+            role: Role::Fresh,
+            association: None,
+            qid: 0,
+            slots: (0..FRESH_SLOTS).map(|_| Slot::free()).collect(),
+            sq_head: 0,
+            sq_entries: FRESH_SLOTS,
+            no_flow_control: false,
+            at_volume: 0,
+            backlog: Vec::new(),
+            stalled: None,
+            life: Life::Open,
+            handshake_deadline: Some(now + limits.handshake),
+            held: None,
+        }
+    }
+
+    pub(crate) fn peer(&self) -> String {
+        self.stream.peer()
+    }
+
+    pub(crate) fn listener(&self) -> Listener {
+        self.listener
+    }
+
+    pub(crate) fn held(&self) -> Option<Held> {
+        self.held
+    }
+
+    pub(crate) fn hold(&mut self, held: Held) {
+        self.held = Some(held);
+    }
+
+    pub(crate) fn hold_nothing(&mut self) {
+        self.held = None;
+    }
+
+    /// Keeps a command without moving it on.
+    pub(crate) fn keep(&mut self, slot: u16) {
+        self.slots[slot as usize].phase = Phase::Held;
+    }
+
+    pub(crate) fn slot_sqe(&self, slot: u16) -> &Sqe {
+        &self.slots[slot as usize].sqe
+    }
+
+    pub(crate) fn slot_len(&self, slot: u16) -> usize {
+        self.slots[slot as usize].len as usize
+    }
+
+    /// Copies what the host sent for a command; returns how much that was.
+    pub(crate) fn slot_data(&self, slot: u16, to: &mut [u8]) -> usize {
+        let entry = &self.slots[slot as usize];
+        let len = (entry.len as usize).min(to.len());
+        match &entry.io {
+            Some(io) if io.data.copy_to_slice(0, &mut to[..len]).is_ok() => len,
+            _ => 0,
+        }
+    }
+
+    /// Connect succeeded: the connection is a queue from now on.
+    pub(crate) fn become_queue(
+        &mut self,
+        role: Role,
+        association: Arc<Association>,
+        request: &ConnectRequest,
+        io_in_capsule: Option<u32>,
+    ) {
+        let entries = u16::try_from(request.queue_entries).unwrap_or(u16::MAX);
+        let slots = slots_of(entries);
+        self.machine.set_limits(slots, io_in_capsule.unwrap_or(ADMIN_IN_CAPSULE));
+        self.slots.resize_with(slots.max(FRESH_SLOTS).into(), Slot::free);
+        self.sq_entries = entries;
+        // The Connect command itself took the first entry.
+        self.sq_head = 1 % entries;
+        self.no_flow_control = request.sq_flow_disabled;
+        self.qid = request.qid;
+        self.role = role;
+        self.association = Some(association);
+        self.handshake_deadline = None;
+    }
+
+    /// Takes what the socket has, as far as this turn goes.
+    pub(crate) fn receive(&mut self, env: &mut Env<'_>) -> bool {
+        let mut worked = self.stream.poll();
+        while let Some(token) = self.stream.sent() {
+            worked = true;
+            self.sent(token, env);
+        }
+        if self.life != Life::Open {
+            return worked;
+        }
+        if let Some(slot) = self.stalled {
+            if !self.take_buffer(slot, env) {
+                return worked;
+            }
+            self.stalled = None;
+            worked = true;
+            let backlog = std::mem::take(&mut self.backlog);
+            let left = self.process(&backlog, env);
+            if self.stalled.is_some() {
+                self.backlog = backlog[backlog.len() - left..].to_vec();
+                return worked;
+            }
+            self.stream.resume();
+        }
+        for _ in 0..CHUNKS_PER_TURN {
+            if self.life != Life::Open {
+                break;
+            }
+            match self.stream.recv() {
+                Rx::Empty => break,
+                Rx::Data(chunk) => {
+                    worked = true;
+                    self.take_chunk(&chunk, env);
+                    if self.stalled.is_some() {
+                        break;
+                    }
+                }
+                Rx::Eof => {
+                    self.close("the host closed the connection");
+                    worked = true;
+                }
+                Rx::Failed(errno) => {
+                    tracing::debug!(peer = self.stream.peer(), qid = self.qid, %errno, "socket failed");
+                    self.close("the socket failed");
+                    worked = true;
+                }
+            }
+        }
+        worked
+    }
+
+    fn take_chunk(&mut self, chunk: &RxChunk, env: &mut Env<'_>) {
+        if let Some(association) = &self.association {
+            association.touch();
+        }
+        let left = self.process(chunk, env);
+        if self.stalled.is_some() {
+            // The buffer belongs to the core and goes back: what is left waits in memory of the
+            // connection's own, one buffer's worth at the most, since receiving stops here.
+            self.stream.pause();
+            self.backlog = chunk[chunk.len() - left..].to_vec();
+        }
+    }
+
+    /// Runs the machine over `bytes`; returns how many are left when it had to stop.
+    fn process(&mut self, bytes: &[u8], env: &mut Env<'_>) -> usize {
+        let mut input = bytes;
+        while self.stalled.is_none() && self.life == Life::Open {
+            match self.machine.next(&mut input) {
+                Ok(None) => break,
+                Ok(Some(event)) => self.on_event(event, env),
+                Err(fault) => {
+                    tracing::debug!(
+                        peer = self.stream.peer(),
+                        qid = self.qid,
+                        fes = fault.fes.get(),
+                        fei = fault.fei,
+                        "connection terminated: {}",
+                        fault.what
+                    );
+                    self.terminate(&fault, env.now);
+                }
+            }
+        }
+        input.len()
+    }
+
+    fn on_event(&mut self, event: TargetEvent<'_>, env: &mut Env<'_>) {
+        match event {
+            TargetEvent::Initialized { reply } => self.push(reply.as_ref(), None),
+            TargetEvent::Command { slot, sqe, in_capsule_len } => {
+                self.on_command(slot, Sqe::from_bytes(&sqe), in_capsule_len, env);
+            }
+            TargetEvent::Data { slot, offset, bytes } => self.on_data(slot, offset, bytes),
+            TargetEvent::DataEnd { slot } => self.on_data_end(slot, env),
+            TargetEvent::DataDigestError { slot } => {
+                self.respond(slot, Status::TRANSIENT_TRANSPORT_ERROR, 0, env);
+            }
+            TargetEvent::Terminated { fes } => {
+                tracing::debug!(peer = self.stream.peer(), qid = self.qid, fes, "host terminated");
+                self.close("the host terminated the connection");
+            }
+        }
+    }
+
+    fn on_command(&mut self, slot: u16, sqe: Sqe, in_capsule_len: u32, env: &mut Env<'_>) {
+        self.sq_head = if self.sq_head + 1 >= self.sq_entries { 0 } else { self.sq_head + 1 };
+        let (work, data) = match self.classify(&sqe, in_capsule_len, env) {
+            Ok(found) => found,
+            Err(status) => (Work::Refuse(status), DataPtr::None),
+        };
+        let (len, skip) = match data {
+            DataPtr::InCapsule { offset, len } => (len, offset),
+            data => (data.len(), 0),
+        };
+        let entry = &mut self.slots[slot as usize];
+        debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
+        (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
+        if in_capsule_len > 0 {
+            // Data that nobody asked for is taken off the stream and dropped.
+            entry.phase = Phase::Capsule;
+            if matches!(data, DataPtr::InCapsule { .. }) && !self.take_buffer(slot, env) {
+                self.stalled = Some(slot);
+            }
+        } else if matches!(data, DataPtr::Transport { .. }) {
+            self.fetch(slot, env);
+        } else {
+            self.execute(slot, env);
+        }
+    }
+
+    /// What the command is, and where the data is that the host sends for it.
+    fn classify(
+        &mut self,
+        sqe: &Sqe,
+        in_capsule_len: u32,
+        env: &Env<'_>,
+    ) -> Result<(Work, DataPtr), Status> {
+        let (work, takes_data) = match &mut self.role {
+            Role::Fresh if sqe.is_fabrics() && sqe.fctype() == FabricsType::CONNECT => {
+                (Work::Connect, true)
+            }
+            Role::Fresh => return Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
+            Role::Admin(_) => (Work::Admin, sqe.direction() == Direction::ToController),
+            Role::Io { .. } if sqe.is_fabrics() => {
+                return Err(Status::INVALID_COMMAND_OPCODE.dnr());
+            }
+            Role::Io { subsystem, .. } => {
+                let command = nvme::ctrl::io::decode(sqe, &env.shared.subsystems[*subsystem].info)?;
+                let takes_data = matches!(
+                    command,
+                    IoCommand::Write { .. }
+                        | IoCommand::Deallocate { .. }
+                        | IoCommand::Advisory { .. }
+                );
+                return if takes_data {
+                    Ok((Work::Io(command), xfer::parse_data(sqe, in_capsule_len)?))
+                } else {
+                    Ok((Work::Io(command), DataPtr::None))
+                };
+            }
+        };
+        let data = if takes_data { xfer::parse_data(sqe, in_capsule_len)? } else { DataPtr::None };
+        if data.len() > ADMIN_IN_CAPSULE {
+            return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+        }
+        Ok((work, data))
+    }
+
+    /// Gives a slot whose data follows its capsule the memory for it.
+    fn take_buffer(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        let entry = &mut self.slots[slot as usize];
+        let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
+        let got = env.pool.alloc(entry.len as usize, &mut io.data).is_ok();
+        entry.io = Some(io);
+        got
+    }
+
+    /// Asks the host for a command's data, as soon as there is memory for it.
+    fn fetch(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        if !self.take_buffer(slot, env) {
+            self.slots[slot as usize].phase = Phase::WaitFetch;
+            env.waiting.push_back((self.index, slot));
+            return false;
+        }
+        let entry = &mut self.slots[slot as usize];
+        entry.phase = Phase::Fetching;
+        let r2t = self.machine.r2t(slot, 0, entry.len);
+        self.push(r2t.as_ref(), None);
+        true
+    }
+
+    fn on_data(&mut self, slot: u16, offset: u32, bytes: &[u8]) {
+        let entry = &self.slots[slot as usize];
+        let Some(io) = &entry.io else { return };
+        // In-capsule data may begin behind an offset and end before the capsule does.
+        let skip = entry.skip.saturating_sub(offset).min(bytes.len() as u32) as usize;
+        let at = (offset + skip as u32 - entry.skip.min(offset + skip as u32)) as usize;
+        let room = (entry.len as usize).saturating_sub(at);
+        let bytes = &bytes[skip..];
+        let bytes = &bytes[..bytes.len().min(room)];
+        if !bytes.is_empty() && io.data.copy_from_slice(at, bytes).is_err() {
+            debug_assert!(false, "the buffer has the command's length");
+        }
+    }
+
+    fn on_data_end(&mut self, slot: u16, env: &mut Env<'_>) {
+        match self.slots[slot as usize].phase {
+            Phase::Capsule | Phase::Fetching => self.execute(slot, env),
+            phase => debug_assert!(false, "data ended for a command in {phase:?}"),
+        }
+    }
+
+    /// All that the command needs from the host is here.
+    fn execute(&mut self, slot: u16, env: &mut Env<'_>) {
+        match self.slots[slot as usize].work {
+            Work::Nothing => debug_assert!(false, "a free slot has nothing to execute"),
+            Work::Refuse(status) => self.respond(slot, status, 0, env),
+            Work::Connect => self.connect(slot, env),
+            Work::Admin => self.admin(slot, env),
+            Work::Io(_) => {
+                self.submit(slot, env);
+            }
+        }
+    }
+
+    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits.
+    fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        let Role::Io { subsystem, .. } = self.role else {
+            debug_assert!(false, "I/O commands come on I/O queues");
+            return true;
+        };
+        let served = &env.shared.subsystems[subsystem];
+        let entry = &mut self.slots[slot as usize];
+        let Work::Io(command) = entry.work else { return true };
+        let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
+        io.fua = false;
+        io.no_unmap = false;
+        let nsid = match command {
+            IoCommand::Read { nsid, offset, len, fua } => {
+                if io.data.is_empty() && env.pool.alloc(len as usize, &mut io.data).is_err() {
+                    entry.io = Some(io);
+                    entry.phase = Phase::WaitSubmit;
+                    env.waiting.push_back((self.index, slot));
+                    return false;
+                }
+                (io.op, io.offset, io.len, io.fua) = (Op::Read, offset, u64::from(len), fua);
+                nsid
+            }
+            IoCommand::Write { nsid, offset, len, fua } => {
+                (io.op, io.offset, io.len, io.fua) = (Op::Write, offset, u64::from(len), fua);
+                nsid
+            }
+            IoCommand::WriteZeroes { nsid, offset, len, no_unmap, fua } => {
+                (io.op, io.offset, io.len, io.fua) = (Op::WriteZeroes, offset, len, fua);
+                io.no_unmap = no_unmap;
+                nsid
+            }
+            IoCommand::Flush { nsid } => {
+                (io.op, io.offset, io.len) = (Op::Flush, 0, 0);
+                nsid
+            }
+            IoCommand::Deallocate { nsid, .. } => {
+                let mut range = [0; 16];
+                let copied = io.data.copy_to_slice(entry.step as usize * 16, &mut range);
+                let info = served.info.namespace(nsid);
+                let range = match (copied, info) {
+                    (Ok(()), Some(info)) => nvme::ctrl::io::dsm_range(&range, info),
+                    _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
+                };
+                match range {
+                    Ok((offset, len)) => (io.op, io.offset, io.len) = (Op::Deallocate, offset, len),
+                    Err(status) => {
+                        entry.io = Some(io);
+                        self.respond(slot, status, 0, env);
+                        return true;
+                    }
+                }
+                nsid
+            }
+            IoCommand::Advisory { .. } => {
+                entry.io = Some(io);
+                self.respond(slot, Status::SUCCESS, 0, env);
+                return true;
+            }
+        };
+        let namespace = if nsid == NSID_ALL {
+            entry.step as usize
+        } else {
+            served.info.namespace_index(nsid).unwrap_or(usize::MAX)
+        };
+        if io.op == Op::Deallocate && io.len == 0 {
+            // A range of no blocks: done, without a word to the volume.
+            entry.io = Some(io);
+            return self.step_done(slot, env);
+        }
+        let Some(volume) = served.volumes.get(namespace) else {
+            // A flush of all namespaces where there are none.
+            entry.io = Some(io);
+            self.respond(slot, Status::SUCCESS, 0, env);
+            return true;
+        };
+        io.tag = u64::from(self.index) << 16 | u64::from(slot);
+        match env.volumes.submit(env.shared, *volume, io) {
+            Ok(()) => {
+                entry.phase = Phase::Submitted;
+                self.at_volume += 1;
+                true
+            }
+            Err(Refused::Busy(io)) => {
+                entry.io = Some(io);
+                entry.phase = Phase::WaitSubmit;
+                env.waiting.push_back((self.index, slot));
+                false
+            }
+            Err(Refused::Failed(io)) => {
+                let error = io.result.err().unwrap_or(IoError::Gone);
+                let op = io.op;
+                entry.io = Some(io);
+                self.respond(slot, status::of(error, op), 0, env);
+                true
+            }
+        }
+    }
+
+    /// Tries a waiting command again; `false`: it was queued anew.
+    pub(crate) fn retry(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        if self.life != Life::Open {
+            return true;
+        }
+        match self.slots[slot as usize].phase {
+            Phase::WaitFetch => self.fetch(slot, env),
+            Phase::WaitSubmit => self.submit(slot, env),
+            _ => true,
+        }
+    }
+
+    /// A volume gave an I/O back.
+    pub(crate) fn complete(&mut self, slot: u16, io: Box<Io>, env: &mut Env<'_>) {
+        self.at_volume -= 1;
+        if slot == OWN_SLOT {
+            self.own_done(io, env);
+            return;
+        }
+        let entry = &mut self.slots[slot as usize];
+        let (op, len, result) = (io.op, io.len, io.result);
+        entry.io = Some(io);
+        if self.life != Life::Open {
+            self.free(slot, env);
+            return;
+        }
+        if let Role::Io { subsystem, .. } = self.role {
+            let counters = &env.shared.subsystems[subsystem].counters[env.core];
+            match (op, result) {
+                (Op::Read, Ok(())) => counters.read(len),
+                (Op::Write, Ok(())) => counters.write(len),
+                (_, Err(IoError::Medium)) => counters.media_error(),
+                _ => {}
+            }
+        }
+        match result {
+            Ok(()) if op == Op::Read => self.respond_data(slot, len as u32, 0),
+            Ok(()) => {
+                self.step_done(slot, env);
+            }
+            Err(error) => self.respond(slot, status::of(error, op), 0, env),
+        }
+    }
+
+    /// One piece of a command is done; the next is submitted, or the command ends.
+    fn step_done(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        let entry = &mut self.slots[slot as usize];
+        entry.step += 1;
+        let pieces = match (entry.work, &self.role) {
+            (Work::Io(IoCommand::Deallocate { ranges, .. }), _) => u32::from(ranges),
+            (Work::Io(IoCommand::Flush { nsid: NSID_ALL }), Role::Io { subsystem, .. }) => {
+                env.shared.subsystems[*subsystem].volumes.len() as u32
+            }
+            _ => 1,
+        };
+        if entry.step < pieces {
+            return self.submit(slot, env);
+        }
+        self.respond(slot, Status::SUCCESS, 0, env);
+        true
+    }
+
+    /// Submits an I/O that no command asked for; `false`: the volume has no room now.
+    pub(crate) fn submit_own(&mut self, volume: usize, mut io: Box<Io>, env: &mut Env<'_>) -> bool {
+        io.tag = u64::from(self.index) << 16 | u64::from(OWN_SLOT);
+        match env.volumes.submit(env.shared, volume, io) {
+            Ok(()) => {
+                self.at_volume += 1;
+                true
+            }
+            Err(Refused::Busy(io)) => {
+                env.ios.give(io);
+                false
+            }
+            Err(Refused::Failed(io)) => {
+                self.own_done(io, env);
+                true
+            }
+        }
+    }
+
+    fn own_done(&mut self, io: Box<Io>, env: &mut Env<'_>) {
+        if let Err(error) = io.result {
+            tracing::error!(?error, "flushing a volume at shutdown failed");
+        }
+        env.ios.give(io);
+        if self.life == Life::Open
+            && let Some(Held::Flushing(index)) = self.held
+        {
+            self.flush_volume(index + 1, env);
+        }
+    }
+
+    fn cqe(&self, slot: u16, status: Status, result: u64) -> [u8; 16] {
+        let sqhd = if self.no_flow_control { 0 } else { self.sq_head };
+        let mut cqe = Cqe::new(self.machine.cid(slot), status, result);
+        cqe.sqhd.set(sqhd);
+        cqe.to_bytes()
+    }
+
+    /// Ends a command without data.
+    pub(crate) fn respond(&mut self, slot: u16, status: Status, result: u64, env: &mut Env<'_>) {
+        let cqe = self.cqe(slot, status, result);
+        let response = self.machine.response(slot, &cqe);
+        self.push(response.as_ref(), None);
+        self.free(slot, env);
+    }
+
+    /// Ends a command with the first `len` bytes of its buffer.
+    fn respond_data(&mut self, slot: u16, len: u32, result: u64) {
+        // The data's last PDU may stand for the response only where the host does not want to see
+        // the queue's head, and where there is nothing else to say (NVMe/TCP, C2HData SUCCESS).
+        let success = self.no_flow_control && result == 0;
+        let head = self.machine.c2h_data(slot, 0, len, true, success);
+        let entry = &mut self.slots[slot as usize];
+        entry.phase = Phase::Sending;
+        let Some(io) = &entry.io else {
+            debug_assert!(false, "data comes from a buffer");
+            return;
+        };
+        let tail = self.machine.data_digest().then(|| {
+            let mut digest = tcp::Crc32c::new();
+            let read = io.data.for_each_chunk(0, len as usize, &mut |bytes| {
+                digest.update(bytes);
+            });
+            debug_assert!(read.is_ok(), "the buffer has the command's length");
+            digest.finish()
+        });
+        let pushed = self.stream.push(
+            head.as_ref(),
+            Some((&io.data, 0, len as usize)),
+            tail,
+            Some(slot.into()),
+        );
+        if pushed.is_err() {
+            debug_assert!(false, "the send queue has room for every slot");
+            self.close("the send queue overran");
+            return;
+        }
+        if !success {
+            let cqe = self.cqe(slot, Status::SUCCESS, result);
+            let response = self.machine.response(slot, &cqe);
+            self.push(response.as_ref(), None);
+        }
+    }
+
+    /// Ends an admin command with the bytes that the controller wrote.
+    pub(crate) fn respond_bytes(
+        &mut self,
+        slot: u16,
+        bytes: &[u8],
+        result: u64,
+        env: &mut Env<'_>,
+    ) {
+        let entry = &mut self.slots[slot as usize];
+        let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
+        io.data.clear();
+        let placed = env.pool.alloc(bytes.len(), &mut io.data).is_ok()
+            && io.data.copy_from_slice(0, bytes).is_ok();
+        entry.io = Some(io);
+        if !placed {
+            // A host that is out of luck with memory asks again.
+            self.respond(slot, Status::INTERNAL_ERROR, 0, env);
+            return;
+        }
+        self.respond_data(slot, bytes.len() as u32, result);
+    }
+
+    /// The stream no longer needs the payload of `token`.
+    fn sent(&mut self, token: u32, env: &mut Env<'_>) {
+        if token == TERMINATION {
+            self.close("terminated");
+            return;
+        }
+        let slot = token as u16;
+        if self.slots[slot as usize].phase == Phase::Sending {
+            self.free(slot, env);
+        }
+    }
+
+    fn free(&mut self, slot: u16, env: &mut Env<'_>) {
+        let entry = &mut self.slots[slot as usize];
+        entry.phase = Phase::Free;
+        entry.work = Work::Nothing;
+        if let Some(io) = entry.io.take() {
+            env.ios.give(io);
+        }
+        self.machine.release(slot);
+    }
+
+    fn push(&mut self, head: &[u8], token: Option<u32>) {
+        if self.stream.push(head, None, None, token).is_err() {
+            debug_assert!(false, "the send queue has room for every slot");
+            self.close("the send queue overran");
+        }
+    }
+
+    /// The host broke the protocol: say so, then go.
+    fn terminate(&mut self, fault: &tcp::Fault, now: Duration) {
+        let pdu = self.machine.term_req(fault);
+        self.life = Life::Terminating(now + TERMINATION_LIMIT);
+        self.push(pdu.as_ref(), Some(TERMINATION));
+        self.stream.pause();
+    }
+
+    /// Nothing more is received or sent; what the volume holds is waited for.
+    pub(crate) fn close(&mut self, reason: &'static str) {
+        if self.life == Life::Draining {
+            return;
+        }
+        tracing::debug!(peer = self.stream.peer(), qid = self.qid, reason, "connection closed");
+        self.life = Life::Draining;
+        self.stream.shutdown();
+    }
+
+    /// Time-outs.
+    pub(crate) fn tick(&mut self, env: &mut Env<'_>) {
+        if self.handshake_deadline.is_some_and(|at| env.now >= at) {
+            self.close("no Connect in time");
+        }
+        if let Life::Terminating(deadline) = self.life
+            && env.now >= deadline
+        {
+            self.close("the termination was not taken");
+        }
+        if let (Role::Admin(admin), Some(association)) = (&mut self.role, &self.association) {
+            if association.take_touched() {
+                admin.controller.touch(env.now);
+            }
+            if self.life == Life::Open && admin.controller.is_expired(env.now) {
+                tracing::info!(
+                    hostnqn = association.host.hostnqn,
+                    cntlid = association.cntlid,
+                    "keep alive timeout: the association ends"
+                );
+                self.close("keep alive timeout");
+            }
+        }
+    }
+
+    /// Held commands, the association's state, and the flush that sends all responses of the turn.
+    pub(crate) fn finish_turn(&mut self, env: &mut Env<'_>) -> bool {
+        let mut worked = false;
+        if self.life == Life::Open {
+            worked |= self.follow_association(env);
+            worked |= self.poll_held(env);
+        }
+        if self.life == Life::Draining {
+            if matches!(self.role, Role::Admin(_))
+                && let Some(association) = &self.association
+                && !association.is_dead()
+            {
+                // The controller lives as long as its admin queue.
+                association.kill();
+                env.shared.wake_all();
+            }
+        } else {
+            self.stream.flush();
+        }
+        worked
+    }
+
+    /// Whether the association wants this queue gone.
+    fn follow_association(&mut self, _env: &mut Env<'_>) -> bool {
+        let Some(association) = &self.association else { return false };
+        if association.is_dead() {
+            self.close("the association ended");
+            return true;
+        }
+        if let Role::Io { epoch, .. } = self.role
+            && association.io_epoch() != epoch
+        {
+            self.close("the controller was reset");
+            return true;
+        }
+        false
+    }
+
+    /// Nothing of the connection is in use any more, by anybody.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.life == Life::Draining && self.at_volume == 0 && self.stream.is_quiet()
+    }
+
+    /// Last call before the connection is dropped.
+    pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
+        for slot in 0..self.slots.len() {
+            if let Some(io) = self.slots[slot].io.take() {
+                env.ios.give(io);
+            }
+        }
+        if let Some(association) = self.association.take() {
+            env.shared.registry.leave(&association, self.qid);
+            env.shared.wake_all();
+        }
+    }
+}

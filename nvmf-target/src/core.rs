@@ -1,0 +1,274 @@
+//! The task that a core runs for the target: all of its qpairs, one channel per volume.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use block::{Busy, Channel, Io, IoError};
+use iobuf::Pool;
+use reactor::net::{Stream, StreamConfig};
+use reactor::{Local, Progress, Receiver, Task};
+
+use crate::conn::Conn;
+use crate::target::{Handover, Shared};
+
+/// How often time-outs are looked at: keep alive, handshakes, terminations. They are seconds long.
+const TICK: Duration = Duration::from_millis(500);
+
+/// I/O that a channel of this target may have in flight; past it commands wait their turn.
+const CHANNEL_DEPTH: u32 = 1024;
+
+/// Segments that an I/O has room for from the start: the pool's largest pieces of a full transfer.
+const SEGMENTS: usize = 16;
+
+/// A command that waits for memory or for room in a channel, in order of arrival.
+pub(crate) type Waiting = VecDeque<(u32, u16)>;
+
+/// What a connection may use of its core while it is called.
+pub(crate) struct Env<'a> {
+    pub(crate) core: usize,
+    pub(crate) shared: &'a Shared,
+    pub(crate) pool: &'a Pool,
+    pub(crate) volumes: &'a mut Volumes,
+    pub(crate) ios: &'a mut IoCache,
+    pub(crate) waiting: &'a mut Waiting,
+    pub(crate) now: Duration,
+}
+
+/// Recycled I/O objects: as many exist as were ever in use at once, which the slots bound.
+#[derive(Default)]
+pub(crate) struct IoCache {
+    // The address of an I/O in flight must not change: they are boxed once and then only moved.
+    #[expect(clippy::vec_box, reason = "the boxes themselves are what is recycled")]
+    free: Vec<Box<Io>>,
+}
+
+impl IoCache {
+    pub(crate) fn take(&mut self) -> Box<Io> {
+        self.free.pop().unwrap_or_else(|| Box::new(Io::with_capacity(SEGMENTS)))
+    }
+
+    pub(crate) fn give(&mut self, mut io: Box<Io>) {
+        io.data.clear();
+        self.free.push(io);
+    }
+}
+
+/// Why a volume did not take an I/O.
+pub(crate) enum Refused {
+    /// No room now.
+    Busy(Box<Io>),
+    /// The volume cannot be opened on this core; the result says so.
+    Failed(Box<Io>),
+}
+
+/// The core's channels, opened when first used.
+pub(crate) struct Volumes {
+    local: Local,
+    channels: Vec<Option<Box<dyn Channel>>>,
+    /// Volumes with I/O in flight, each once: only these are polled.
+    active: Vec<usize>,
+    is_active: Vec<bool>,
+}
+
+impl Volumes {
+    fn new(local: Local, count: usize) -> Volumes {
+        let channels = std::iter::repeat_with(|| None).take(count).collect();
+        Volumes {
+            local,
+            channels,
+            active: Vec::with_capacity(count),
+            is_active: vec![false; count],
+        }
+    }
+
+    pub(crate) fn submit(
+        &mut self,
+        shared: &Shared,
+        index: usize,
+        mut io: Box<Io>,
+    ) -> Result<(), Refused> {
+        let slot = &mut self.channels[index];
+        let channel = match slot {
+            Some(channel) => channel,
+            None => match shared.volumes[index].open(&self.local, CHANNEL_DEPTH) {
+                Ok(channel) => slot.insert(channel),
+                Err(error) => {
+                    tracing::error!(volume = index, %error, "a volume cannot be opened");
+                    io.result = Err(IoError::Gone);
+                    return Err(Refused::Failed(io));
+                }
+            },
+        };
+        channel.submit(io).map_err(|Busy(io)| Refused::Busy(io))?;
+        if !std::mem::replace(&mut self.is_active[index], true) {
+            self.active.push(index);
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
+        let mut i = 0;
+        while i < self.active.len() {
+            let index = self.active[i];
+            let idle = match &mut self.channels[index] {
+                Some(channel) => {
+                    channel.poll(done);
+                    channel.in_flight() == 0
+                }
+                None => true,
+            };
+            if idle {
+                self.is_active[index] = false;
+                self.active.swap_remove(i);
+            } else {
+                i += 1;
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        self.active
+            .iter()
+            .filter_map(|index| self.channels[*index].as_ref().and_then(|c| c.deadline()))
+            .min()
+    }
+}
+
+/// See the module's documentation.
+pub(crate) struct CoreTask {
+    core: usize,
+    shared: Arc<Shared>,
+    local: Local,
+    inbox: Receiver<Handover>,
+    conns: Vec<Option<Box<Conn>>>,
+    free: Vec<u32>,
+    volumes: Volumes,
+    ios: IoCache,
+    waiting: Waiting,
+    #[expect(clippy::vec_box, reason = "the channels hand over boxes")]
+    done: Vec<Box<Io>>,
+    next_tick: Option<Duration>,
+}
+
+impl CoreTask {
+    pub(crate) fn new(
+        core: usize,
+        shared: Arc<Shared>,
+        local: Local,
+        inbox: Receiver<Handover>,
+    ) -> CoreTask {
+        let volumes = Volumes::new(local.clone(), shared.volumes.len());
+        CoreTask {
+            core,
+            shared,
+            local,
+            inbox,
+            conns: Vec::new(),
+            free: Vec::new(),
+            volumes,
+            ios: IoCache::default(),
+            waiting: Waiting::new(),
+            done: Vec::new(),
+            next_tick: None,
+        }
+    }
+
+    fn accept(&mut self, handover: Handover, now: Duration) {
+        let config = StreamConfig { tx_entries_max: Conn::TX_ENTRIES, ..StreamConfig::default() };
+        let stream = match Stream::new(&self.local, handover.socket, config) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection was closed: no stream for it");
+                self.shared.connections.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.conns.push(None);
+            (self.conns.len() - 1) as u32
+        });
+        let conn = Conn::new(index, stream, handover.listener, &self.shared.limits, now);
+        self.conns[index as usize] = Some(Box::new(conn));
+    }
+}
+
+impl Task for CoreTask {
+    fn poll(&mut self, now: Duration) -> Progress {
+        let mut worked = false;
+        while let Some(handover) = self.inbox.try_recv() {
+            self.accept(handover, now);
+            worked = true;
+        }
+        let tick = self.next_tick.is_some_and(|at| now >= at);
+        let stopping = self.local.is_stopping();
+        let CoreTask { core, shared, local, conns, volumes, ios, waiting, done, .. } = self;
+        let shared: &Shared = shared;
+        let mut env = Env { core: *core, shared, pool: local.pool(), volumes, ios, waiting, now };
+
+        // Commands that waited go before new ones.
+        for _ in 0..env.waiting.len() {
+            let Some((index, slot)) = env.waiting.pop_front() else { break };
+            let served = match conns.get_mut(index as usize) {
+                Some(Some(conn)) => conn.retry(slot, &mut env),
+                _ => true,
+            };
+            if !served {
+                // Still nothing to be had; `retry` has queued it again, at the back: turn it round.
+                if let Some(again) = env.waiting.pop_back() {
+                    env.waiting.push_front(again);
+                }
+                break;
+            }
+            worked = true;
+        }
+        for conn in conns.iter_mut().flatten() {
+            worked |= conn.receive(&mut env);
+        }
+        env.volumes.poll(&mut |io| done.push(io));
+        for io in done.drain(..) {
+            worked = true;
+            let (index, slot) = ((io.tag >> 16) as usize, io.tag as u16);
+            match conns.get_mut(index) {
+                Some(Some(conn)) => conn.complete(slot, io, &mut env),
+                // A connection goes only when its last I/O is back.
+                _ => env.ios.give(io),
+            }
+        }
+        for (index, entry) in conns.iter_mut().enumerate() {
+            let Some(conn) = entry else { continue };
+            if tick {
+                conn.tick(&mut env);
+            }
+            if stopping {
+                conn.close("the target stops");
+            }
+            worked |= conn.finish_turn(&mut env);
+            if conn.is_gone() {
+                conn.leave(&mut env);
+                *entry = None;
+                self.free.push(index as u32);
+                shared.connections.fetch_sub(1, Ordering::AcqRel);
+                worked = true;
+            }
+        }
+        let alive = self.free.len() < self.conns.len();
+        if !alive {
+            if stopping {
+                return Progress::Done;
+            }
+            self.next_tick = None;
+        } else if tick || self.next_tick.is_none() {
+            self.next_tick = Some(now + TICK);
+        }
+        if worked { Progress::Worked } else { Progress::Idle }
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        match (self.next_tick, self.volumes.deadline()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Associations: which controllers exist, who they belong to and which of their queues are alive.
+//!
+//! The registry is shared by all cores and locked only when a queue is connected or torn down. What
+//! the data path needs of it is in [`Association`] and atomic.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Which subsystem an association is with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// Index into the target's subsystems.
+    Subsystem(usize),
+    /// The discovery subsystem.
+    Discovery,
+}
+
+/// Who connected: a host is its NQN and its identifier together (NVMe Base 2.0, Host Identifier).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostKey {
+    pub(crate) hostnqn: String,
+    pub(crate) hostid: [u8; 16],
+}
+
+/// Why a queue cannot join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// As many controllers, or connections of one host, as are allowed exist.
+    Busy,
+    /// No such controller, or it belongs to another host or subsystem.
+    UnknownController,
+    /// The controller is being reset or torn down, or was never enabled.
+    NotReady,
+    /// The queue exists, or was not granted by Set Features.
+    QueueIdentifier,
+}
+
+/// One host's connection to one controller; all of its queues hold an `Arc` of it.
+#[derive(Debug)]
+pub(crate) struct Association {
+    pub(crate) cntlid: u16,
+    pub(crate) served: Served,
+    pub(crate) host: HostKey,
+    /// Set once and for good: every queue closes when it sees this.
+    dead: AtomicBool,
+    /// CC.EN is 1 and CSTS.RDY is: I/O queues may connect.
+    ready: AtomicBool,
+    /// I/O queues of an older epoch close: a controller reset ends them, the admin queue stays.
+    io_epoch: AtomicU32,
+    /// I/O queues granted by Set Features.
+    granted: AtomicU16,
+    /// Some queue got a command since the admin queue last looked (traffic-based keep alive).
+    touched: AtomicBool,
+    /// Queues not yet torn down, the admin queue among them. I/O of the host can land while a
+    /// queue is counted here: a queue leaves only when its last I/O is back.
+    queues: AtomicUsize,
+    io_queues: AtomicUsize,
+    connected: Mutex<Vec<u16>>,
+}
+
+impl Association {
+    pub(crate) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn kill(&self) {
+        self.dead.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Release);
+    }
+
+    pub(crate) fn grant(&self, queues: u16) {
+        self.granted.store(queues, Ordering::Release);
+    }
+
+    pub(crate) fn io_epoch(&self) -> u32 {
+        self.io_epoch.load(Ordering::Acquire)
+    }
+
+    /// Ends all I/O queues; [`Self::io_queues`] tells when the last has drained.
+    pub(crate) fn end_io_queues(&self) {
+        self.set_ready(false);
+        self.io_epoch.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn io_queues(&self) -> usize {
+        self.io_queues.load(Ordering::Acquire)
+    }
+
+    /// Notes traffic on a queue; a plain store when it is noted already.
+    pub(crate) fn touch(&self) {
+        if !self.touched.load(Ordering::Relaxed) {
+            self.touched.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn take_touched(&self) -> bool {
+        self.touched.swap(false, Ordering::Relaxed)
+    }
+
+    fn connected(&self) -> MutexGuard<'_, Vec<u16>> {
+        self.connected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All associations of the target.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    associations: Mutex<Table>,
+    controllers_max: usize,
+    controllers_per_host_max: usize,
+}
+
+#[derive(Debug)]
+struct Table {
+    by_cntlid: BTreeMap<u16, Arc<Association>>,
+    next_cntlid: u16,
+}
+
+/// Controller identifiers FFF0h and above are reserved (NVMe Base 2.0, Connect command).
+const CNTLID_MAX: u16 = 0xffef;
+
+impl Registry {
+    pub(crate) fn new(controllers_max: usize, controllers_per_host_max: usize) -> Registry {
+        let associations = Mutex::new(Table { by_cntlid: BTreeMap::new(), next_cntlid: 1 });
+        Registry { associations, controllers_max, controllers_per_host_max }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.associations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Creates an association; its one queue is the admin queue.
+    pub(crate) fn create(
+        &self,
+        served: Served,
+        host: HostKey,
+    ) -> Result<Arc<Association>, Refusal> {
+        let mut table = self.table();
+        let of_host = table.by_cntlid.values().filter(|a| a.host == host).count();
+        if table.by_cntlid.len() >= self.controllers_max.min(CNTLID_MAX as usize)
+            || of_host >= self.controllers_per_host_max
+        {
+            return Err(Refusal::Busy);
+        }
+        // Identifiers go round, so that a late queue of a dead controller finds no namesake.
+        let mut cntlid = table.next_cntlid;
+        while table.by_cntlid.contains_key(&cntlid) {
+            cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
+        }
+        table.next_cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
+        let association = Arc::new(Association {
+            cntlid,
+            served,
+            host,
+            dead: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            io_epoch: AtomicU32::new(0),
+            granted: AtomicU16::new(0),
+            touched: AtomicBool::new(true),
+            queues: AtomicUsize::new(1),
+            io_queues: AtomicUsize::new(0),
+            connected: Mutex::new(Vec::new()),
+        });
+        table.by_cntlid.insert(cntlid, Arc::clone(&association));
+        Ok(association)
+    }
+
+    /// Joins I/O queue `qid` to controller `cntlid`; returns it with the epoch the queue lives in.
+    pub(crate) fn join(
+        &self,
+        cntlid: u16,
+        qid: u16,
+        served: Served,
+        host: &HostKey,
+    ) -> Result<(Arc<Association>, u32), Refusal> {
+        let association = {
+            let table = self.table();
+            Arc::clone(table.by_cntlid.get(&cntlid).ok_or(Refusal::UnknownController)?)
+        };
+        if association.served != served || association.host != *host {
+            return Err(Refusal::UnknownController);
+        }
+        let mut connected = association.connected();
+        if association.is_dead() || !association.ready.load(Ordering::Acquire) {
+            return Err(Refusal::NotReady);
+        }
+        if qid == 0 || qid > association.granted.load(Ordering::Acquire) || connected.contains(&qid)
+        {
+            return Err(Refusal::QueueIdentifier);
+        }
+        connected.push(qid);
+        association.queues.fetch_add(1, Ordering::AcqRel);
+        association.io_queues.fetch_add(1, Ordering::AcqRel);
+        let epoch = association.io_epoch();
+        drop(connected);
+        Ok((association, epoch))
+    }
+
+    /// A queue is torn down: none of its I/O can land any more.
+    pub(crate) fn leave(&self, association: &Arc<Association>, qid: u16) {
+        if qid != 0 {
+            association.connected().retain(|q| *q != qid);
+            association.io_queues.fetch_sub(1, Ordering::AcqRel);
+        }
+        if association.queues.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.table().by_cntlid.remove(&association.cntlid);
+        }
+    }
+
+    /// Whether a dead controller of `host` still has I/O that can land. A new controller of that
+    /// host waits for it: what the host sends there must not be overtaken by what it sent before.
+    pub(crate) fn is_fenced(&self, served: Served, host: &HostKey) -> bool {
+        let table = self.table();
+        table.by_cntlid.values().any(|a| a.served == served && a.host == *host && a.is_dead())
+    }
+
+    /// Number of live or draining associations.
+    pub(crate) fn len(&self) -> usize {
+        self.table().by_cntlid.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(n: u8) -> HostKey {
+        HostKey { hostnqn: format!("nqn.2014-08.org.example:{n}"), hostid: [n; 16] }
+    }
+
+    const SERVED: Served = Served::Subsystem(0);
+
+    fn ready(registry: &Registry, host: HostKey) -> Arc<Association> {
+        let association = registry.create(SERVED, host).expect("room");
+        association.grant(4);
+        association.set_ready(true);
+        association
+    }
+
+    #[test]
+    fn io_queue_joins_only_its_own_ready_controller() {
+        let registry = Registry::new(10, 10);
+        let a = registry.create(SERVED, host(1)).expect("room");
+        let join =
+            |qid, h: HostKey| registry.join(a.cntlid, qid, SERVED, &h).map(|(_, epoch)| epoch);
+        assert_eq!(join(1, host(1)), Err(Refusal::NotReady));
+        a.grant(2);
+        a.set_ready(true);
+        assert_eq!(join(1, host(2)), Err(Refusal::UnknownController));
+        assert_eq!(join(3, host(1)), Err(Refusal::QueueIdentifier));
+        assert_eq!(join(0, host(1)), Err(Refusal::QueueIdentifier));
+        assert_eq!(join(1, host(1)), Ok(0));
+        assert_eq!(join(1, host(1)), Err(Refusal::QueueIdentifier), "twice the same queue");
+        assert_eq!(
+            registry.join(a.cntlid, 2, Served::Discovery, &host(1)).err(),
+            Some(Refusal::UnknownController)
+        );
+        assert_eq!(registry.join(77, 1, SERVED, &host(1)).err(), Some(Refusal::UnknownController));
+    }
+
+    #[test]
+    fn dead_controller_fences_its_host_until_the_last_queue_left() {
+        let registry = Registry::new(10, 10);
+        let a = ready(&registry, host(1));
+        registry.join(a.cntlid, 1, SERVED, &host(1)).expect("a queue");
+        assert!(!registry.is_fenced(SERVED, &host(1)));
+        a.kill();
+        registry.leave(&a, 0);
+        assert!(registry.is_fenced(SERVED, &host(1)));
+        assert!(!registry.is_fenced(SERVED, &host(2)), "others feel nothing");
+        registry.leave(&a, 1);
+        assert!(!registry.is_fenced(SERVED, &host(1)));
+        assert_eq!(registry.len(), 0);
+    }
+
+    #[test]
+    fn reset_ends_io_queues_and_lets_them_come_back() {
+        let registry = Registry::new(10, 10);
+        let a = ready(&registry, host(1));
+        let (_, epoch) = registry.join(a.cntlid, 1, SERVED, &host(1)).expect("a queue");
+        a.end_io_queues();
+        assert_ne!(a.io_epoch(), epoch);
+        assert_eq!(a.io_queues(), 1);
+        registry.leave(&a, 1);
+        assert_eq!(a.io_queues(), 0);
+        a.set_ready(true);
+        let (_, epoch) = registry.join(a.cntlid, 1, SERVED, &host(1)).expect("the same queue");
+        assert_eq!(a.io_epoch(), epoch);
+    }
+
+    #[test]
+    fn controllers_are_bounded_in_all_and_per_host_and_identifiers_go_round() {
+        let registry = Registry::new(3, 2);
+        let a = ready(&registry, host(1));
+        let b = ready(&registry, host(1));
+        assert_eq!(registry.create(SERVED, host(1)).err(), Some(Refusal::Busy));
+        let _c = ready(&registry, host(2));
+        assert_eq!(registry.create(SERVED, host(3)).err(), Some(Refusal::Busy));
+        registry.leave(&a, 0);
+        let d = ready(&registry, host(3));
+        assert!(d.cntlid != a.cntlid && d.cntlid != b.cntlid);
+    }
+}

@@ -1,0 +1,38 @@
+//! The one place where a volume's error becomes an NVMe status, and where DNR is decided.
+
+use block::{IoError, Op};
+use nvme::spec::Status;
+
+/// The status for `error` of an I/O of kind `op`.
+///
+/// "Do not retry" is set where the same command would fail again; a host with another path retries
+/// the others there.
+pub(crate) fn of(error: IoError, op: Op) -> Status {
+    match error {
+        IoError::OutOfRange => Status::LBA_OUT_OF_RANGE.dnr(),
+        IoError::NotSupported => Status::INVALID_COMMAND_OPCODE.dnr(),
+        IoError::Misaligned | IoError::TooLarge => Status::INVALID_FIELD_IN_COMMAND.dnr(),
+        IoError::ReadOnly => Status::NAMESPACE_IS_WRITE_PROTECTED.dnr(),
+        IoError::NoSpace => Status::CAPACITY_EXCEEDED.dnr(),
+        IoError::Medium if op == Op::Read => Status::UNRECOVERED_READ_ERROR.dnr(),
+        IoError::Medium => Status::WRITE_FAULT.dnr(),
+        IoError::Gone => Status::INTERNAL_ERROR,
+        IoError::Aborted => Status::COMMAND_ABORT_REQUESTED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_fail_again_is_not_retried_and_what_may_heal_is() {
+        for error in [IoError::OutOfRange, IoError::ReadOnly, IoError::NoSpace, IoError::Medium] {
+            assert!(of(error, Op::Write).is_dnr(), "{error:?}");
+        }
+        for error in [IoError::Gone, IoError::Aborted] {
+            assert!(!of(error, Op::Write).is_dnr(), "{error:?}");
+        }
+        assert_ne!(of(IoError::Medium, Op::Read), of(IoError::Medium, Op::Write));
+    }
+}
