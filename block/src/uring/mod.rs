@@ -24,7 +24,7 @@
 //!   time; with the pool exhausted such I/O waits.
 //! - Where direct I/O is not possible at all the volume works on the page cache, slowly, and says
 //!   so
-//!   in [`Volume::notices`](crate::Volume::notices).
+//!   in [`Volume::notices`].
 
 mod channel;
 mod open;
