@@ -30,6 +30,7 @@
 
 pub mod ctrl;
 pub mod fabrics;
+pub mod host;
 pub mod spec;
 pub mod subsys;
 pub mod tcp;

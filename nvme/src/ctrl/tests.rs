@@ -482,7 +482,8 @@ fn queues() {
         f(&mut request);
         request
     };
-    let cases: [(&dyn Fn(&mut ConnectRequest), ConnectReject); 5] = [
+    type Change<'a> = &'a dyn Fn(&mut ConnectRequest);
+    let cases: [(Change<'_>, ConnectReject); 5] = [
         (&|r| r.cntlid = 1, ConnectReject::CNTLID),
         (&|r| r.subnqn = Nqn::discovery(), ConnectReject::SUBNQN),
         (&|r| r.hostnqn = Nqn::discovery(), ConnectReject::HOSTNQN),

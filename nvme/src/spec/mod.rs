@@ -10,7 +10,7 @@ mod log;
 mod nqn;
 pub mod pdu;
 mod property;
-mod status;
+pub mod status;
 
 pub use command::{
     AdminOpcode, Cqe, Direction, DsmRange, FLAGS_PSDT_SGL, FabricsType, NSID_ALL, NvmOpcode,

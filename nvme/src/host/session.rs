@@ -1,0 +1,689 @@
+//! The admin queue of an I/O controller, from Connect to shutdown.
+//!
+//! ```text
+//! bring-up ─► Number of Queues ─► event configuration ─► Identify (CNS 06, 03, 00, 08) ─► Ready
+//!                                                            ▲                              │
+//!                     Changed Namespace List ◄── event ──────┼──────────────────────────────┤
+//!                               └────────────────────────────┘          shutdown() ─► CC.SHN ─► Closed
+//! ```
+//! Beside the steps, one Keep Alive every KATO/2 and one Asynchronous Event Request.
+
+use core::time::Duration;
+
+use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown, identify_data};
+use super::{AdminCommand, ConnectNames, SessionError};
+use crate::spec::{
+    AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController, IdentifyControllerNvm,
+    IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe, event, nidt,
+};
+
+const TAG_STEP: u16 = 0;
+const TAG_KEEP_ALIVE: u16 = 1;
+const TAG_EVENT: u16 = 2;
+
+/// Shortest time between two Asynchronous Event Requests, and from an event to the next rescan:
+/// a controller that raises events without end must not keep a host busy.
+const EVENT_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What a session needs to know.
+#[derive(Clone, Debug)]
+pub struct SessionConfig {
+    /// Host and subsystem.
+    pub names: ConnectNames,
+    /// Namespace to use.
+    pub nsid: u32,
+    /// Keep alive timeout; zero: none.
+    pub kato: Duration,
+    /// I/O queues wanted, at least 1.
+    pub queues_wanted: u16,
+    /// Entries per I/O queue wanted, one-based, at least 2.
+    pub queue_entries: u16,
+    /// How long an answer may take.
+    pub command_timeout: Duration,
+}
+
+/// The remote namespace, checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RemoteNamespace {
+    /// Namespace identifier.
+    pub nsid: u32,
+    /// Logical block size, bytes: a power of two, 512..=65536.
+    pub block_bytes: u32,
+    /// Size in blocks; not 0, and the size in bytes fits 63 bits.
+    pub blocks: u64,
+    /// UUID; zero: none.
+    pub uuid: [u8; 16],
+    /// NGUID; zero: none.
+    pub nguid: [u8; 16],
+    /// EUI64; zero: none.
+    pub eui64: [u8; 8],
+    /// Write protected.
+    pub read_only: bool,
+    /// A volatile write cache is present: Flush matters.
+    pub write_cache: bool,
+    /// Dataset Management is supported.
+    pub deallocate: bool,
+    /// Blocks one Deallocate range may have.
+    pub deallocate_blocks_max: u32,
+    /// Write Zeroes is supported.
+    pub write_zeroes: bool,
+    /// Blocks one Write Zeroes command may have, 1..=65536.
+    pub write_zeroes_blocks_max: u32,
+    /// Deallocated blocks read as zeroes.
+    pub deallocated_reads_zero: bool,
+    /// Preferred write granularity, bytes; 0: not reported.
+    pub write_granularity_bytes: u32,
+    /// Preferred deallocate granularity, bytes; 0: not reported.
+    pub deallocate_granularity_bytes: u32,
+}
+
+/// What is known once a session is ready.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReadyInfo {
+    /// Controller ID, for the Connect of I/O queues.
+    pub cntlid: u16,
+    /// I/O queues granted: qid 1 to this number, at most what was wanted.
+    pub queues: u16,
+    /// Entries per I/O queue, one-based, at most what was wanted.
+    pub queue_entries: u16,
+    /// In-capsule data of an I/O command, bytes.
+    pub in_capsule_bytes: u32,
+    /// Bytes one Read or Write may transfer (at least one block); `u32::MAX`: no limit.
+    pub transfer_bytes_max: u32,
+    /// The namespace.
+    pub namespace: RemoteNamespace,
+    /// The controller.
+    pub controller: ControllerInfo,
+}
+
+/// Where a session stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SessionState<'a> {
+    /// Bring-up is under way.
+    Connecting,
+    /// I/O queues may be connected and used.
+    Ready(&'a ReadyInfo),
+    /// Shutdown is under way.
+    ShuttingDown,
+    /// The controller has shut down, or nothing was there to shut down.
+    Closed,
+    /// Over; close the connection.
+    Failed(&'a SessionError),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    BringUp,
+    Queues,
+    EventConfiguration,
+    NvmController,
+    Descriptors,
+    Namespace,
+    Independent,
+    /// Nothing to do but keep alive and events.
+    Idle,
+    ChangedNamespaces,
+    Shutdown,
+    Closed,
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    what: &'static str,
+    sent_at: Duration,
+    read_len: u32,
+}
+
+/// Identifiers collected by the Identify steps.
+#[derive(Clone, Debug, Default)]
+struct Draft {
+    uuid: [u8; 16],
+    nguid: [u8; 16],
+    eui64: [u8; 8],
+    namespace: Option<RemoteNamespace>,
+}
+
+/// The admin queue of an I/O controller. See the module documentation of [`crate::host`].
+#[derive(Debug)]
+pub struct Session {
+    config: SessionConfig,
+    step: Step,
+    bring_up: BringUp,
+    shutdown: Option<Shutdown>,
+    in_flight: Option<InFlight>,
+    keep_alive: Option<InFlight>,
+    keep_alive_at: Duration,
+    event: Option<InFlight>,
+    /// When the next Asynchronous Event Request may be sent; `None`: events are not enabled.
+    event_at: Option<Duration>,
+    /// When the namespace is to be looked at again.
+    rescan_at: Option<Duration>,
+    controller: Option<ControllerInfo>,
+    queues: u16,
+    /// From CNS 06: Write Zeroes limit in bytes, Deallocate range limit in blocks.
+    limits: (u64, u32),
+    draft: Draft,
+    ready: Option<ReadyInfo>,
+    changed: bool,
+    error: Option<SessionError>,
+}
+
+impl Session {
+    /// A session that is to begin with Connect on a fresh connection.
+    #[must_use]
+    pub fn new(mut config: SessionConfig, now: Duration) -> Session {
+        config.queues_wanted = config.queues_wanted.clamp(1, u16::MAX - 1);
+        config.queue_entries = config.queue_entries.max(2);
+        Session {
+            step: Step::BringUp,
+            bring_up: BringUp::new(config.names.clone(), config.kato),
+            shutdown: None,
+            in_flight: None,
+            keep_alive: None,
+            keep_alive_at: now + config.kato / 2,
+            event: None,
+            event_at: None,
+            rescan_at: None,
+            controller: None,
+            queues: 0,
+            limits: (0, u32::MAX),
+            draft: Draft::default(),
+            ready: None,
+            changed: false,
+            error: None,
+            config,
+        }
+    }
+
+    /// Where the session stands. While a changed namespace is looked at again it stays ready,
+    /// with what was known before.
+    #[must_use]
+    pub fn state(&self) -> SessionState<'_> {
+        match (&self.error, &self.ready, self.step) {
+            (Some(error), ..) => SessionState::Failed(error),
+            (None, _, Step::Closed) => SessionState::Closed,
+            _ if self.shutdown.is_some() => SessionState::ShuttingDown,
+            (None, Some(ready), _) => SessionState::Ready(ready),
+            (None, None, _) => SessionState::Connecting,
+        }
+    }
+
+    /// Whether the namespace changed (size, protection) since the last call, after it was ready.
+    pub fn take_changed(&mut self) -> bool {
+        core::mem::take(&mut self.changed)
+    }
+
+    /// Begins an orderly shutdown. I/O queues should be idle. Before the controller is enabled
+    /// there is nothing to shut down and the session is closed at once.
+    pub fn shutdown(&mut self, now: Duration) {
+        if self.shutdown.is_some() || matches!(self.step, Step::Closed | Step::Failed) {
+            return;
+        }
+        if !self.bring_up.is_enabled() {
+            self.step = Step::Closed;
+            return;
+        }
+        self.shutdown = Some(Shutdown::new(now, self.bring_up.ready_timeout()));
+        if self.in_flight.is_none() {
+            self.step = Step::Shutdown;
+        }
+    }
+
+    /// The next command to send, if any. Call until it gives `None`, after every completion, and
+    /// at [`Session::deadline`].
+    pub fn next_command(&mut self, now: Duration) -> Option<AdminCommand> {
+        if matches!(self.step, Step::Closed | Step::Failed) {
+            return None;
+        }
+        if let Some(error) = self.overdue(now) {
+            self.fail(error);
+            return None;
+        }
+        let is_up = self.bring_up.is_enabled() && self.shutdown.is_none();
+        if is_up && self.has_keep_alive() && self.keep_alive.is_none() && now >= self.keep_alive_at
+        {
+            self.keep_alive_at = now + self.config.kato / 2;
+            let request = Request::plain("Keep Alive", Sqe::new(AdminOpcode::KEEP_ALIVE.0));
+            return Some(Self::send(request, TAG_KEEP_ALIVE, now, &mut self.keep_alive));
+        }
+        let event_due = self.event_at.is_some_and(|at| now >= at);
+        if is_up && event_due && self.event.is_none() && self.controller.is_some() {
+            let sqe = Sqe::new(AdminOpcode::ASYNC_EVENT_REQUEST.0);
+            let request = Request::plain("Asynchronous Event Request", sqe);
+            return Some(Self::send(request, TAG_EVENT, now, &mut self.event));
+        }
+        if self.in_flight.is_some() {
+            return None;
+        }
+        if self.step == Step::Idle && self.rescan_at.is_some_and(|at| now >= at) {
+            self.rescan_at = None;
+            self.step = Step::ChangedNamespaces;
+        }
+        let request = self.step_request(now)?;
+        Some(Self::send(request, TAG_STEP, now, &mut self.in_flight))
+    }
+
+    fn send(
+        request: Request,
+        tag: u16,
+        now: Duration,
+        in_flight: &mut Option<InFlight>,
+    ) -> AdminCommand {
+        *in_flight =
+            Some(InFlight { what: request.what, sent_at: now, read_len: request.read_len });
+        let mut sqe = request.sqe;
+        sqe.cid.set(tag);
+        AdminCommand { tag, sqe: sqe.to_bytes(), write: request.write, read_len: request.read_len }
+    }
+
+    fn step_request(&self, now: Duration) -> Option<Request> {
+        let nsid = self.config.nsid;
+        Some(match self.step {
+            Step::BringUp => return self.bring_up.request(now),
+            Step::Queues => {
+                let wanted_z = u32::from(self.config.queues_wanted - 1);
+                let value = wanted_z << 16 | wanted_z;
+                set_features("Set Features: Number of Queues", Feature::NUMBER_OF_QUEUES, value)
+            }
+            Step::EventConfiguration => set_features(
+                "Set Features: Asynchronous Event Configuration",
+                Feature::ASYNC_EVENT_CONFIGURATION,
+                IdentifyController::OAES_NAMESPACE_ATTRIBUTE,
+            ),
+            Step::NvmController => {
+                Request::identify("Identify Controller (NVM)", Cns::IOCS_CONTROLLER, 0)
+            }
+            Step::Descriptors => Request::identify(
+                "Identify Namespace Descriptors",
+                Cns::NAMESPACE_DESCRIPTORS,
+                nsid,
+            ),
+            Step::Namespace => Request::identify("Identify Namespace", Cns::NAMESPACE, nsid),
+            Step::Independent => Request::identify(
+                "Identify Namespace (independent)",
+                Cns::INDEPENDENT_NAMESPACE,
+                nsid,
+            ),
+            Step::ChangedNamespaces => {
+                const LEN: u32 = 4096;
+                let mut sqe = Sqe::new(AdminOpcode::GET_LOG_PAGE.0);
+                sqe.nsid.set(NSID_ALL);
+                GetLogPage {
+                    lid: LogPage::CHANGED_NAMESPACES,
+                    lsp: 0,
+                    rae: false,
+                    len: u64::from(LEN),
+                    offset: 0,
+                    offset_is_index: false,
+                    csi: 0,
+                    uuid_index: 0,
+                }
+                .apply(&mut sqe);
+                Request::read("Get Log Page: Changed Namespaces", sqe, LEN)
+            }
+            Step::Shutdown => return self.shutdown.as_ref()?.request(now),
+            Step::Idle | Step::Closed | Step::Failed => return None,
+        })
+    }
+
+    /// A completion, with the controller-to-host data of the command.
+    ///
+    /// # Errors
+    /// What [`SessionState::Failed`] says from now on.
+    pub fn on_completion(
+        &mut self,
+        tag: u16,
+        cqe: &[u8; 16],
+        data: &[u8],
+        now: Duration,
+    ) -> Result<(), SessionError> {
+        if let Some(error) = &self.error {
+            return Err(error.clone());
+        }
+        let result = self.complete(tag, &Cqe::from_bytes(cqe), data, now);
+        if let Err(error) = &result {
+            self.fail(error.clone());
+        }
+        result
+    }
+
+    fn complete(
+        &mut self,
+        tag: u16,
+        cqe: &Cqe,
+        data: &[u8],
+        now: Duration,
+    ) -> Result<(), SessionError> {
+        let slot = match tag {
+            TAG_STEP => &mut self.in_flight,
+            TAG_KEEP_ALIVE => &mut self.keep_alive,
+            TAG_EVENT => &mut self.event,
+            _ => return Err(SessionError::UnknownTag(tag)),
+        };
+        let InFlight { what, read_len, .. } = slot.take().ok_or(SessionError::UnknownTag(tag))?;
+        let status = cqe.status();
+        if status.is_success() && data.len() != read_len as usize {
+            return Err(SessionError::Length { what, len: data.len(), expected: read_len });
+        }
+        match tag {
+            TAG_KEEP_ALIVE if !status.is_success() && self.shutdown.is_none() => {
+                Err(SessionError::Command { what, status })
+            }
+            TAG_KEEP_ALIVE => Ok(()),
+            TAG_EVENT => {
+                self.on_event(cqe, now);
+                Ok(())
+            }
+            _ => {
+                self.on_step(what, cqe, data, now)?;
+                if self.shutdown.is_some() && self.step != Step::Closed {
+                    self.step = Step::Shutdown;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn on_event(&mut self, cqe: &Cqe, now: Duration) {
+        if !cqe.status().is_success() {
+            // The limit is exceeded or requests are aborted: live without events.
+            self.event_at = None;
+            return;
+        }
+        self.event_at = Some(now + EVENT_INTERVAL);
+        let dw0 = cqe.dw0();
+        let is_change =
+            dw0 & 7 == event::TYPE_NOTICE && dw0 >> 8 & 0xff == event::NOTICE_NAMESPACE_ATTRIBUTE;
+        if is_change && self.rescan_at.is_none() {
+            self.rescan_at = Some(now + EVENT_INTERVAL);
+        }
+    }
+
+    fn on_step(
+        &mut self,
+        what: &'static str,
+        cqe: &Cqe,
+        data: &[u8],
+        now: Duration,
+    ) -> Result<(), SessionError> {
+        let status = cqe.status();
+        let ok = status.is_success();
+        let required = || if ok { Ok(()) } else { Err(SessionError::Command { what, status }) };
+        match self.step {
+            Step::BringUp => {
+                if let Some(info) = self.bring_up.on_reply(what, cqe, data, now)? {
+                    if info.cntrltype == IdentifyController::CNTRLTYPE_DISCOVERY {
+                        let value = u64::from(info.cntrltype);
+                        return Err(SessionError::Invalid { what: "controller type", value });
+                    }
+                    self.controller = Some(info);
+                    self.step = Step::Queues;
+                }
+            }
+            Step::Queues => {
+                required()?;
+                // NSQA in 15:0, NCQA in 31:16, zero-based; a queue is a pair.
+                let granted_z = (cqe.dw0() & 0xffff).min(cqe.dw0() >> 16) as u16;
+                self.queues = granted_z.saturating_add(1).min(self.config.queues_wanted);
+                self.step = match &self.controller {
+                    Some(info) if info.oaes & IdentifyController::OAES_NAMESPACE_ATTRIBUTE != 0 => {
+                        Step::EventConfiguration
+                    }
+                    _ => Step::NvmController,
+                };
+            }
+            Step::EventConfiguration => {
+                self.event_at = ok.then_some(now);
+                self.step = Step::NvmController;
+            }
+            Step::NvmController => {
+                self.on_nvm_controller(what, ok, data)?;
+                self.step = Step::Descriptors;
+            }
+            Step::ChangedNamespaces => {
+                required()?;
+                self.step = Step::Descriptors;
+            }
+            Step::Descriptors => {
+                self.draft = Draft::default();
+                if ok {
+                    self.on_descriptors(data)?;
+                }
+                self.step = Step::Namespace;
+            }
+            Step::Namespace => {
+                required()?;
+                let namespace = self.check_namespace(identify_data(what, data)?)?;
+                let has_independent = self.controller.as_ref().is_some_and(|info| {
+                    info.version >= crate::spec::VERSION_2_0 && info.write_cache
+                });
+                self.draft.namespace = Some(namespace);
+                if has_independent {
+                    self.step = Step::Independent;
+                } else {
+                    self.finish_scan()?;
+                }
+            }
+            Step::Independent => {
+                if ok {
+                    let id = identify_data::<IdentifyNamespaceIndependent>(what, data)?;
+                    if let Some(namespace) = &mut self.draft.namespace
+                        && id.nsfeat & IdentifyNamespaceIndependent::NSFEAT_VWC_NOT_PRESENT != 0
+                    {
+                        namespace.write_cache = false;
+                    }
+                }
+                self.finish_scan()?;
+            }
+            Step::Shutdown => {
+                if let Some(shutdown) = &mut self.shutdown
+                    && shutdown.on_reply(what, cqe, now)?
+                {
+                    self.step = Step::Closed;
+                }
+            }
+            Step::Idle | Step::Closed | Step::Failed => {}
+        }
+        Ok(())
+    }
+
+    /// CNS 06 is optional: without it the transfer limit is assumed for Write Zeroes too.
+    fn on_nvm_controller(
+        &mut self,
+        what: &'static str,
+        ok: bool,
+        data: &[u8],
+    ) -> Result<(), SessionError> {
+        let Some(info) = &self.controller else { return Ok(()) };
+        self.limits = if ok {
+            let id = identify_data::<IdentifyControllerNvm>(what, data)?;
+            let bytes = match id.wzsl {
+                0 => u64::MAX,
+                wzsl => 1u64
+                    .checked_shl(u32::from(wzsl))
+                    .and_then(|pages| pages.checked_mul(info.page_bytes))
+                    .unwrap_or(u64::MAX),
+            };
+            let range = id.dmrsl.get();
+            (bytes, if range == 0 { u32::MAX } else { range })
+        } else {
+            (u64::from(info.transfer_bytes_max), u32::MAX)
+        };
+        Ok(())
+    }
+
+    fn on_descriptors(&mut self, mut list: &[u8]) -> Result<(), SessionError> {
+        while let [kind, len, _, _, rest @ ..] = list {
+            let (kind, len) = (*kind, usize::from(*len));
+            if kind == 0 || len == 0 || len > rest.len() {
+                break;
+            }
+            let (id, rest) = rest.split_at(len);
+            match (kind, len) {
+                (nidt::EUI64, 8) => self.draft.eui64.copy_from_slice(id),
+                (nidt::NGUID, 16) => self.draft.nguid.copy_from_slice(id),
+                (nidt::UUID, 16) => self.draft.uuid.copy_from_slice(id),
+                (nidt::CSI, 1) if id[0] != crate::spec::CSI_NVM => {
+                    let value = u64::from(id[0]);
+                    return Err(SessionError::Invalid { what: "command set", value });
+                }
+                _ => {}
+            }
+            list = rest;
+        }
+        Ok(())
+    }
+
+    fn check_namespace(&self, id: &IdentifyNamespace) -> Result<RemoteNamespace, SessionError> {
+        let nsid = self.config.nsid;
+        let Some(controller) = &self.controller else {
+            return Err(SessionError::NoNamespace(nsid));
+        };
+        let blocks = id.nsze.get();
+        if blocks == 0 {
+            return Err(SessionError::NoNamespace(nsid));
+        }
+        let invalid = |what, value: u64| Err(SessionError::Invalid { what, value });
+        let format = id.lbaf[id.lba_format_index()];
+        if !(9..=16).contains(&format.lbads) {
+            return invalid("block size (LBADS)", u64::from(format.lbads));
+        }
+        if format.ms.get() != 0 {
+            return invalid("metadata size", u64::from(format.ms.get()));
+        }
+        if id.dps & 7 != 0 {
+            return invalid("protection information type", u64::from(id.dps & 7));
+        }
+        let block_bytes = 1u32 << format.lbads;
+        let fits = blocks.checked_mul(u64::from(block_bytes)).is_some_and(|b| b <= i64::MAX as u64);
+        if !fits {
+            return invalid("namespace size in blocks", blocks);
+        }
+        if controller.transfer_bytes_max < block_bytes {
+            return invalid("transfer limit (MDTS)", u64::from(controller.transfer_bytes_max));
+        }
+        let or_id = |from_list: [u8; 16], from_id: [u8; 16]| {
+            if from_list == [0; 16] { from_id } else { from_list }
+        };
+        let has_granularities = id.nsfeat & IdentifyNamespace::NSFEAT_OPTPERF != 0;
+        let granularity = |blocks_z: u16| {
+            let bytes = (u32::from(blocks_z) + 1).checked_mul(block_bytes);
+            if has_granularities { bytes.unwrap_or(0) } else { 0 }
+        };
+        let zeroes_blocks = (self.limits.0 / u64::from(block_bytes)).min(1 << 16) as u32;
+        Ok(RemoteNamespace {
+            nsid,
+            block_bytes,
+            blocks,
+            uuid: self.draft.uuid,
+            nguid: or_id(self.draft.nguid, id.nguid),
+            eui64: if self.draft.eui64 == [0; 8] { id.eui64 } else { self.draft.eui64 },
+            read_only: id.nsattr & IdentifyNamespace::NSATTR_WRITE_PROTECTED != 0,
+            write_cache: controller.write_cache,
+            deallocate: controller.oncs & IdentifyController::ONCS_DSM != 0,
+            deallocate_blocks_max: self.limits.1,
+            write_zeroes: controller.oncs & IdentifyController::ONCS_WRITE_ZEROES != 0
+                && zeroes_blocks > 0,
+            write_zeroes_blocks_max: zeroes_blocks.max(1),
+            deallocated_reads_zero: id.dlfeat & 7 == IdentifyNamespace::DLFEAT_READS_ZERO,
+            write_granularity_bytes: granularity(id.npwg_z.get()),
+            deallocate_granularity_bytes: granularity(id.npdg_z.get()),
+        })
+    }
+
+    fn finish_scan(&mut self) -> Result<(), SessionError> {
+        let (Some(namespace), Some(controller)) = (self.draft.namespace.take(), &self.controller)
+        else {
+            return Err(SessionError::NoNamespace(self.config.nsid));
+        };
+        let entries = u32::from(self.config.queue_entries).min(controller.queue_entries_max);
+        let ready = ReadyInfo {
+            cntlid: controller.cntlid,
+            queues: self.queues,
+            queue_entries: entries as u16,
+            in_capsule_bytes: controller.in_capsule_bytes,
+            transfer_bytes_max: controller.transfer_bytes_max,
+            namespace,
+            controller: controller.clone(),
+        };
+        if let Some(before) = &self.ready {
+            let (old, new) = (&before.namespace, &ready.namespace);
+            let same_identity = old.uuid == new.uuid
+                && old.nguid == new.nguid
+                && old.eui64 == new.eui64
+                && old.block_bytes == new.block_bytes;
+            if !same_identity {
+                let value = u64::from(new.nsid);
+                return Err(SessionError::Invalid {
+                    what: "another identity for namespace",
+                    value,
+                });
+            }
+            self.changed |= *old != *new;
+        }
+        self.ready = Some(ready);
+        self.step = Step::Idle;
+        Ok(())
+    }
+
+    /// When [`Session::next_command`] wants to be called although nothing happened.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        if matches!(self.step, Step::Closed | Step::Failed) {
+            return None;
+        }
+        let is_up = self.bring_up.is_enabled() && self.shutdown.is_none();
+        let timeout = |in_flight: &Option<InFlight>, after: Duration| {
+            in_flight.as_ref().map(|command| command.sent_at.saturating_add(after))
+        };
+        let idle = |at: Option<Duration>| if self.in_flight.is_none() { at } else { None };
+        let polls = match self.step {
+            Step::BringUp => idle(self.bring_up.poll_at()),
+            Step::Shutdown => idle(self.shutdown.as_ref().map(Shutdown::poll_at)),
+            Step::Idle => self.rescan_at,
+            _ => None,
+        };
+        [
+            timeout(&self.in_flight, self.config.command_timeout),
+            timeout(&self.keep_alive, self.config.kato),
+            polls,
+            (is_up && self.has_keep_alive() && self.keep_alive.is_none())
+                .then_some(self.keep_alive_at),
+            if is_up && self.event.is_none() { self.event_at } else { None },
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn has_keep_alive(&self) -> bool {
+        self.config.kato != Duration::ZERO
+            && self.controller.as_ref().is_none_or(|info| info.has_keep_alive)
+    }
+
+    fn overdue(&self, now: Duration) -> Option<SessionError> {
+        let limits =
+            [(&self.in_flight, self.config.command_timeout), (&self.keep_alive, self.config.kato)];
+        limits.into_iter().find_map(|(in_flight, after)| {
+            let command = in_flight.as_ref()?;
+            (now >= command.sent_at.saturating_add(after))
+                .then_some(SessionError::Timeout { what: command.what, after })
+        })
+    }
+
+    fn fail(&mut self, error: SessionError) {
+        self.error = Some(error);
+        self.step = Step::Failed;
+        self.in_flight = None;
+        self.keep_alive = None;
+        self.event = None;
+    }
+}
+
+fn set_features(what: &'static str, fid: Feature, value: u32) -> Request {
+    let mut sqe = Sqe::new(AdminOpcode::SET_FEATURES.0);
+    sqe.cdw10.set(u32::from(fid.0));
+    sqe.cdw11.set(value);
+    Request::plain(what, sqe)
+}
