@@ -70,7 +70,9 @@ impl Report {
                 Outcome::Skipped(_) => skipped += 1,
             }
             let seconds = row.took.as_secs_f64();
+            // The rest of a long reason was printed when the step ended.
             let what = describe(&row.outcome);
+            let what = what.lines().next().unwrap_or_default();
             let _ = writeln!(text, "{:width$}  {seconds:>7.1} s  {what}", row.name);
         }
         let _ = writeln!(text, "{passed} passed, {failed} failed, {skipped} skipped");

@@ -31,6 +31,8 @@ pub(super) struct Job<'a> {
     pub(super) files: Vec<(String, Vec<u8>)>,
     /// Whether the guest reaches this machine's 127.0.0.1, as 10.0.2.2.
     pub(super) has_network: bool,
+    /// QEMU arguments for the machine and its memory, in place of the usual ones.
+    pub(super) machine: Option<Vec<String>>,
     /// QEMU arguments that add devices.
     pub(super) devices: Vec<String>,
     /// The guest is given up after this time.
@@ -41,7 +43,7 @@ impl<'a> Job<'a> {
     pub(super) fn new(script: &'a str) -> Self {
         let limit = Duration::from_secs(600);
         let (args, files, devices) = (Vec::new(), Vec::new(), Vec::new());
-        Self { script, args, files, has_network: false, devices, limit }
+        Self { script, args, files, has_network: false, machine: None, devices, limit }
     }
 
     pub(super) fn args(mut self, args: &[&str]) -> Self {
@@ -56,6 +58,12 @@ impl<'a> Job<'a> {
 
     pub(super) fn file(mut self, name: &str, data: impl Into<Vec<u8>>) -> Self {
         self.files.push((name.to_owned(), data.into()));
+        self
+    }
+
+    /// Machine, memory and disks as somebody else asks for them.
+    pub(super) fn machine(mut self, words: Vec<String>) -> Self {
+        self.machine = Some(words);
         self
     }
 
@@ -103,10 +111,19 @@ impl Guest {
             .arg("-L")
             .arg(tree.path("usr/share/seabios"));
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        qemu.args(["-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"]);
-        qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string(), "-m", MEMORY]);
-        // A server of a device maps the guest's memory, so it has to be shared.
-        qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on")]);
+        match &job.machine {
+            Some(words) => qemu.args(words),
+            // A server of a device maps the guest's memory, so it has to be shared.
+            None => qemu.args([
+                "-machine",
+                "q35,memory-backend=mem,accel=tcg",
+                "-m",
+                MEMORY,
+                "-object",
+                &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on"),
+            ]),
+        };
+        qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string()]);
         qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&initrd);
         qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
         qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);

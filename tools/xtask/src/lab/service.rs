@@ -1,6 +1,7 @@
 //! A program started for a scenario: it ends with it, whatever happens.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,13 +20,17 @@ pub(super) struct Service {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where this run's output begins: a log may hold those of several.
+    log_start: usize,
 }
 
 impl Service {
     /// Starts `command` with all its output appended to `log`.
     pub(super) fn start(name: &str, command: &Command, log: &Path) -> Result<Self> {
-        let file = File::options().create(true).append(true).open(log)?;
-        println!("$ {}", exec::shown(command));
+        let mut file = File::options().create(true).append(true).open(log)?;
+        println!("starting {name}, its log is {}", log.display());
+        writeln!(file, "$ {}", exec::shown(command))?;
+        let log_start = usize::try_from(file.metadata()?.len())?;
         // Even if we are killed, nothing we started stays behind.
         let mut bound = match install::program("setpriv") {
             Some(setpriv) => {
@@ -48,12 +53,13 @@ impl Service {
             .stderr(file)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned(), log_start })
     }
 
     /// What the program has written so far.
     pub(super) fn text(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(bytes.get(self.log_start..).unwrap_or_default()).into_owned()
     }
 
     /// Waits until `is_true`; the program's end or `limit` first is an error.

@@ -79,7 +79,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// The subsystem that our target serves when it is told no other.
+/// The subsystem that our target is told to serve.
 const SUBNQN: &str = "nqn.2026-11.io.penstock:default";
 /// How the guest names this machine's 127.0.0.1.
 const HOST_ADDRESS: &str = "10.0.2.2";
@@ -109,7 +109,7 @@ impl Target {
         }
         let [io, discovery] = [self.port, self.discovery_port]
             .map(|port| format!("127.0.0.1:{port},advertise={HOST_ADDRESS}:{port}"));
-        command.args(["--listen", &io, "--discovery", &discovery]);
+        command.args(["--listen", &io, "--discovery", &discovery, "--subnqn", SUBNQN]);
         let mut service = Service::start("penstock target", &command, &self.log)?;
         let ports = [self.port, self.discovery_port];
         service.wait_until("listening ports", READY_LIMIT, |_| {
