@@ -19,8 +19,9 @@ pub(crate) enum Source {
     Event(SimEvent),
 }
 
-/// A descriptor for use with a [`Port`](crate::Port). Cheap to clone; closed when the last clone is gone and no operation
-/// on it is in flight. Belongs to one core; [`Fd::share`] carries it to others.
+/// A descriptor for use with a [`Port`](crate::Port). Cheap to clone; closed when the last clone is
+/// gone and no operation on it is in flight. Belongs to one core; [`Fd::share`] carries it to
+/// others.
 #[derive(Clone)]
 pub struct Fd(Rc<Source>);
 
@@ -99,7 +100,8 @@ pub(crate) enum SocketKind {
     Sim(SimSocket),
 }
 
-/// A connected stream socket that has no [`net::Stream`](crate::net::Stream) yet. Dropping it closes the connection.
+/// A connected stream socket that has no [`net::Stream`](crate::net::Stream) yet. Dropping it
+/// closes the connection.
 pub struct Socket(pub(crate) SocketKind);
 
 impl Socket {
@@ -126,13 +128,16 @@ impl Socket {
         }
     }
 
-    /// Closing this connection discards what the kernel has not sent yet and resets it (`SO_LINGER` of
-    /// zero). Without it, bytes of a connection given up can reach the peer long after its close,
-    /// when the path comes back. A simulated connection has no such buffer.
+    /// Closing this connection discards what the kernel has not sent yet and resets it (`SO_LINGER`
+    /// of zero). Without it, bytes of a connection given up can reach the peer long after its
+    /// close, when the path comes back. What is on the wire already is out of reach.
     pub fn set_reset_on_close(&self) -> io::Result<()> {
         match &self.0 {
             SocketKind::Os(fd) => sys::set_reset_on_close(fd),
-            SocketKind::Sim(_) => Ok(()),
+            SocketKind::Sim(socket) => {
+                socket.set_reset_on_close();
+                Ok(())
+            }
         }
     }
 

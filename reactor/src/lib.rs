@@ -9,25 +9,32 @@
 //!                       submit       next/poll ◄───────── per port
 //! ```
 //!
-//! - [`Core`] runs [`Task`]s. A task does a bounded slice of work in `poll` and says whether it progressed.
+//! - [`Core`] runs [`Task`]s. A task does a bounded slice of work in `poll` and says whether it
+//!   progressed.
 //! - [`Port`] is a task's share of the ring: file operations, event descriptors, connects.
-//! - [`net::Stream`] is a connected byte stream: coalescing send queue, receive into buffers the core provides.
-//! - [`CoreHandle`] posts messages from other threads and wakes a sleeping core; [`channel`] feeds one task.
+//! - [`net::Stream`] is a connected byte stream: coalescing send queue, receive into buffers the
+//!   core provides.
+//! - [`CoreHandle`] posts messages from other threads and wakes a sleeping core; [`channel`] feeds
+//!   one task.
 //! - [`sim`] puts a seeded, simulated kernel behind the very same types, with virtual time.
 //!
 //! # Rules
 //!
-//! - A completion runs no user code: it is recorded, and the task that owns the port finds it at its next `poll`.
-//! - Everything is bounded: operations per core ([`CoreConfig::entries`]), messages ([`CoreConfig::mailbox_depth`]),
-//!   received bytes ([`CoreConfig::rx_buffers`]), queued sends ([`net::StreamConfig::tx_entries_max`]).
-//! - Time is a [`Duration`](std::time::Duration) since an arbitrary monotonic origin, the same for all cores, read once a turn.
-//! - Dropping a [`Port`] or a [`net::Stream`] with work in flight is safe: the core keeps the memory until the kernel
-//!   has let go of it.
+//! - A completion runs no user code: it is recorded, and the task that owns the port finds it at
+//!   its next `poll`.
+//! - Everything is bounded: operations per core ([`CoreConfig::entries`]), messages
+//!   ([`CoreConfig::mailbox_depth`]), received bytes ([`CoreConfig::rx_buffers`]), queued sends
+//!   ([`net::StreamConfig::tx_entries_max`]).
+//! - Time is a [`Duration`](std::time::Duration) since an arbitrary monotonic origin, the same for
+//!   all cores, read once a turn.
+//! - Dropping a [`Port`] or a [`net::Stream`] with work in flight is safe: the core keeps the
+//!   memory until the kernel has let go of it.
 //!
 //! # What this crate does not do
 //!
-//! No protocol, no listener (the control plane accepts and hands sockets over), no buffered file writes through the ring.
-//! The ring needs Linux 6.1; [`SetupError`] says what to do where it is missing.
+//! No protocol, no listener (the control plane accepts and hands sockets over), no buffered file
+//! writes through the ring. The ring needs Linux 6.1; [`SetupError`] says what to do where it is
+//! missing.
 //!
 //! Start reading at [`Core`], then [`Port`], then [`net`].
 
@@ -43,6 +50,9 @@ mod rx;
 pub mod sim;
 mod sys;
 mod uring;
+mod wake;
+
+use std::sync::atomic;
 
 pub use crate::core::{Core, CoreConfig, Local, Progress, Spawner, Task};
 pub use crate::error::{Busy, Errno, Full, SetupError};

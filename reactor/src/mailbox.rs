@@ -1,62 +1,20 @@
-//! Messages from other threads: the core's mailbox, typed channels to one task, and waking a sleeping core.
+//! Messages from other threads: the core's mailbox, typed channels to one task, and waking a
+//! sleeping core.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::core::Spawner;
 use crate::error::Full;
 use crate::sys;
+use crate::wake::WakeFlag;
 
-/// What [`CoreHandle::post`] sends: it runs once, on the core's thread, between two polls of the tasks.
+/// What [`CoreHandle::post`] sends: it runs once, on the core's thread, between two polls of the
+/// tasks.
 pub type Message = Box<dyn FnOnce(&mut Spawner<'_>) + Send>;
-
-/// The core is awake and has not been notified since its turn began.
-const RUNNING: u32 = 0;
-/// Somebody left work since the turn began: the core must not sleep before it has looked.
-const NOTIFIED: u32 = 1;
-/// The core sleeps in the kernel, or is about to: a notifier must signal the event descriptor.
-const SLEEPING: u32 = 2;
-
-/// The flag that decides who wakes the core.
-///
-/// One atomic word carries both directions, so no pair of fences is needed: a notifier first publishes its work, then swaps
-/// in `NOTIFIED` (release); the core swaps it out (acquire) before it looks for work, and falls asleep only by exchanging
-/// `RUNNING` for `SLEEPING`, which fails if a notifier came in between.
-#[derive(Debug, Default)]
-pub(crate) struct WakeFlag(AtomicU32);
-
-impl WakeFlag {
-    /// Leaves a notice. `true`: the core sleeps and the caller must signal it.
-    fn notify(&self) -> bool {
-        self.0.swap(NOTIFIED, Ordering::AcqRel) == SLEEPING
-    }
-
-    /// Start of a turn: takes the notice.
-    pub(crate) fn take(&self) -> bool {
-        // The load keeps the cache line shared while nobody writes.
-        self.0.load(Ordering::Relaxed) != RUNNING
-            && self.0.swap(RUNNING, Ordering::AcqRel) == NOTIFIED
-    }
-
-    /// Whether a notice waits.
-    pub(crate) fn is_notified(&self) -> bool {
-        self.0.load(Ordering::Acquire) == NOTIFIED
-    }
-
-    /// About to sleep. `false`: a notice is there, look again first.
-    pub(crate) fn try_sleep(&self) -> bool {
-        self.0.compare_exchange(RUNNING, SLEEPING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-    }
-
-    /// Back from sleep; a notice that arrived meanwhile stays for [`WakeFlag::take`].
-    pub(crate) fn woke(&self) {
-        // Failure means NOTIFIED: that is what `take` wants to find.
-        let _ = self.0.compare_exchange(SLEEPING, RUNNING, Ordering::AcqRel, Ordering::Relaxed);
-    }
-}
 
 /// The half of a core that other threads see.
 pub(crate) struct Mailbox {
@@ -130,7 +88,8 @@ impl Mailbox {
     }
 }
 
-/// A panic in a message's destructor cannot leave the queue half changed, so a poisoned lock is used on.
+/// A panic in a message's destructor cannot leave the queue half changed, so a poisoned lock is
+/// used on.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -142,7 +101,8 @@ pub struct CoreHandle(pub(crate) Arc<Mailbox>);
 impl CoreHandle {
     /// Runs `message` on the core, soon: a sleeping core is woken.
     ///
-    /// [`Full`] if [`CoreConfig::mailbox_depth`](crate::CoreConfig::mailbox_depth) messages wait, or the core is gone.
+    /// [`Full`] if [`CoreConfig::mailbox_depth`](crate::CoreConfig::mailbox_depth) messages wait,
+    /// or the core is gone.
     pub fn post(&self, message: Message) -> Result<(), Full> {
         {
             let mut queue = lock(&self.0.queue);
@@ -161,8 +121,8 @@ impl CoreHandle {
         self.0.wake();
     }
 
-    /// Asks the core to end: [`Core::run`](crate::Core::run) returns when all tasks are done. Tasks see it in
-    /// [`Local::is_stopping`](crate::Local::is_stopping).
+    /// Asks the core to end: [`Core::run`](crate::Core::run) returns when all tasks are done. Tasks
+    /// see it in [`Local::is_stopping`](crate::Local::is_stopping).
     pub fn stop(&self) {
         self.0.stop.store(true, Ordering::Release);
         self.0.wake();
@@ -213,7 +173,8 @@ pub struct Sender<T> {
 }
 
 impl<T: Send> Sender<T> {
-    /// Queues `value` and wakes the core. Gives the value back if the queue is full or the receiver is gone.
+    /// Queues `value` and wakes the core. Gives the value back if the queue is full or the receiver
+    /// is gone.
     pub fn send(&self, value: T) -> Result<(), T> {
         {
             let mut queue = lock(&self.shared.queue);
@@ -305,29 +266,6 @@ impl<T> fmt::Debug for Receiver<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_notice_before_sleep_keeps_the_core_awake() {
-        let flag = WakeFlag::default();
-        assert!(!flag.notify(), "an awake core needs no signal");
-        assert!(!flag.try_sleep());
-        assert!(flag.take());
-        assert!(!flag.take());
-        assert!(flag.try_sleep());
-        assert!(flag.notify(), "a sleeping core needs one");
-        assert!(!flag.notify(), "and only one");
-        flag.woke();
-        assert!(flag.take());
-    }
-
-    #[test]
-    fn waking_without_a_notice_leaves_none() {
-        let flag = WakeFlag::default();
-        assert!(flag.try_sleep());
-        flag.woke();
-        assert!(!flag.take());
-        assert!(flag.try_sleep());
-    }
 
     #[test]
     fn the_mailbox_is_bounded_and_closes() {

@@ -1,6 +1,7 @@
 //! The receive buffers of a core: a provided-buffer ring shared by all its streams.
 
-// UNSAFETY: the kernel writes into buffers that it picks itself, and their ring is memory shared with it.
+// UNSAFETY: the kernel writes into buffers that it picks itself, and their ring is memory shared
+// with it.
 #![expect(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
@@ -18,7 +19,8 @@ use crate::sys::Mapping;
 
 /// Size of a spare buffer: one TLS record's plaintext.
 pub(crate) const SPARE_BYTES: usize = 16 << 10;
-/// Spare buffers kept for the next use. More may exist (one per stream whose bytes are not taken), but are freed.
+/// Spare buffers kept for the next use. More may exist (one per stream whose bytes are not taken),
+/// but are freed.
 const SPARES_KEPT: usize = 16;
 
 #[derive(Clone, Copy, Default)]
@@ -46,7 +48,8 @@ pub(crate) struct RxPool {
 }
 
 impl RxPool {
-    /// `count` (a power of two) buffers of `buffer_bytes`, all provided. `shared`: with a ring for the kernel to read.
+    /// `count` (a power of two) buffers of `buffer_bytes`, all provided. `shared`: with a ring for
+    /// the kernel to read.
     pub(crate) fn new(count: u16, buffer_bytes: u32, shared: bool) -> io::Result<Rc<RxPool>> {
         let ring_bytes = usize::from(count) * size_of::<BufRingEntry>();
         let pool = RxPool {
@@ -96,8 +99,9 @@ impl RxPool {
         let at = usize::from(tail) & (self.buffers.len() - 1);
         // SAFETY: `at` is below the number of entries, for which the mapping has room.
         let entry = unsafe { first.add(at) };
-        // SAFETY: the kernel reads entries only below the tail, and this one is published by the store below. It is plain
-        // old data inside a live mapping, and no other reference to it exists.
+        // SAFETY: the kernel reads entries only below the tail, and this one is published by the
+        // store below. It is plain old data inside a live mapping, and no other reference to it
+        // exists.
         let entry = unsafe { &mut *entry };
         entry.set_addr(self.base(bid).addr() as u64);
         entry.set_len(self.buffer_bytes);
@@ -105,7 +109,8 @@ impl RxPool {
         self.tail.set(tail.wrapping_add(1));
         // SAFETY: `first` is the start of the ring, as `tail` asks for.
         let shared_tail = unsafe { BufRingEntry::tail(first) };
-        // SAFETY: the field is a live, aligned u16 that only this thread writes and the kernel reads.
+        // SAFETY: the field is a live, aligned u16 that only this thread writes and the kernel
+        // reads.
         let shared_tail = unsafe { AtomicU16::from_ptr(shared_tail.cast_mut()) };
         // Release: the entry is complete before the kernel can see it.
         shared_tail.store(self.tail.get(), Ordering::Release);
@@ -115,7 +120,8 @@ impl RxPool {
         self.memory.base().wrapping_add(usize::from(bid) * self.buffer_bytes as usize)
     }
 
-    /// The kernel has written `len` bytes into buffer `bid`; `more`: it will write on behind them (incremental mode).
+    /// The kernel has written `len` bytes into buffer `bid`; `more`: it will write on behind them
+    /// (incremental mode).
     pub(crate) fn take(self: &Rc<Self>, bid: u16, len: usize, more: bool) -> RxChunk {
         let cell = &self.buffers[usize::from(bid)];
         let mut buffer = cell.get();
@@ -149,7 +155,8 @@ impl RxPool {
         self.free.borrow_mut().pop_front()
     }
 
-    /// For the simulated kernel: writes to the start of a buffer it picked. Returns how many bytes fit.
+    /// For the simulated kernel: writes to the start of a buffer it picked. Returns how many bytes
+    /// fit.
     pub(crate) fn write(&self, bid: u16, bytes: &[u8]) -> usize {
         let len = bytes.len().min(self.buffer_bytes as usize);
         let buffer = self.buffers[usize::from(bid)].get();
@@ -249,11 +256,12 @@ enum Memory {
     Spare(Spare),
 }
 
-/// Received bytes. Their buffer goes back to the core when the chunk is dropped, so hold it only as long as needed: all
-/// streams of the core share the buffers.
+/// Received bytes. Their buffer goes back to the core when the chunk is dropped, so hold it only as
+/// long as needed: all streams of the core share the buffers.
 pub struct RxChunk {
     memory: Memory,
-    /// Invariant: `[start, start + len)` lies in the buffer and belongs to no other chunk and not to the kernel.
+    /// Invariant: `[start, start + len)` lies in the buffer and belongs to no other chunk and not
+    /// to the kernel.
     start: usize,
     len: usize,
 }
@@ -284,7 +292,8 @@ impl RxChunk {
         front
     }
 
-    /// Splits off a range, given in ascending order by repeated calls; `consumed` is what earlier calls cut off.
+    /// Splits off a range, given in ascending order by repeated calls; `consumed` is what earlier
+    /// calls cut off.
     pub(crate) fn cut(&mut self, range: Range<usize>, consumed: &mut usize) -> Option<RxChunk> {
         let skip = range.start.checked_sub(*consumed)?;
         let len = range.end.checked_sub(range.start)?;
@@ -317,8 +326,8 @@ impl Deref for RxChunk {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the range is mapped as long as `memory` lives, and belongs to this chunk alone (invariant of `start`). The
-        // memory is zeroed at first, so every byte is initialised.
+        // SAFETY: the range is mapped as long as `memory` lives, and belongs to this chunk alone
+        // (invariant of `start`). The memory is zeroed at first, so every byte is initialised.
         unsafe { slice::from_raw_parts(self.as_ptr(), self.len) }
     }
 }

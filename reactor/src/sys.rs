@@ -20,7 +20,8 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Adds one to an event counter. A counter at its limit is already readable, so that error does not matter.
+/// Adds one to an event counter. A counter at its limit is already readable, so that error does not
+/// matter.
 pub(crate) fn eventfd_signal(fd: &OwnedFd) {
     let one = 1u64;
     // SAFETY: the buffer is 8 bytes, as the length says.
@@ -41,7 +42,8 @@ pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Random bytes from the system. The source is ready on every machine that has booted, so this does not fail.
+/// Random bytes from the system. The source is ready on every machine that has booted, so this does
+/// not fail.
 pub(crate) fn random_u64() -> u64 {
     let mut bytes = [0; 8];
     let mut filled = 0;
@@ -123,7 +125,8 @@ impl RawAddr {
                     sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
                     sin_zero: [0; 8],
                 };
-                // SAFETY: a `sockaddr_storage` is at least as large and aligned as any socket address.
+                // SAFETY: a `sockaddr_storage` is at least as large and aligned as any socket
+                // address.
                 unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) };
                 mem::size_of::<libc::sockaddr_in>()
             }
@@ -135,7 +138,8 @@ impl RawAddr {
                     sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
                     sin6_scope_id: v6.scope_id(),
                 };
-                // SAFETY: a `sockaddr_storage` is at least as large and aligned as any socket address.
+                // SAFETY: a `sockaddr_storage` is at least as large and aligned as any socket
+                // address.
                 unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) };
                 mem::size_of::<libc::sockaddr_in6>()
             }
@@ -154,13 +158,15 @@ impl RawAddr {
     fn to_addr(&self) -> Option<SocketAddr> {
         match libc::c_int::from(self.storage.ss_family) {
             libc::AF_INET => {
-                // SAFETY: the family says that the kernel stored this type; the storage is large and aligned enough.
+                // SAFETY: the family says that the kernel stored this type; the storage is large
+                // and aligned enough.
                 let raw = unsafe { (&raw const self.storage).cast::<libc::sockaddr_in>().read() };
                 let ip = Ipv4Addr::from(raw.sin_addr.s_addr.to_ne_bytes());
                 Some(SocketAddrV4::new(ip, u16::from_be(raw.sin_port)).into())
             }
             libc::AF_INET6 => {
-                // SAFETY: the family says that the kernel stored this type; the storage is large and aligned enough.
+                // SAFETY: the family says that the kernel stored this type; the storage is large
+                // and aligned enough.
                 let raw = unsafe { (&raw const self.storage).cast::<libc::sockaddr_in6>().read() };
                 let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
                 let port = u16::from_be(raw.sin6_port);
@@ -208,7 +214,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `base` and `len` are those of `mmap`; the owner lends no part of it for longer than its own life.
+        // SAFETY: `base` and `len` are those of `mmap`; the owner lends no part of it for longer
+        // than its own life.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }

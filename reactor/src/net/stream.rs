@@ -98,8 +98,8 @@ enum Opened {
 /// none. Exactly one `sendmsg` is in flight; whatever is pushed meanwhile goes with the next, which
 /// `poll` starts when the first is done.
 ///
-/// Dropping a stream is safe at any time, but a send may still be in the kernel then and reach the
-/// peer later. Whoever needs to know calls [`shutdown`](Stream::shutdown), and drops it when it
+/// Dropping a stream is safe at any time, but a send may still be in the kernel then, and read its
+/// payload later. Whoever needs to know calls [`shutdown`](Stream::shutdown), and drops it when it
 /// [`is_quiet`](Stream::is_quiet).
 pub struct Stream {
     port: Port,
@@ -266,8 +266,9 @@ impl Stream {
         self.stop_send();
     }
 
-    /// Shut down or failed, and nothing is in flight: no byte of any payload will be touched, and
-    /// none will reach the peer, after this.
+    /// Shut down or failed, and nothing is in flight: no byte of any payload will be touched after
+    /// this. Bytes that the kernel has copied may still reach the peer, even after the stream is
+    /// dropped, unless [`Socket::set_reset_on_close`] was called.
     pub fn is_quiet(&self) -> bool {
         let is_over = self.closing || self.failed.is_some();
         is_over && self.send == TxState::Idle && self.port.in_flight() == 0

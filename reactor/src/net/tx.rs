@@ -188,9 +188,10 @@ impl Tx {
         let at = (at % self.arena.len() as u64) as usize;
         assert!(at + bytes.len() <= self.arena.len(), "`skip` keeps heads in one piece");
         let to = self.arena.as_ptr().cast_mut().cast::<u8>().wrapping_add(at);
-        // SAFETY: the bytes are in the arena (just checked), inside `UnsafeCell`s. No entry has them: each has at
-        // most ENTRY_BYTES, there are at most `entries_max`, one more is set aside for the skip at
-        // the end, and positions only grow. So the kernel does not read them now.
+        // SAFETY: the bytes are in the arena (just checked), inside `UnsafeCell`s. No entry has
+        // them: each has at most ENTRY_BYTES, there are at most `entries_max`, one more is set
+        // aside for the skip at the end, and positions only grow. So the kernel does not read them
+        // now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Segment::new(to, bytes.len())
     }

@@ -324,7 +324,8 @@ impl SimKernel {
     ) -> Option<i32> {
         // SAFETY: the message is stable while the send is in flight, which it is.
         let header = unsafe { &*tx.message() };
-        // SAFETY: the header names this array, in segments (laid out as iovecs), which is as stable.
+        // SAFETY: the header names this array, in segments (laid out as iovecs), which is as
+        // stable.
         let segments = unsafe {
             std::slice::from_raw_parts(header.msg_iov.cast::<Segment>(), header.msg_iovlen)
         };

@@ -162,6 +162,10 @@ impl SimSocket {
     pub(crate) fn peer(&self) -> String {
         self.world.lock().net.peer(self.end)
     }
+
+    pub(crate) fn set_reset_on_close(&self) {
+        self.world.lock().net.set_reset_on_close(self.end);
+    }
 }
 
 impl fmt::Debug for SimSocket {

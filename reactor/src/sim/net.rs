@@ -39,6 +39,8 @@ struct Connection {
     /// `to[side]` carries what arrives at that side.
     to: [Direction; 2],
     open: [bool; 2],
+    /// Closing discards what is not sent.
+    resets: [bool; 2],
     /// Cut: until when each side may still believe in the connection.
     cut: Option<[Duration; 2]>,
 }
@@ -78,9 +80,21 @@ impl Net {
         self.next_connection += 1;
         self.connections.insert(
             connection,
-            Connection { names, to: Default::default(), open: [true; 2], cut: None },
+            Connection {
+                names,
+                to: Default::default(),
+                open: [true; 2],
+                resets: [false; 2],
+                cut: None,
+            },
         );
         [EndId { connection, side: 0 }, EndId { connection, side: 1 }]
+    }
+
+    pub(crate) fn set_reset_on_close(&mut self, end: EndId) {
+        if let Some(connection) = self.connections.get_mut(&end.connection) {
+            connection.resets[end.side] = true;
+        }
     }
 
     pub(crate) fn peer(&self, end: EndId) -> String {
@@ -199,9 +213,14 @@ impl Net {
         let peer = 1 - end.side;
         // TCP answers data that nobody took with a reset.
         let unread = !connection.to[end.side].pieces.is_empty();
+        let resets = connection.resets[end.side];
         let direction = &mut connection.to[peer];
+        if resets {
+            // What is on the wire already still arrives.
+            direction.truncate(rng, now);
+        }
         let at = direction.last_arrival.max(now + delay);
-        let how = if unread { End::Reset } else { End::Fin };
+        let how = if unread || resets { End::Reset } else { End::Fin };
         direction.end.get_or_insert((at, how));
         if connection.open == [false; 2] {
             self.connections.remove(&end.connection);
