@@ -168,6 +168,8 @@ pub struct QueueState {
     pub is_running: bool,
     /// And lets it take requests.
     pub is_enabled: bool,
+    /// It stops as soon as its requests are back.
+    pub is_stopping: bool,
     /// Number of descriptors, 0 when not running.
     pub size: u16,
     /// Requests taken and not answered.
@@ -299,3 +301,6 @@ impl fmt::Debug for DeviceHandle {
         f.debug_struct("DeviceHandle").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -362,6 +362,7 @@ impl CoreTask {
                 core: events.core,
                 is_running: false,
                 is_enabled: false,
+                is_stopping: false,
                 size: 0,
                 in_flight: 0,
                 broken: None,
@@ -370,6 +371,7 @@ impl CoreTask {
             if let Some(queue) = running.queues.iter_mut().find(|queue| queue.index == *index) {
                 state.is_running = true;
                 state.is_enabled = queue.is_enabled;
+                state.is_stopping = queue.stop.is_some();
                 state.size = queue.size;
                 state.in_flight = queue.engine.in_flight();
                 state.broken = queue.engine.broken();

@@ -1,8 +1,10 @@
 //! The other side, for tests and fuzz targets: guest memory in a memfd, a driver's half of a split
 //! virtqueue, and a vhost-user frontend. Panics when something does not go as it should.
 
+mod disk;
 mod driver;
 mod frontend;
 
+pub use disk::{Completed, DATA_MAX, DiskOptions, DiskQueue, TestDisk};
 pub use driver::{Buffer, TestMemory, TestQueue};
 pub use frontend::TestFrontend;

@@ -1,0 +1,553 @@
+//! The whole device: a real socket, real cores, real eventfds, and a frontend that is not QEMU.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use block::fault::{FaultHandle, FaultVolume};
+use block::ram::RamVolume;
+use block::{Identity, Op};
+use reactor::{Core, CoreConfig};
+use zerocopy::IntoBytes;
+
+use super::*;
+use crate::testing::{Completed, DATA_MAX, DiskOptions, TestDisk, TestFrontend, TestMemory};
+use crate::vhost_user::wire::{self, Request, VringState};
+
+const VOLUME_BYTES: u64 = 8 << 20;
+const SECTORS: u64 = VOLUME_BYTES / 512;
+
+/// Cores that run until they are dropped.
+struct Cores {
+    handles: Vec<CoreHandle>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Cores {
+    fn start(count: usize) -> Cores {
+        let mut cores = Cores { handles: Vec::new(), threads: Vec::new() };
+        for _ in 0..count {
+            let (sender, receiver) = mpsc::channel();
+            cores.threads.push(thread::spawn(move || {
+                let config =
+                    CoreConfig { pool_bytes: 4 << 20, spin: Duration::ZERO, ..Default::default() };
+                // The error says what this machine lacks.
+                let mut core = Core::new(config).unwrap_or_else(|error| panic!("{error}"));
+                sender.send(core.handle()).unwrap();
+                core.run();
+            }));
+            cores.handles.push(receiver.recv().expect("the core has started"));
+        }
+        cores
+    }
+}
+
+impl Drop for Cores {
+    fn drop(&mut self) {
+        self.handles.iter().for_each(CoreHandle::stop);
+        for thread in self.threads.drain(..) {
+            let result = thread.join();
+            assert!(result.is_ok() || thread::panicking(), "a core has panicked");
+        }
+    }
+}
+
+/// A device over a volume in memory that can be held up.
+struct Rig {
+    device: Option<DeviceHandle>,
+    fault: FaultHandle,
+    path: PathBuf,
+    volume: Arc<dyn Volume>,
+    // Dropped last: the device's tasks end first.
+    cores: Cores,
+    _folder: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(cores: usize, queues: u16) -> Rig {
+        Rig::with_grace(cores, queues, Duration::from_millis(50))
+    }
+
+    fn with_grace(cores: usize, queues: u16, drain_grace: Duration) -> Rig {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.sock");
+        let ram = RamVolume::new(Identity::from_uuid([7; 16]), VOLUME_BYTES, 512).unwrap();
+        let (volume, fault) = FaultVolume::new(Arc::new(ram), 1);
+        let volume: Arc<dyn Volume> = Arc::new(volume);
+        let cores = Cores::start(cores);
+        let config = DeviceConfig { queues, drain_grace, ..DeviceConfig::new("disk", &path) };
+        let device = serve(config, Arc::clone(&volume), cores.handles.clone()).unwrap();
+        Rig { device: Some(device), fault, path, volume, cores, _folder: folder }
+    }
+
+    fn state(&self) -> DeviceState {
+        self.device.as_ref().unwrap().state().unwrap()
+    }
+
+    /// Until the state is as wanted; states change when the other side gets to it.
+    fn until(&self, what: &str, is_reached: impl Fn(&DeviceState) -> bool) -> DeviceState {
+        let begun = Instant::now();
+        loop {
+            let state = self.state();
+            if is_reached(&state) {
+                return state;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "not {what}: {state:?}");
+            thread::yield_now();
+        }
+    }
+
+    fn connect(&self, options: DiskOptions) -> TestDisk {
+        TestDisk::connect(&self.path, &options)
+    }
+}
+
+fn options() -> DiskOptions {
+    DiskOptions { queues: 1, size: 64, without: Features::default(), polled: false }
+}
+
+/// A small generator: tests must repeat.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) % end
+    }
+}
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = Vec::with_capacity(len + 4);
+    while bytes.len() < len {
+        bytes.extend((random.below(1 << 31) as u32).to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Random reads, writes, discards and flushes on all queues at once, every byte that comes back
+/// compared. Requests in flight at the same time do not overlap.
+fn verify(disk: &mut TestDisk, model: &mut [u8], requests: u64, seed: u64) {
+    const SLICES: u64 = 64;
+    let slice_sectors = SECTORS / SLICES;
+    let mut random = Random(seed);
+    let mut owner: Vec<Option<u64>> = vec![None; SLICES as usize];
+    let mut expected: HashMap<u64, (usize, Option<Vec<u8>>)> = HashMap::new();
+    let (mut sent, mut done) = (0, 0);
+    while done < requests {
+        let depth = 1 + random.below(48) as usize;
+        while sent < requests && expected.len() < depth {
+            let slice = random.below(SLICES);
+            if owner[slice as usize].is_some() {
+                break;
+            }
+            let sectors = 1 + random.below((DATA_MAX / 512) as u64 - 1);
+            let sector = slice * slice_sectors + random.below(slice_sectors - sectors);
+            let range = sector as usize * 512..(sector + sectors) as usize * 512;
+            let queue = random.below(disk.queues.len() as u64) as usize;
+            let (kind, out, room, expect) = match random.below(10) {
+                0..=4 => (0, vec![], range.len(), Some(model[range].to_vec())),
+                5..=7 => {
+                    let data = pattern(range.len(), seed + sent);
+                    model[range].copy_from_slice(&data);
+                    (1, data, 0, None)
+                }
+                8 => {
+                    let mut zero = sector.to_le_bytes().to_vec();
+                    zero.extend((sectors as u32).to_le_bytes());
+                    zero.extend([0; 4]);
+                    model[range].fill(0);
+                    (13, zero, 0, None)
+                }
+                _ => (4, vec![], 0, None),
+            };
+            let sector = if kind < 2 { sector } else { 0 };
+            if !disk.submit(queue, sent, kind, sector, &out, room) {
+                panic!("the ring is larger than the depth");
+            }
+            owner[slice as usize] = Some(sent);
+            expected.insert(sent, (slice as usize, expect));
+            sent += 1;
+        }
+        for Completed { token, status, data, .. } in disk.wait() {
+            let (slice, expect) = expected.remove(&token).expect("it was sent");
+            assert_eq!(status, 0);
+            assert_eq!(owner[slice].take(), Some(token));
+            if let Some(expect) = expect {
+                assert!(data == expect, "request {token} read something else");
+            }
+            done += 1;
+        }
+    }
+}
+
+#[test]
+fn verified_io_on_two_queues_and_two_cores() {
+    let rig = Rig::new(2, 2);
+    let mut model = vec![0; VOLUME_BYTES as usize];
+    let features =
+        [Features::default(), Features::EVENT_IDX, Features::EVENT_IDX | Features::INDIRECT_DESC];
+    for (without, seed) in features.into_iter().zip([1, 2, 3]) {
+        let mut disk = rig.connect(DiskOptions { queues: 2, size: 256, without, polled: false });
+        verify(&mut disk, &mut model, 2000, seed);
+        let kicks: u64 = disk.queues.iter().map(|queue| queue.kicks).sum();
+        let waits: u64 = disk.queues.iter().map(|queue| queue.waits).sum();
+        assert!(kicks > 0 && waits > 0, "both sides slept and were woken");
+        let state = rig.state();
+        assert!(state.client_connected);
+        assert_eq!(
+            state.features,
+            Some(disk.frontend.features.without(Features::PROTOCOL_FEATURES))
+        );
+        assert_eq!((state.queues[0].core, state.queues[1].core), (0, 1));
+        for queue in &state.queues {
+            assert!(queue.is_running && queue.is_enabled && queue.in_flight == 0);
+            assert!(queue.counters.reads > 0 && queue.counters.errors == 0);
+        }
+    }
+    // All three clients together.
+    let state = rig.until("idle", |state| !state.client_connected);
+    let done = |q: &QueueState| {
+        let c = q.counters;
+        c.reads + c.writes + c.flushes + c.write_zeroes
+    };
+    assert_eq!(state.queues.iter().map(done).sum::<u64>(), 6000);
+    assert!(state.queues.iter().all(|queue| !queue.is_running));
+}
+
+#[test]
+fn a_polled_queue_needs_no_kicks() {
+    let rig = Rig::new(1, 1);
+    let mut model = vec![0; VOLUME_BYTES as usize];
+    let mut disk = rig.connect(DiskOptions { polled: true, ..options() });
+    verify(&mut disk, &mut model, 500, 9);
+    let state = rig.state();
+    assert_eq!((state.queues[0].counters.kicks, disk.queues[0].kicks), (0, 0));
+}
+
+#[test]
+fn what_a_driver_finds() {
+    let rig = Rig::new(1, 3);
+    let mut disk = rig.connect(options());
+    assert_eq!(disk.frontend.ask(Request::GET_QUEUE_NUM), 3);
+    let mut config = vec![0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0];
+    config.extend([0; 60]);
+    disk.frontend.send(Request::GET_CONFIG, false, &config, &[]);
+    let config = disk.frontend.reply(Request::GET_CONFIG);
+    assert_eq!(config[12..20], SECTORS.to_le_bytes());
+    let id = disk.run(0, 8, 0, &[], 20);
+    assert_eq!((id.status, &id.data[..]), (0, &b"07070707070707070707"[..]));
+    assert_eq!(disk.run(0, 0, SECTORS, &[], 512).status, 1);
+    assert_eq!(disk.run(0, 42, 0, &[], 0).status, 2);
+}
+
+#[test]
+fn the_next_client_is_served_when_the_first_has_left() {
+    let rig = Rig::new(1, 1);
+    // Twice, as fio with libblkio does: the first connection does no I/O.
+    let mut first = TestFrontend::connect(&rig.path);
+    first.negotiate(Features::default());
+    drop(first);
+    let mut disk = rig.connect(options());
+    disk.write(0, 5, &pattern(4096, 5));
+
+    // One that waits, and some that say nothing of sense.
+    let waiting = TestFrontend::connect(&rig.path);
+    waiting.send(Request::GET_QUEUE_NUM, false, &[], &[]);
+    for junk in [&[0xff; 64][..], &[0; 12], b"GET / HTTP/1.1\r\n\r\n"] {
+        // The connection may be closed before all of it is written.
+        let _ = UnixStream::connect(&rig.path).unwrap().write(junk);
+    }
+    assert_eq!(disk.read(0, 5, 4096), pattern(4096, 5));
+    assert!(rig.state().client_connected);
+    drop(disk);
+    assert_eq!(waiting.reply(Request::GET_QUEUE_NUM), 1u64.to_ne_bytes());
+    drop(waiting);
+    let mut disk = rig.connect(options());
+    assert_eq!(disk.read(0, 5, 4096), pattern(4096, 5));
+}
+
+#[test]
+fn clients_that_break_the_protocol_are_disconnected() {
+    let rig = Rig::new(1, 1);
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let mut random = Random(77);
+    for round in 0..200u64 {
+        let frontend = TestFrontend::connect(&rig.path);
+        match round % 5 {
+            0 => frontend.send_raw(&pattern(100, round), &[]),
+            1 => frontend.send_raw(&pattern(7, round), &[event.as_fd(); 3]),
+            2 => frontend.send(Request::SET_VRING_NUM, false, &[9; 8], &[]),
+            3 => frontend.send(Request::SET_MEM_TABLE, false, &[0xff; 264], &[event.as_fd(); 8]),
+            _ => {
+                let kind = Request(random.below(45) as u32);
+                frontend.send(kind, false, &pattern(random.below(90) as usize, round), &[]);
+            }
+        }
+        // It is dropped at once, or after it was told off.
+        if round % 3 == 0 {
+            frontend.stream().shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = frontend.try_reply(Request::GET_FEATURES);
+        }
+    }
+    let mut disk = rig.connect(options());
+    disk.write(0, 0, &pattern(512, 1));
+    assert_eq!(disk.read(0, 0, 512), pattern(512, 1));
+}
+
+#[test]
+fn stopping_a_ring_waits_for_its_requests() {
+    let rig = Rig::with_grace(1, 2, Duration::from_secs(20));
+    let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
+    rig.fault.hold();
+    for i in 0..10 {
+        assert!(disk.submit(0, i, 0, i, &[], 512));
+    }
+    disk.kick();
+    rig.until("taken", |state| state.queues[0].in_flight == 10);
+    let state = VringState { index: 0, num: 0 };
+    disk.frontend.send(Request::GET_VRING_BASE, false, state.as_bytes(), &[]);
+    rig.until("stopping", |state| state.queues[0].is_stopping);
+    assert!(disk.completed().is_empty());
+    rig.fault.release();
+    let base = disk.frontend.reply(Request::GET_VRING_BASE);
+    assert_eq!(base, [0, 0, 0, 0, 10, 0, 0, 0]);
+    let completed = disk.completed();
+    assert!(completed.len() == 10 && completed.iter().all(|request| request.status == 0));
+    assert!(!rig.state().queues[0].is_running && rig.state().queues[1].is_running);
+    disk.submit(0, 99, 0, 0, &[], 512);
+    disk.write(1, 3, &[3; 512]);
+    assert!(disk.completed().is_empty(), "the stopped ring is left alone");
+    disk.start(0, 10);
+    assert_eq!(disk.wait()[0].token, 99);
+}
+
+#[test]
+fn a_lost_path_does_not_hang_the_frontend() {
+    let rig = Rig::new(1, 2);
+    let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
+    rig.fault.hold();
+    for i in 0..3 {
+        assert!(disk.submit(0, i, 1, i, &[1; 512], 0));
+    }
+    disk.kick();
+    rig.until("taken", |state| state.queues[0].in_flight == 3);
+    // The grace is over, the requests are aborted and the guest is told.
+    assert_eq!(disk.frontend.stop_ring(0), 3);
+    let completed = disk.completed();
+    assert_eq!(completed.len(), 3);
+    assert!(completed.iter().all(|request| request.status == 1));
+    rig.fault.release();
+    disk.write(1, 0, &[1; 512]);
+    disk.start(0, 3);
+    disk.write(0, 0, &[2; 512]);
+    assert_eq!(disk.read(1, 0, 512), [2; 512]);
+}
+
+#[test]
+fn a_client_that_vanishes_in_mid_io_hurts_nobody() {
+    let rig = Rig::new(2, 2);
+    for round in 0..5 {
+        let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
+        rig.fault.hold();
+        for i in 0..20 {
+            assert!(disk.submit(i as usize % 2, i, 1, i, &[round; 512], 0));
+        }
+        disk.kick();
+        rig.until("taken", |state| state.queues.iter().map(|q| q.in_flight).sum::<usize>() == 20);
+        if round == 4 {
+            // While it waits for an answer.
+            let state = VringState { index: 0, num: 0 };
+            disk.frontend.send(Request::GET_VRING_BASE, false, state.as_bytes(), &[]);
+        }
+        drop(disk);
+        if round % 2 == 0 {
+            rig.fault.release();
+        }
+        rig.until("stopped", |state| state.queues.iter().all(|queue| !queue.is_running));
+        rig.fault.release();
+        let counters = rig.fault.counters();
+        assert_eq!(
+            counters.submitted[Op::Write.index()],
+            counters.completed[Op::Write.index()],
+            "nothing of it is left in the channel"
+        );
+        let mut disk = rig.connect(options());
+        disk.write(0, 100, &[round; 512]);
+        assert_eq!(disk.read(0, 100, 512), [round; 512]);
+    }
+}
+
+#[test]
+fn memory_regions_come_and_go_while_rings_run() {
+    let rig = Rig::new(1, 1);
+    let mut disk = rig.connect(options());
+    let other = TestMemory::new(1 << 16);
+    let region = |memory: &TestMemory, at: u64| {
+        let mut region = memory.region();
+        region.guest_addr += at;
+        region.user_addr += at;
+        let mut payload = vec![0; 8];
+        payload.extend(region.as_bytes());
+        payload
+    };
+    let (far, own) = (region(&other, 1 << 32), region(&disk.memory, 0));
+    for round in 0..20u8 {
+        assert!(disk.submit(0, 1, 1, 0, &[round; 512], 0));
+        disk.kick();
+        disk.frontend.tell(Request::ADD_MEM_REG, &far, &[other.fd().as_fd()]);
+        disk.frontend.tell(Request::REM_MEM_REG, &far, &[]);
+        assert_eq!(disk.wait()[0].status, 0);
+        assert_eq!(disk.read(0, 0, 512), [round; 512]);
+    }
+    // The rings themselves go away for a moment, with a request in them.
+    disk.frontend.tell(Request::REM_MEM_REG, &own, &[]);
+    assert!(disk.submit(0, 2, 0, 0, &[], 512));
+    disk.kick();
+    assert!(disk.completed().is_empty());
+    let fd = disk.memory.fd().try_clone().unwrap();
+    disk.frontend.tell(Request::ADD_MEM_REG, &own, &[fd.as_fd()]);
+    let completed = disk.wait();
+    assert_eq!((completed[0].token, completed[0].status), (2, 0));
+    assert_eq!(completed[0].data, [19; 512]);
+}
+
+#[test]
+fn a_removed_region_waits_for_its_requests_but_not_for_ever() {
+    let rig = Rig::new(1, 1);
+    let mut disk = rig.connect(options());
+    let mut own = vec![0; 8];
+    own.extend(disk.memory.region().as_bytes());
+    rig.fault.hold();
+    assert!(disk.submit(0, 1, 0, 0, &[], 512));
+    disk.kick();
+    rig.until("taken", |state| state.queues[0].in_flight == 1);
+    let begun = Instant::now();
+    disk.frontend.tell(Request::REM_MEM_REG, &own, &[]);
+    assert!(begun.elapsed() >= Duration::from_millis(50));
+    assert_eq!(rig.state().queues[0].in_flight, 1);
+    let fd = disk.memory.fd().try_clone().unwrap();
+    disk.frontend.tell(Request::ADD_MEM_REG, &own, &[fd.as_fd()]);
+    rig.fault.release();
+    assert_eq!(disk.wait()[0].status, 0);
+}
+
+#[test]
+fn a_broken_ring_is_told_and_can_be_set_up_again() {
+    let rig = Rig::new(1, 2);
+    let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
+    let err = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    disk.frontend.tell(Request::SET_VRING_ERR, 0u64.as_bytes(), &[err.as_fd()]);
+    disk.queues[0].ring.push_head(64);
+    disk.queues[0].ring.publish();
+    assert!(disk.submit(0, 1, 0, 0, &[], 512));
+    disk.kick();
+    let state = rig.until("broken", |state| state.queues[0].broken.is_some());
+    rustix::io::read(&err, &mut [0; 8]).unwrap();
+    assert_eq!(state.queues[0].broken, Some(Broken::Head));
+    disk.write(1, 0, &[7; 512]);
+    assert_eq!(disk.frontend.stop_ring(0), 0);
+    disk.start(0, 1);
+    assert_eq!(disk.wait()[0].data, [7; 512]);
+    assert_eq!(rig.state().queues[0].broken, None);
+}
+
+#[test]
+fn rings_outside_of_memory_are_refused() {
+    let rig = Rig::new(1, 1);
+    let disk = rig.connect(options());
+    disk.frontend.stop_ring(0);
+    let region = disk.memory.region();
+    let address = wire::VringAddr {
+        index: 0,
+        flags: 0,
+        descriptor: region.user_addr + region.size - 16,
+        used: region.user_addr,
+        available: region.user_addr,
+        log: 0,
+    };
+    disk.frontend.tell(Request::SET_VRING_ADDR, address.as_bytes(), &[]);
+    let polled = 0x100u64;
+    assert_eq!(disk.frontend.acked(Request::SET_VRING_KICK, polled.as_bytes(), &[]), 1);
+    let state = rig.state();
+    assert!(state.client_connected && !state.queues[0].is_running);
+}
+
+#[test]
+fn memory_cut_off_under_a_running_ring() {
+    let rig = Rig::new(1, 1);
+    let mut disk = rig.connect(options());
+    disk.write(0, 0, &[1; 512]);
+    assert!(disk.submit(0, 1, 0, 0, &[], 512));
+    rustix::fs::ftruncate(disk.memory.fd(), 0).unwrap();
+    disk.kick();
+    // The device reads zeros there now, or whatever: it goes on for the next client.
+    drop(disk);
+    let mut disk = rig.connect(options());
+    assert_eq!(disk.read(0, 0, 512), [1; 512]);
+}
+
+#[test]
+fn stop_disconnects_and_removes_the_socket() {
+    let mut rig = Rig::new(2, 2);
+    let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
+    disk.write(0, 0, &[1; 512]);
+    rig.fault.hold();
+    assert!(disk.submit(1, 1, 0, 0, &[], 512));
+    disk.kick();
+    rig.until("taken", |state| state.queues[1].in_flight == 1);
+    rig.device.take().unwrap().stop();
+    assert!(!rig.path.exists());
+    assert_eq!(disk.frontend.try_reply(Request::GET_FEATURES), None, "the connection is closed");
+    assert_eq!(rig.cores.handles.len(), 2);
+
+    // The same cores serve another one.
+    rig.fault.release();
+    let config = DeviceConfig::new("again", &rig.path);
+    let again = serve(config, Arc::clone(&rig.volume), rig.cores.handles.clone()).unwrap();
+    let mut disk = rig.connect(options());
+    assert_eq!(disk.read(0, 0, 512), [1; 512]);
+    drop(disk);
+    drop(again);
+}
+
+#[test]
+fn cores_that_stop_take_the_client_with_them() {
+    let rig = Rig::new(1, 1);
+    let mut disk = rig.connect(options());
+    disk.write(0, 0, &[1; 512]);
+    rig.cores.handles[0].stop();
+    rig.until("gone", |state| state.queues.is_empty());
+    let state = VringState { index: 0, num: 0 };
+    disk.frontend.send(Request::GET_VRING_BASE, false, state.as_bytes(), &[]);
+    assert_eq!(disk.frontend.try_reply(Request::GET_VRING_BASE), None);
+}
+
+#[test]
+fn bad_configuration_is_refused() {
+    let cores = Cores::start(1);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.sock");
+    let volume: Arc<dyn Volume> =
+        Arc::new(RamVolume::new(Identity::from_uuid([1; 16]), 1 << 20, 512).unwrap());
+    let good = DeviceConfig::new("disk", &path);
+    let error = |config: DeviceConfig, cores: &[CoreHandle]| {
+        serve(config, Arc::clone(&volume), cores.to_vec()).unwrap_err().to_string()
+    };
+    let one = &cores.handles;
+    assert!(error(DeviceConfig { queues: 0, ..good.clone() }, one).starts_with("0 queues"));
+    assert!(error(DeviceConfig { queues: 257, ..good.clone() }, one).starts_with("257 queues"));
+    let size = DeviceConfig { queue_size_max: 100, ..good.clone() };
+    assert!(error(size, one).starts_with("queue size 100"));
+    let serial = DeviceConfig { serial: "x".repeat(21), ..good.clone() };
+    assert!(error(serial, one).contains("up to 20"));
+    let mode = DeviceConfig { socket_mode: 0o1777, ..good.clone() };
+    assert!(error(mode, one).contains("1777"));
+    assert!(error(good.clone(), &[]).contains("needs a core"));
+    let _first = serve(good.clone(), Arc::clone(&volume), one.clone()).unwrap();
+    assert!(error(good, one).contains("is in use"));
+}
