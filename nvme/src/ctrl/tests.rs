@@ -74,7 +74,10 @@ impl Rig {
                 self.ctrl.queues_closed(self.now);
                 Ok(0)
             }
-            AdminOutcome::Pending => Ok(u64::MAX),
+            outcome => {
+                assert_eq!(outcome, AdminOutcome::Pending);
+                Ok(u64::MAX)
+            }
         }
     }
 
@@ -656,8 +659,11 @@ mod random {
                         AdminOutcome::Complete { status, .. } => {
                             prop_assert!(status.is_success() || rig.out.is_empty());
                         }
-                        AdminOutcome::Pending => held += 1,
                         AdminOutcome::ResetQueues { .. } => rig.ctrl.queues_closed(rig.now),
+                        outcome => {
+                            prop_assert_eq!(outcome, AdminOutcome::Pending);
+                            held += 1;
+                        }
                     }
                     prop_assert!(rig.out.len() <= room as usize);
                     while rig.ctrl.poll_event().is_some() {

@@ -98,7 +98,10 @@ impl Peer {
                     ctrl.queues_closed(now);
                     (status, result)
                 }
-                AdminOutcome::Pending => return,
+                outcome => {
+                    assert_eq!(outcome, AdminOutcome::Pending);
+                    return;
+                }
             },
         };
         assert!(out.len() <= command.read_len as usize);
