@@ -1,0 +1,317 @@
+//! One connection to the controller: TCP connect, ICReq/ICResp, and an end after which nothing of it can still be sent.
+//!
+//! Used by the admin queue and by each I/O queue; what travels on it is theirs.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use iobuf::SgList;
+use nvme::tcp::{Crc32c, Fault, Host, HostConfig, HostEvent};
+use reactor::net::{Rx, RxChunk, Stream, StreamConfig};
+use reactor::{Errno, Local, Outcome, Port};
+
+/// How long a connection may take to carry away the H2CTermReq that ends it.
+const TERM_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a connection, and with it the association, ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Loss {
+    #[error("connecting to {addr}: {errno}")]
+    Connect { addr: SocketAddr, errno: Errno },
+    #[error("the core has no free operation slot for a connect")]
+    Busy,
+    #[error("no ICResp in time")]
+    InitTimeout,
+    #[error("the controller closed the connection")]
+    Eof,
+    #[error("the connection failed: {0}")]
+    Io(Errno),
+    #[error("setting up the socket: {0}")]
+    Socket(std::io::Error),
+    #[error("the controller broke the protocol: {0}")]
+    Fault(Fault),
+    #[error("the controller ended the connection with fatal error status {fes:#06x}")]
+    Terminated { fes: u16 },
+    #[error(transparent)]
+    Session(nvme::host::SessionError),
+    #[error("{0}")]
+    Command(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// No connection, nothing in flight. Moved on by `open`.
+    Closed,
+    /// TCP connect in flight. Moved on by its completion, which has its own time-out.
+    Connecting,
+    /// A connect in flight whose result is not wanted any more.
+    Abandoned,
+    /// ICReq sent. Moved on by ICResp, or by `until`.
+    Initializing { until: Duration },
+    /// ICResp received: commands may be sent.
+    Up,
+    /// H2CTermReq queued; nothing is read any more. Moved on when it is sent, or by `until`.
+    Terminating { until: Duration },
+    /// The stream is shut down; moved on when it is quiet.
+    Closing,
+}
+
+/// Token of the H2CTermReq; commands use their cid, which is below 65,536.
+const TERM_TOKEN: u32 = u32::MAX;
+
+pub(crate) struct Link {
+    local: Local,
+    port: Port,
+    addr: SocketAddr,
+    state: State,
+    stream: Option<Stream>,
+    pub(crate) host: Host,
+    host_config: HostConfig,
+    tx_entries_max: usize,
+    connect_timeout: Duration,
+}
+
+impl Link {
+    pub(crate) fn new(
+        local: &Local,
+        addr: SocketAddr,
+        host_config: HostConfig,
+        tx_entries_max: usize,
+        connect_timeout: Duration,
+    ) -> Link {
+        Link {
+            local: local.clone(),
+            port: local.port(),
+            addr,
+            state: State::Closed,
+            stream: None,
+            host: Host::new(host_config.clone()),
+            host_config,
+            tx_entries_max,
+            connect_timeout,
+        }
+    }
+
+    /// Nothing of an earlier connection can be sent any more, and its payload memory is free.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state == State::Closed
+    }
+
+    /// Starts to connect. The link must be closed.
+    pub(crate) fn open(&mut self) -> Result<(), Loss> {
+        debug_assert!(self.is_closed(), "open of a link in use");
+        self.port.connect(self.addr, self.connect_timeout, 0).map_err(|_| Loss::Busy)?;
+        self.host = Host::new(self.host_config.clone());
+        self.state = State::Connecting;
+        Ok(())
+    }
+
+    /// Ends the connection. With `fault`, the controller is told first what it did wrong. `is_closed` says when it is over.
+    pub(crate) fn close(&mut self, now: Duration, fault: Option<&Fault>) {
+        match (self.state, &mut self.stream) {
+            (State::Connecting, _) => {
+                self.port.cancel_all();
+                self.state = State::Abandoned;
+            }
+            (State::Initializing { .. } | State::Up, Some(stream)) => {
+                stream.pause();
+                let told = fault.is_some_and(|fault| {
+                    let head = self.host.term_req(fault);
+                    stream.push(&head, None, None, Some(TERM_TOKEN)).is_ok()
+                });
+                if told {
+                    stream.flush();
+                    self.state = State::Terminating { until: now + TERM_TIMEOUT };
+                } else {
+                    stream.shutdown();
+                    self.state = State::Closing;
+                    self.check_quiet();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Moves the connection on: completions of connect and sends. `Ok(true)`: it is now initialising or closed, or tokens
+    /// may be waiting. An error is final; the caller then calls `close`.
+    pub(crate) fn poll(&mut self, now: Duration) -> Result<bool, Loss> {
+        let mut progressed = false;
+        if self.port.in_flight() > 0 || matches!(self.state, State::Connecting | State::Abandoned) {
+            while let Some(completion) = self.port.next() {
+                progressed = true;
+                self.on_connected(now, completion.result)?;
+            }
+        }
+        let Some(stream) = &mut self.stream else { return Ok(progressed) };
+        progressed |= stream.poll();
+        match self.state {
+            State::Initializing { until } if now >= until => return Err(Loss::InitTimeout),
+            State::Terminating { until } => {
+                let mut over = now >= until || stream.failed().is_some();
+                while let Some(token) = stream.sent() {
+                    over |= token == TERM_TOKEN;
+                }
+                if over {
+                    stream.shutdown();
+                    self.state = State::Closing;
+                    progressed = true;
+                }
+            }
+            _ => {}
+        }
+        progressed |= self.check_quiet();
+        Ok(progressed)
+    }
+
+    fn check_quiet(&mut self) -> bool {
+        let is_quiet = self.stream.as_ref().is_none_or(Stream::is_quiet);
+        if self.state != State::Closing || !is_quiet {
+            return false;
+        }
+        self.stream = None;
+        self.state = State::Closed;
+        true
+    }
+
+    fn on_connected(&mut self, now: Duration, result: Result<Outcome, Errno>) -> Result<(), Loss> {
+        if self.state != State::Connecting {
+            self.state = State::Closed;
+            return Ok(());
+        }
+        // Closed until the new stream stands, so that no error below leaves a connection half made.
+        self.state = State::Closed;
+        let socket = match result {
+            Ok(Outcome::Socket(socket)) => socket,
+            Ok(_) => return Err(Loss::Connect { addr: self.addr, errno: Errno::BAD_DESCRIPTOR }),
+            Err(errno) => return Err(Loss::Connect { addr: self.addr, errno }),
+        };
+        // What this connection has not sent when it is given up must never be sent.
+        socket.set_reset_on_close().map_err(Loss::Socket)?;
+        let config =
+            StreamConfig { tx_entries_max: self.tx_entries_max, ..StreamConfig::default() };
+        let mut stream = Stream::new(&self.local, socket, config).map_err(Loss::Socket)?;
+        let pushed = stream.push(&self.host.icreq(), None, None, None);
+        debug_assert!(pushed.is_ok(), "a new stream has room");
+        stream.flush();
+        self.stream = Some(stream);
+        self.state = State::Initializing { until: now + self.connect_timeout };
+        Ok(())
+    }
+
+    /// The next received bytes, for [`Link::next`].
+    pub(crate) fn recv(&mut self) -> Result<Option<RxChunk>, Loss> {
+        if !matches!(self.state, State::Initializing { .. } | State::Up) {
+            return Ok(None);
+        }
+        let Some(stream) = &mut self.stream else { return Ok(None) };
+        match stream.recv() {
+            Rx::Empty => match stream.failed() {
+                None => Ok(None),
+                Some(errno) => Err(Loss::Io(errno)),
+            },
+            Rx::Data(chunk) => Ok(Some(chunk)),
+            Rx::Eof => Err(Loss::Eof),
+            Rx::Failed(errno) => Err(Loss::Io(errno)),
+        }
+    }
+
+    /// The next event in `input`. Becoming `Up` and the end of the connection are noticed on the way.
+    #[inline]
+    pub(crate) fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<HostEvent<'a>>, Loss> {
+        match self.host.next(input) {
+            Ok(Some(HostEvent::Initialized)) => {
+                self.state = State::Up;
+                Ok(Some(HostEvent::Initialized))
+            }
+            Ok(Some(HostEvent::Terminated { fes })) => Err(Loss::Terminated { fes }),
+            Ok(event) => Ok(event),
+            Err(fault) => Err(Loss::Fault(fault)),
+        }
+    }
+
+    /// PDUs that can still be pushed; none unless the link is up.
+    #[inline]
+    pub(crate) fn room(&self) -> usize {
+        match &self.stream {
+            Some(stream) if self.state == State::Up => stream.room(),
+            _ => 0,
+        }
+    }
+
+    /// Queues a PDU built by `host`; `payload` is a range of a list, and gets its data digest here if there is one.
+    /// `room` must have said that there is room.
+    #[inline]
+    pub(crate) fn push(
+        &mut self,
+        head: &[u8],
+        payload: Option<(&SgList, usize, usize)>,
+        token: Option<u32>,
+    ) -> Result<(), Loss> {
+        let tail = match payload {
+            Some((list, offset, len)) if self.host.data_digest() => {
+                let mut crc = Crc32c::new();
+                let update = &mut |bytes: &[u8]| {
+                    crc.update(bytes);
+                };
+                list.for_each_chunk(offset, len, update)
+                    .map_err(|_| Loss::Command("payload outside its buffer".to_owned()))?;
+                Some(crc.finish())
+            }
+            _ => None,
+        };
+        self.push_raw(head, payload, tail, token)
+    }
+
+    /// Queues a PDU whose data is at the end of `pdu` already.
+    pub(crate) fn push_inline(&mut self, pdu: &[u8], data: &[u8]) -> Result<(), Loss> {
+        let tail = self.host.data_digest().then(|| Crc32c::of(data));
+        self.push_raw(pdu, None, tail, None)
+    }
+
+    #[inline]
+    fn push_raw(
+        &mut self,
+        head: &[u8],
+        payload: Option<(&SgList, usize, usize)>,
+        tail: Option<[u8; 4]>,
+        token: Option<u32>,
+    ) -> Result<(), Loss> {
+        let stream = self.stream.as_mut().ok_or(Loss::Eof)?;
+        stream
+            .push(head, payload, tail, token)
+            .map_err(|_| Loss::Command("the send queue is full".to_owned()))
+    }
+
+    /// The next token whose payload memory is free again.
+    #[inline]
+    pub(crate) fn sent(&mut self) -> Option<u32> {
+        self.stream.as_mut().and_then(Stream::sent)
+    }
+
+    #[inline]
+    pub(crate) fn flush(&mut self) {
+        if let Some(stream) = &mut self.stream
+            && self.state == State::Up
+        {
+            stream.flush();
+        }
+    }
+
+    /// When `poll` must run although nothing happened.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        match self.state {
+            State::Initializing { until } | State::Terminating { until } => Some(until),
+            _ => None,
+        }
+    }
+}
+
+impl Loss {
+    /// What to tell the controller, if it is its fault.
+    pub(crate) fn fault(&self) -> Option<&Fault> {
+        match self {
+            Loss::Fault(fault) => Some(fault),
+            _ => None,
+        }
+    }
+}

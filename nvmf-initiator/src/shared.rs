@@ -1,0 +1,337 @@
+//! What the cores of one remote volume share: the association snapshot and the list of channels.
+//!
+//! Nothing here is touched per I/O. A channel reads one atomic word per poll ([`Shared::epoch`]) and takes the lock only
+//! when that word has changed, which happens a handful of times per association.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use block::{Geometry, Identity};
+use reactor::CoreHandle;
+
+use crate::config::RemoteConfig;
+
+/// Where the association with the controller stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The first association is being set up, or a lost one is being set up again. I/O is held.
+    Connecting,
+    /// The controller is ready: channels may connect their I/O queues and send.
+    Live,
+    /// The controller has been away for longer than the controller loss time-out. I/O fails; connecting goes on.
+    Gone,
+    /// The volume is shut down. I/O fails for good.
+    Stopped {
+        /// The association is over as well, and the admin task has ended.
+        is_over: bool,
+    },
+}
+
+/// What the control plane and the channels know of the remote namespace. Published as a whole; never changed in place.
+#[derive(Clone, Debug)]
+pub struct RemoteState {
+    /// Where the association stands.
+    pub phase: Phase,
+    /// Number of the association: 1 for the first one that became ready, 0 before that.
+    pub generation: u64,
+    /// Controller ID the subsystem gave to this association.
+    pub cntlid: u16,
+    /// I/O queues granted by the controller.
+    pub queues: u16,
+    /// Entries per I/O submission queue the controller supports (one-based).
+    pub queue_entries: u16,
+    /// Bytes of write data that may travel inside an I/O command capsule.
+    pub in_capsule_bytes: u32,
+    /// Bytes one command may transfer; `u32::MAX` when the controller names no limit.
+    pub transfer_bytes_max: u32,
+    /// Logical blocks of one Write Zeroes command.
+    pub write_zeroes_blocks_max: u32,
+    /// Logical blocks of one Deallocate command.
+    pub deallocate_blocks_max: u32,
+    /// Shape of the namespace; no blocks before the first association.
+    pub geometry: Geometry,
+    /// Identity of the namespace; all zero before the first association.
+    pub identity: Identity,
+    /// Why the last attempt or association ended. Kept while the next one is up, for the operator.
+    pub last_error: Option<String>,
+    /// Associations lost after they had been ready.
+    pub losses: u64,
+    /// Attempts to set up an association, this one included.
+    pub attempts: u64,
+}
+
+impl RemoteState {
+    /// Before the first association.
+    pub(crate) fn unknown() -> RemoteState {
+        RemoteState {
+            phase: Phase::Connecting,
+            generation: 0,
+            cntlid: 0,
+            queues: 0,
+            queue_entries: 0,
+            in_capsule_bytes: 0,
+            transfer_bytes_max: 0,
+            write_zeroes_blocks_max: 0,
+            deallocate_blocks_max: 0,
+            geometry: Geometry {
+                block_bytes: 512,
+                blocks: 0,
+                physical_block_bytes: 512,
+                io_bytes_max: 0,
+                read_only: false,
+                write_cache: false,
+                deallocate: false,
+                write_zeroes: false,
+                deallocate_granularity_bytes: 0,
+                deallocated_reads_zero: false,
+            },
+            identity: Identity { uuid: [0; 16], nguid: [0; 16], serial: [b' '; 20] },
+            last_error: None,
+            losses: 0,
+            attempts: 0,
+        }
+    }
+}
+
+/// A channel's place: the index decides its queue ID (index + 1).
+struct Seat {
+    core: CoreHandle,
+    counters: Arc<ChannelCounters>,
+}
+
+/// Written by one core, read by any: plain loads and stores, no order between the fields.
+#[derive(Debug, Default)]
+pub(crate) struct ChannelCounters {
+    pub(crate) in_flight: AtomicU64,
+    pub(crate) commands: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) resends: AtomicU64,
+    pub(crate) read_bytes: AtomicU64,
+    pub(crate) write_bytes: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+impl ChannelCounters {
+    /// Adds to a counter that only this core writes, so a load and a store do what a locked add would.
+    pub(crate) fn add(counter: &AtomicU64, n: u64) {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+}
+
+/// Sums over all channels of a volume, those already closed included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Associations lost after they had been ready.
+    pub losses: u64,
+    /// Attempts to set up an association.
+    pub attempts: u64,
+    /// I/Os accepted and not given back.
+    pub in_flight: u64,
+    /// Commands sent on I/O queues.
+    pub commands: u64,
+    /// I/Os sent again because the controller answered with a status that allows it.
+    pub retries: u64,
+    /// I/Os sent again because the path was lost under them.
+    pub resends: u64,
+    /// Bytes of reads done.
+    pub read_bytes: u64,
+    /// Bytes of writes done.
+    pub write_bytes: u64,
+    /// I/Os given back with an error.
+    pub errors: u64,
+}
+
+/// What the admin task is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    /// Association that a channel found broken, and how. Taken once.
+    pub(crate) fault: Option<(u64, String)>,
+    /// Last association on which a channel's queue was connected.
+    pub(crate) connected: u64,
+    /// The volume is to be shut down.
+    pub(crate) stop: bool,
+}
+
+struct Inner {
+    state: Arc<RemoteState>,
+    asked: Asked,
+    seats: Vec<Option<Seat>>,
+    /// Sums of the channels that were closed.
+    closed: Counters,
+}
+
+pub(crate) struct Shared {
+    pub(crate) config: RemoteConfig,
+    /// Core of the admin task.
+    admin: CoreHandle,
+    /// Bumped (Release, under the lock) after each change to `Inner::state`; a reader that sees a new value (Acquire)
+    /// takes the lock, so the word carries no data and cannot be torn from it.
+    epoch: AtomicU64,
+    /// Bumped the same way when `Inner::asked` changes.
+    requests: AtomicU64,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+impl Shared {
+    pub(crate) fn new(config: RemoteConfig, admin: CoreHandle, state: RemoteState) -> Arc<Shared> {
+        Arc::new(Shared {
+            config,
+            admin,
+            epoch: AtomicU64::new(1),
+            requests: AtomicU64::new(0),
+            inner: Mutex::new(Inner {
+                state: Arc::new(state),
+                asked: Asked::default(),
+                seats: Vec::new(),
+                closed: Counters::default(),
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// A panic elsewhere leaves no half-made value here (every update is one assignment), so a poisoned lock is usable.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes with every publication; compare it with the value of the last look.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn state(&self) -> Arc<RemoteState> {
+        Arc::clone(&self.lock().state)
+    }
+
+    /// Replaces the snapshot and wakes whoever waits for it: channels on their cores, `wait_ready` on its thread.
+    pub(crate) fn publish(&self, change: impl FnOnce(&mut RemoteState)) {
+        let mut inner = self.lock();
+        let mut state = (*inner.state).clone();
+        change(&mut state);
+        inner.state = Arc::new(state);
+        self.epoch.fetch_add(1, Ordering::Release);
+        for seat in inner.seats.iter().flatten() {
+            seat.core.wake();
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Asks the admin task for something and wakes it.
+    fn ask(&self, change: impl FnOnce(&mut Asked)) {
+        let mut inner = self.lock();
+        change(&mut inner.asked);
+        self.requests.fetch_add(1, Ordering::Release);
+        drop(inner);
+        self.admin.wake();
+    }
+
+    /// A channel's connection of association `generation` broke: the admin task ends the whole association.
+    pub(crate) fn report_fault(&self, generation: u64, text: &str) {
+        self.ask(|asked| {
+            // The first reason is the cause, later ones its echoes.
+            if asked.fault.as_ref().is_none_or(|(earlier, _)| *earlier < generation) {
+                asked.fault = Some((generation, text.to_owned()));
+            }
+        });
+    }
+
+    /// A channel's queue of association `generation` is connected.
+    pub(crate) fn note_connected(&self, generation: u64) {
+        self.ask(|asked| asked.connected = asked.connected.max(generation));
+    }
+
+    pub(crate) fn request_stop(&self) {
+        self.ask(|asked| asked.stop = true);
+    }
+
+    /// Changes when [`Shared::take_asked`] has something new.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn take_asked(&self) -> Asked {
+        let asked = &mut self.lock().asked;
+        Asked { fault: asked.fault.take(), ..*asked }
+    }
+
+    /// Gives a channel the lowest free seat. `None`: all `config.queues` are taken.
+    pub(crate) fn take_seat(
+        &self,
+        core: CoreHandle,
+        counters: Arc<ChannelCounters>,
+    ) -> Option<u16> {
+        let mut inner = self.lock();
+        let free = inner.seats.iter().position(Option::is_none).unwrap_or(inner.seats.len());
+        let index = u16::try_from(free).ok().filter(|i| *i < self.config.queues)?;
+        let seat = Some(Seat { core, counters });
+        match inner.seats.get_mut(free) {
+            Some(place) => *place = seat,
+            None => inner.seats.push(seat),
+        }
+        Some(index)
+    }
+
+    pub(crate) fn leave_seat(&self, index: u16) {
+        let mut inner = self.lock();
+        if let Some(seat) = inner.seats.get_mut(usize::from(index)).and_then(Option::take) {
+            let mut closed = inner.closed;
+            add(&mut closed, &seat.counters);
+            closed.in_flight = 0;
+            inner.closed = closed;
+        }
+    }
+
+    /// I/O queues the open channels need: the highest seat in use.
+    pub(crate) fn queues_needed(&self) -> u16 {
+        let inner = self.lock();
+        let needed = inner.seats.iter().rposition(Option::is_some).map_or(0, |i| i + 1);
+        u16::try_from(needed).unwrap_or(u16::MAX)
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        let inner = self.lock();
+        let mut sum = inner.closed;
+        for seat in inner.seats.iter().flatten() {
+            add(&mut sum, &seat.counters);
+        }
+        sum.losses = inner.state.losses;
+        sum.attempts = inner.state.attempts;
+        sum
+    }
+
+    /// Blocks the calling thread (never a core) until `ready` says so or the time is over; gives the last snapshot.
+    pub(crate) fn wait(
+        &self,
+        timeout: Duration,
+        ready: impl Fn(&RemoteState) -> bool,
+    ) -> Arc<RemoteState> {
+        let until = Instant::now().checked_add(timeout);
+        let mut inner = self.lock();
+        while !ready(&inner.state) {
+            let left = match until {
+                Some(until) => until.saturating_duration_since(Instant::now()),
+                None => Duration::MAX,
+            };
+            if left.is_zero() {
+                break;
+            }
+            inner =
+                self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Arc::clone(&inner.state)
+    }
+}
+
+fn add(sum: &mut Counters, from: &ChannelCounters) {
+    let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    sum.in_flight += get(&from.in_flight);
+    sum.commands += get(&from.commands);
+    sum.retries += get(&from.retries);
+    sum.resends += get(&from.resends);
+    sum.read_bytes += get(&from.read_bytes);
+    sum.write_bytes += get(&from.write_bytes);
+    sum.errors += get(&from.errors);
+}

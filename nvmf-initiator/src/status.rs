@@ -1,0 +1,142 @@
+//! What a completion status means for the I/O: the one place where NVMe statuses become [`IoError`]s.
+
+use block::IoError;
+use nvme::spec::{SCT_GENERIC, SCT_PATH, Status};
+
+/// What is to become of a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It was done.
+    Done,
+    /// It may be sent again after a while; if that has been tried often enough, this is its error.
+    Retry(IoError),
+    /// It failed for good.
+    Fail(IoError),
+}
+
+impl Verdict {
+    /// The worse of two.
+    pub(crate) fn max(self, other: Verdict) -> Verdict {
+        match (self, other) {
+            (Verdict::Fail(_), _) | (Verdict::Retry(_), Verdict::Done | Verdict::Retry(_)) => self,
+            _ => other,
+        }
+    }
+}
+
+/// Judges the status of a completed I/O command.
+///
+/// Sent again, if the controller does not forbid it (DNR), is what another attempt may cure: everything about the path
+/// (SCT 3), a controller or namespace that is busy or becoming ready, a command that was aborted on the way, damaged data.
+/// A wrong field or a bad medium stays as it is, and is reported at once.
+pub(crate) fn judge(status: Status) -> Verdict {
+    if status.is_success() {
+        return Verdict::Done;
+    }
+    let error = error_of(status);
+    if !status.is_dnr() && is_curable(status) {
+        Verdict::Retry(error)
+    } else {
+        Verdict::Fail(error)
+    }
+}
+
+fn is_curable(status: Status) -> bool {
+    const TRANSIENT: [Status; 10] = [
+        Status::DATA_TRANSFER_ERROR,
+        Status::ABORTED_POWER_LOSS,
+        Status::INTERNAL_ERROR,
+        Status::COMMAND_ABORT_REQUESTED,
+        Status::ABORTED_SQ_DELETION,
+        Status::KEEP_ALIVE_TIMER_EXPIRED,
+        Status::ABORTED_PREEMPT,
+        Status::COMMAND_INTERRUPTED,
+        Status::TRANSIENT_TRANSPORT_ERROR,
+        Status::NAMESPACE_NOT_READY,
+    ];
+    match status.sct() {
+        SCT_GENERIC => TRANSIENT.iter().any(|transient| status.is(*transient)),
+        SCT_PATH => true,
+        // Vendor specific: nothing is known but that the controller leaves DNR clear.
+        7 => true,
+        _ => false,
+    }
+}
+
+fn error_of(status: Status) -> IoError {
+    let is_any = |list: &[Status]| list.iter().any(|one| status.is(*one));
+    if status.is(Status::LBA_OUT_OF_RANGE) {
+        IoError::OutOfRange
+    } else if is_any(&[Status::CAPACITY_EXCEEDED]) {
+        IoError::NoSpace
+    } else if is_any(&[Status::NAMESPACE_IS_WRITE_PROTECTED, Status::WRITE_TO_READ_ONLY_RANGE]) {
+        IoError::ReadOnly
+    } else if is_any(&[Status::INVALID_COMMAND_OPCODE]) {
+        IoError::NotSupported
+    } else if is_any(&[Status::COMMAND_SIZE_LIMIT_EXCEEDED]) {
+        IoError::TooLarge
+    } else if is_any(&[Status::INVALID_NAMESPACE_OR_FORMAT, Status::ANA_PERSISTENT_LOSS]) {
+        IoError::Gone
+    } else {
+        IoError::Medium
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nvme::spec::SCT_MEDIA;
+
+    #[test]
+    fn every_status_has_one_verdict_and_dnr_is_final() {
+        for raw in 0..=0x7ffu16 {
+            let status = Status(raw);
+            match judge(status) {
+                Verdict::Done => assert!(status.is_success()),
+                Verdict::Retry(error) => assert_eq!(judge(status.dnr()), Verdict::Fail(error)),
+                Verdict::Fail(error) => assert_eq!(judge(status.dnr()), Verdict::Fail(error)),
+            }
+            if status.sct() == SCT_MEDIA || status.sct() == 1 {
+                assert!(matches!(judge(status), Verdict::Fail(_)), "{status}");
+            }
+        }
+    }
+
+    #[test]
+    fn known_statuses() {
+        use IoError::*;
+        use Verdict::*;
+        for (status, want) in [
+            (Status::SUCCESS, Done),
+            (Status::SUCCESS.more(), Done),
+            (Status::NAMESPACE_NOT_READY, Retry(Medium)),
+            (Status::COMMAND_INTERRUPTED, Retry(Medium)),
+            (Status::TRANSIENT_TRANSPORT_ERROR, Retry(Medium)),
+            (Status::INTERNAL_ERROR, Retry(Medium)),
+            (Status::INTERNAL_ERROR.dnr(), Fail(Medium)),
+            (Status::ANA_INACCESSIBLE, Retry(Medium)),
+            (Status::ANA_PERSISTENT_LOSS, Retry(Gone)),
+            (Status::LBA_OUT_OF_RANGE, Fail(OutOfRange)),
+            (Status::CAPACITY_EXCEEDED, Fail(NoSpace)),
+            (Status::NAMESPACE_IS_WRITE_PROTECTED.dnr(), Fail(ReadOnly)),
+            (Status::INVALID_COMMAND_OPCODE.dnr(), Fail(NotSupported)),
+            (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), Fail(Gone)),
+            (Status::INVALID_FIELD_IN_COMMAND, Fail(Medium)),
+            (Status::UNRECOVERED_READ_ERROR, Fail(Medium)),
+            (Status::WRITE_FAULT, Fail(Medium)),
+        ] {
+            assert_eq!(judge(status), want, "{status}");
+        }
+    }
+
+    #[test]
+    fn the_worse_verdict_wins_in_any_order() {
+        let (retry, fail) = (Verdict::Retry(IoError::Medium), Verdict::Fail(IoError::Gone));
+        for other in [Verdict::Done, retry, fail] {
+            assert_eq!(fail.max(other), fail);
+            assert_eq!(other.max(fail), fail);
+            assert_eq!(Verdict::Done.max(other), other);
+        }
+        assert_eq!(retry.max(Verdict::Done), retry);
+    }
+}

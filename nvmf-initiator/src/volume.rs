@@ -1,0 +1,113 @@
+//! The remote namespace as a [`block::Volume`].
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{Channel, Geometry, Identity, Volume};
+use nvme::spec::Nqn;
+use reactor::{Local, Task};
+
+use crate::admin::AdminTask;
+use crate::channel::RemoteChannel;
+use crate::config::{ConfigError, RemoteConfig};
+use crate::shared::{Counters, Phase, RemoteState, Shared};
+
+/// The remote namespace did not become ready in time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("namespace {nsid} of {subnqn} at {addr} is not ready: {reason}")]
+pub struct NotReady {
+    /// The listener.
+    pub addr: std::net::SocketAddr,
+    /// The subsystem.
+    pub subnqn: Nqn,
+    /// The namespace.
+    pub nsid: u32,
+    /// Why the last attempt failed.
+    pub reason: String,
+}
+
+/// A namespace of a subsystem elsewhere, reached over NVMe/TCP.
+///
+/// Dropping it ends the association: channels still open fail their I/O with [`block::IoError::Gone`].
+pub struct RemoteVolume {
+    shared: Arc<Shared>,
+}
+
+impl RemoteVolume {
+    /// Begins to set up the association. The task drives the admin queue and belongs on the core of `local`; it ends after
+    /// [`RemoteVolume::shutdown`], or when the core stops.
+    pub fn start(
+        config: RemoteConfig,
+        local: &Local,
+    ) -> Result<(Arc<RemoteVolume>, Box<dyn Task>), ConfigError> {
+        config.check()?;
+        let shared = Shared::new(config, local.handle(), RemoteState::unknown());
+        let task = Box::new(AdminTask::new(Arc::clone(&shared), local));
+        Ok((Arc::new(RemoteVolume { shared }), task))
+    }
+
+    /// The last published state of association and namespace.
+    pub fn state(&self) -> Arc<RemoteState> {
+        self.shared.state()
+    }
+
+    /// Blocks the calling thread until the namespace is ready. For the control plane, never on a core.
+    pub fn wait_ready(&self, timeout: Duration) -> Result<Arc<RemoteState>, NotReady> {
+        let is_over =
+            |state: &RemoteState| matches!(state.phase, Phase::Live | Phase::Stopped { .. });
+        let state = self.shared.wait(timeout, is_over);
+        if state.phase == Phase::Live {
+            return Ok(state);
+        }
+        let config = &self.shared.config;
+        Err(NotReady {
+            addr: config.addr,
+            subnqn: config.subnqn.clone(),
+            nsid: config.nsid,
+            reason: match &state.last_error {
+                Some(reason) => reason.clone(),
+                None if matches!(state.phase, Phase::Stopped { .. }) => "shut down".to_owned(),
+                None => format!("no answer within {timeout:?}"),
+            },
+        })
+    }
+
+    /// Shuts the controller down and ends the association for good; I/O still held fails. Returns at once:
+    /// [`RemoteVolume::wait_stopped`] waits.
+    pub fn shutdown(&self) {
+        self.shared.request_stop();
+    }
+
+    /// Blocks the calling thread until the association is over after [`RemoteVolume::shutdown`]. `false`: not in time.
+    pub fn wait_stopped(&self, timeout: Duration) -> bool {
+        let over = Phase::Stopped { is_over: true };
+        self.shared.wait(timeout, |state| state.phase == over).phase == over
+    }
+
+    /// What has been done so far, over all channels.
+    pub fn counters(&self) -> Counters {
+        self.shared.counters()
+    }
+}
+
+impl Drop for RemoteVolume {
+    fn drop(&mut self) {
+        self.shared.request_stop();
+    }
+}
+
+impl Volume for RemoteVolume {
+    fn geometry(&self) -> Geometry {
+        self.shared.state().geometry
+    }
+
+    fn identity(&self) -> Identity {
+        self.shared.state().identity
+    }
+
+    /// Takes one of the `queues` of the configuration. Ready for I/O at once, which is held until there is an association.
+    fn open(&self, local: &Local, depth: u32) -> io::Result<Box<dyn Channel>> {
+        Ok(Box::new(RemoteChannel::open(Arc::clone(&self.shared), local, depth)?))
+    }
+}
