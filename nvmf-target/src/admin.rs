@@ -179,7 +179,7 @@ impl Conn {
         if let Err(reject) = ctrl::admit_admin(request, subsys) {
             return self.reject(slot, reject, env);
         }
-        let association = match env.shared.registry.create(served, host) {
+        let association = match env.shared.registry.create(served, host, env.local.random_u64()) {
             Ok(association) => association,
             Err(refusal) => return self.reject(slot, reject_of(refusal), env),
         };
@@ -191,7 +191,8 @@ impl Conn {
             kato: request.kato,
             subsys: Arc::clone(subsys),
         };
-        let controller = Controller::new(config, env.now);
+        let mut controller = Controller::new(config, env.now);
+        controller.set_instance(association.instance);
         tracing::info!(
             peer = self.peer(),
             hostnqn = request.hostnqn.as_str(),
@@ -263,6 +264,16 @@ impl Conn {
                 }
             }
             AdminOutcome::Pending => self.keep(slot),
+            AdminOutcome::CrossReset { cntlid, instance } => {
+                let registry = &env.shared.registry;
+                if registry.end_instance(cntlid, instance, association.served, &association.host) {
+                    env.shared.wake_all();
+                    self.keep(slot);
+                    self.hold(Held::CrossReset { slot, cntlid, instance });
+                } else {
+                    self.respond(slot, Status::INVALID_CONTROLLER_IDENTIFIER.dnr(), 0, env);
+                }
+            }
             AdminOutcome::ResetQueues { status, result, shutdown } => {
                 // The host polls CSTS for the end of it, which comes when the queues are gone.
                 association.end_io_queues();
@@ -284,6 +295,16 @@ impl Conn {
                 self.hold_nothing();
                 self.connect(slot, env);
                 worked = self.held().is_none();
+            }
+            Some(Held::CrossReset { slot, cntlid, instance }) => {
+                let still = self.association.as_ref().is_some_and(|a| {
+                    env.shared.registry.end_instance(cntlid, instance, a.served, &a.host)
+                });
+                if !still {
+                    self.hold_nothing();
+                    self.respond(slot, Status::SUCCESS, ctrl::CROSS_RESET_IMMEDIATE, env);
+                    worked = true;
+                }
             }
             Some(Held::Shutdown) if self.has_no_io_queues() => {
                 // What hosts were promised stays: the volumes' caches are written out first.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Io, IoError, Op};
+use nvme::ctrl::Instance;
 use nvme::ctrl::io::IoCommand;
 use nvme::fabrics::ConnectRequest;
 use nvme::spec::{Cqe, Direction, FabricsType, NSID_ALL, Sqe, Status};
@@ -38,6 +39,8 @@ enum Work {
     Connect,
     Admin,
     Io(IoCommand),
+    /// The host ends this I/O queue.
+    Disconnect,
     /// Refused; only its in-capsule data must still be taken off the stream.
     Refuse(Status),
 }
@@ -128,6 +131,8 @@ pub(crate) struct Conn {
 pub(crate) enum Held {
     /// Until the host's old controller can write no more.
     Connect(u16),
+    /// Until another controller of the host can write no more.
+    CrossReset { slot: u16, cntlid: u16, instance: Instance },
     /// Until the I/O queues are gone and the volumes flushed.
     Shutdown,
     /// Until the volume of this number is flushed.
@@ -404,7 +409,8 @@ impl Conn {
             Role::Fresh => return Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
             Role::Admin(_) => (Work::Admin, sqe.direction() == Direction::ToController),
             Role::Io { .. } if sqe.is_fabrics() => {
-                return Err(Status::INVALID_COMMAND_OPCODE.dnr());
+                nvme::ctrl::io_queue_fabrics(sqe)?;
+                return Ok((Work::Disconnect, DataPtr::None));
             }
             Role::Io { subsystem, .. } => {
                 let command = nvme::ctrl::io::decode(sqe, &env.shared.subsystems[*subsystem].info)?;
@@ -479,6 +485,12 @@ impl Conn {
             Work::Refuse(status) => self.respond(slot, status, 0, env),
             Work::Connect => self.connect(slot, env),
             Work::Admin => self.admin(slot, env),
+            Work::Disconnect => {
+                let cqe = self.cqe(slot, Status::SUCCESS, 0);
+                let response = self.machine.response(slot, &cqe);
+                self.free(slot, env);
+                self.part(response.as_ref(), env.now);
+            }
             Work::Io(_) => {
                 self.submit(slot, env);
             }
@@ -784,8 +796,13 @@ impl Conn {
     /// The host broke the protocol: say so, then go.
     fn terminate(&mut self, fault: &tcp::Fault, now: Duration) {
         let pdu = self.machine.term_req(fault);
+        self.part(pdu.as_ref(), now);
+    }
+
+    /// Sends a last PDU; the connection closes when it is out, or cannot be sent in time.
+    fn part(&mut self, pdu: &[u8], now: Duration) {
         self.life = Life::Terminating(now + TERMINATION_LIMIT);
-        self.push(pdu.as_ref(), Some(TERMINATION));
+        self.push(pdu, Some(TERMINATION));
         self.stream.pause();
     }
 

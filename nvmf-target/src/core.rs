@@ -29,6 +29,7 @@ pub(crate) type Waiting = VecDeque<(u32, u16)>;
 pub(crate) struct Env<'a> {
     pub(crate) core: usize,
     pub(crate) shared: &'a Shared,
+    pub(crate) local: &'a Local,
     pub(crate) pool: &'a Pool,
     pub(crate) volumes: &'a mut Volumes,
     pub(crate) ios: &'a mut IoCache,
@@ -205,7 +206,8 @@ impl Task for CoreTask {
         let stopping = self.local.is_stopping();
         let CoreTask { core, shared, local, conns, volumes, ios, waiting, done, .. } = self;
         let shared: &Shared = shared;
-        let mut env = Env { core: *core, shared, pool: local.pool(), volumes, ios, waiting, now };
+        let mut env =
+            Env { core: *core, shared, local, pool: local.pool(), volumes, ios, waiting, now };
 
         // Commands that waited go before new ones.
         for _ in 0..env.waiting.len() {

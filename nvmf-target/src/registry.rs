@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nvme::ctrl::Instance;
+
 /// Which subsystem an association is with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Served {
@@ -40,6 +42,8 @@ pub(crate) enum Refusal {
 #[derive(Debug)]
 pub(crate) struct Association {
     pub(crate) cntlid: u16,
+    /// Which of the controllers that had this identifier it is.
+    pub(crate) instance: Instance,
     pub(crate) served: Served,
     pub(crate) host: HostKey,
     /// Set once and for good: every queue closes when it sees this.
@@ -118,6 +122,7 @@ pub(crate) struct Registry {
 struct Table {
     by_cntlid: BTreeMap<u16, Arc<Association>>,
     next_cntlid: u16,
+    next_ciu: u8,
 }
 
 /// Controller identifiers FFF0h and above are reserved (NVMe Base 2.0, Connect command).
@@ -125,7 +130,8 @@ const CNTLID_MAX: u16 = 0xffef;
 
 impl Registry {
     pub(crate) fn new(controllers_max: usize, controllers_per_host_max: usize) -> Registry {
-        let associations = Mutex::new(Table { by_cntlid: BTreeMap::new(), next_cntlid: 1 });
+        let associations =
+            Mutex::new(Table { by_cntlid: BTreeMap::new(), next_cntlid: 1, next_ciu: 1 });
         Registry { associations, controllers_max, controllers_per_host_max }
     }
 
@@ -134,10 +140,13 @@ impl Registry {
     }
 
     /// Creates an association; its one queue is the admin queue.
+    ///
+    /// `random` makes its instance number, which only its own host is told.
     pub(crate) fn create(
         &self,
         served: Served,
         host: HostKey,
+        random: u64,
     ) -> Result<Arc<Association>, Refusal> {
         let mut table = self.table();
         let of_host = table.by_cntlid.values().filter(|a| a.host == host).count();
@@ -152,8 +161,11 @@ impl Registry {
             cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
         }
         table.next_cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
+        let instance = Instance { ciu: table.next_ciu, cirn: random.max(1) };
+        table.next_ciu = if table.next_ciu == u8::MAX { 1 } else { table.next_ciu + 1 };
         let association = Arc::new(Association {
             cntlid,
+            instance,
             served,
             host,
             dead: AtomicBool::new(false),
@@ -218,6 +230,26 @@ impl Registry {
         table.by_cntlid.values().any(|a| a.served == served && a.host == *host && a.is_dead())
     }
 
+    /// Whether controller `cntlid` still is what a host means by `instance`: of that host, in that
+    /// subsystem, and with I/O that can land. It is told to end.
+    pub(crate) fn end_instance(
+        &self,
+        cntlid: u16,
+        instance: Instance,
+        served: Served,
+        host: &HostKey,
+    ) -> bool {
+        let table = self.table();
+        let Some(association) = table.by_cntlid.get(&cntlid) else { return false };
+        let is_meant = association.instance == instance
+            && association.served == served
+            && association.host == *host;
+        if is_meant {
+            association.kill();
+        }
+        is_meant
+    }
+
     /// Number of live or draining associations.
     pub(crate) fn len(&self) -> usize {
         self.table().by_cntlid.len()
@@ -235,7 +267,7 @@ mod tests {
     const SERVED: Served = Served::Subsystem(0);
 
     fn ready(registry: &Registry, host: HostKey) -> Arc<Association> {
-        let association = registry.create(SERVED, host).expect("room");
+        let association = registry.create(SERVED, host, 7).expect("room");
         association.grant(4);
         association.set_ready(true);
         association
@@ -244,7 +276,7 @@ mod tests {
     #[test]
     fn io_queue_joins_only_its_own_ready_controller() {
         let registry = Registry::new(10, 10);
-        let a = registry.create(SERVED, host(1)).expect("room");
+        let a = registry.create(SERVED, host(1), 7).expect("room");
         let join =
             |qid, h: HostKey| registry.join(a.cntlid, qid, SERVED, &h).map(|(_, epoch)| epoch);
         assert_eq!(join(1, host(1)), Err(Refusal::NotReady));
@@ -278,6 +310,22 @@ mod tests {
     }
 
     #[test]
+    fn only_its_own_host_ends_a_controller_and_only_the_instance_it_means() {
+        let registry = Registry::new(10, 10);
+        let a = ready(&registry, host(1));
+        let stale = Instance { cirn: a.instance.cirn ^ 1, ..a.instance };
+        assert!(!registry.end_instance(a.cntlid, stale, SERVED, &host(1)));
+        assert!(!registry.end_instance(a.cntlid, a.instance, SERVED, &host(2)));
+        assert!(!registry.end_instance(a.cntlid, a.instance, Served::Discovery, &host(1)));
+        assert!(!registry.end_instance(a.cntlid + 1, a.instance, SERVED, &host(1)));
+        assert!(!a.is_dead());
+        assert!(registry.end_instance(a.cntlid, a.instance, SERVED, &host(1)));
+        assert!(a.is_dead());
+        registry.leave(&a, 0);
+        assert!(!registry.end_instance(a.cntlid, a.instance, SERVED, &host(1)), "it is gone");
+    }
+
+    #[test]
     fn reset_ends_io_queues_and_lets_them_come_back() {
         let registry = Registry::new(10, 10);
         let a = ready(&registry, host(1));
@@ -297,9 +345,9 @@ mod tests {
         let registry = Registry::new(3, 2);
         let a = ready(&registry, host(1));
         let b = ready(&registry, host(1));
-        assert_eq!(registry.create(SERVED, host(1)).err(), Some(Refusal::Busy));
+        assert_eq!(registry.create(SERVED, host(1), 7).err(), Some(Refusal::Busy));
         let _c = ready(&registry, host(2));
-        assert_eq!(registry.create(SERVED, host(3)).err(), Some(Refusal::Busy));
+        assert_eq!(registry.create(SERVED, host(3), 7).err(), Some(Refusal::Busy));
         registry.leave(&a, 0);
         let d = ready(&registry, host(3));
         assert!(d.cntlid != a.cntlid && d.cntlid != b.cntlid);

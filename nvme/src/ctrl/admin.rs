@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use super::enable::{CcEffect, Ending};
-use super::{ADMIN_DATA_MAX, Controller};
+use super::{ADMIN_DATA_MAX, Controller, Instance};
 use crate::spec::{AdminOpcode, FabricsType, GetLogPage, Property, Sqe, Status};
 use crate::xfer;
 
@@ -31,6 +31,16 @@ pub enum AdminOutcome {
         /// Shutdown and not reset: volatile caches are to be flushed before `queues_closed`.
         shutdown: bool,
     },
+    /// End controller `cntlid` of this subsystem and host, if it is still this instance, and
+    /// complete this command when none of its I/O can land any more: with
+    /// [`CROSS_RESET_IMMEDIATE`] as the result, or with Invalid Controller Identifier if there is
+    /// no such controller (which says the same about its I/O).
+    CrossReset {
+        /// The controller to end.
+        cntlid: u16,
+        /// Its instance.
+        instance: Instance,
+    },
 }
 
 impl AdminOutcome {
@@ -38,6 +48,10 @@ impl AdminOutcome {
         AdminOutcome::Complete { status, result: 0 }
     }
 }
+
+/// Dword 0 of a Cross-Controller Reset that is done when it completes (NVMe Base 2.3: Immediate
+/// Reset Successful).
+pub const CROSS_RESET_IMMEDIATE: u64 = 1;
 
 /// In-capsule data limit of an admin queue: NVMe/TCP fixes it ("8,192 bytes of in-capsule data
 /// for the Admin Queue and for Connect").
@@ -48,6 +62,7 @@ enum Reply {
     Result(u64),
     Pending,
     Close(Ending),
+    CrossReset(u16, Instance),
 }
 
 impl Controller {
@@ -108,6 +123,9 @@ impl Controller {
                 result: 0,
                 shutdown: ending == Ending::Shutdown,
             },
+            Ok(Reply::CrossReset(cntlid, instance)) => {
+                AdminOutcome::CrossReset { cntlid, instance }
+            }
             Err(status) => {
                 out.clear();
                 AdminOutcome::done(status)
@@ -154,9 +172,23 @@ impl Controller {
                 self.aer.hold(slot, sqe.cid.get()).map(|()| Reply::Pending)
             }
             AdminOpcode::KEEP_ALIVE => Ok(nothing),
+            AdminOpcode::CROSS_CONTROLLER_RESET if self.instance.is_some() => self.cross_reset(sqe),
             AdminOpcode::ABORT if !self.is_discovery() => Ok(Reply::Result(self.abort(sqe))),
             _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
         }
+    }
+
+    /// Cross-Controller Reset: dword 10 has the controller (15:0) and its CIU (23:16), dwords 12
+    /// and 13 its CIRN.
+    fn cross_reset(&self, sqe: &Sqe) -> Result<Reply, Status> {
+        let cdw10 = sqe.cdw10.get();
+        let instance = Instance { ciu: (cdw10 >> 16) as u8, cirn: sqe.cdw12_13() };
+        let cntlid = cdw10 as u16;
+        if cntlid == self.cntlid {
+            // A controller cannot end itself this way.
+            return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+        }
+        Ok(Reply::CrossReset(cntlid, instance))
     }
 
     /// Abort: dword 0 bit 0 says "not aborted". Held event requests can be; everything else is
@@ -219,5 +251,82 @@ pub fn io_queue_fabrics(sqe: &Sqe) -> Result<(), Status> {
             Err(Status::INVALID_FIELD_IN_COMMAND.dnr())
         }
         _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use zerocopy::FromBytes;
+    use zerocopy::little_endian::U32;
+
+    use super::super::{ControllerConfig, ControllerKind};
+    use super::*;
+    use crate::spec::{Cns, IdentifyController, Nqn, SglDescriptor};
+    use crate::subsys::tests::sample;
+
+    const INSTANCE: Instance = Instance { ciu: 9, cirn: 0x1122_3344_5566_7788 };
+
+    fn enabled() -> Controller {
+        let config = ControllerConfig {
+            cntlid: 5,
+            kind: ControllerKind::Io,
+            hostnqn: Nqn::new("nqn.2014-08.org.example:host").unwrap(),
+            hostid: [1; 16],
+            kato: Duration::ZERO,
+            subsys: Arc::new(sample()),
+        };
+        let mut controller = Controller::new(config, Duration::ZERO);
+        let mut enable = Sqe::fabrics(FabricsType::PROPERTY_SET);
+        enable.cdw11 = U32::new(Property::CC.0);
+        enable.cdw12 = U32::new(0x0046_0001);
+        assert_eq!(run(&mut controller, &enable).0, AdminOutcome::done(Status::SUCCESS));
+        controller
+    }
+
+    fn run(controller: &mut Controller, sqe: &Sqe) -> (AdminOutcome, Vec<u8>) {
+        let mut out = Vec::new();
+        let outcome = controller.admin(0, sqe, &[], &mut out, Duration::ZERO);
+        (outcome, out)
+    }
+
+    fn cross_reset(cntlid: u16) -> Sqe {
+        let mut sqe = Sqe::new(AdminOpcode::CROSS_CONTROLLER_RESET.0);
+        sqe.cdw10 = U32::new(u32::from(cntlid) | u32::from(INSTANCE.ciu) << 16);
+        sqe.cdw12 = U32::new(INSTANCE.cirn as u32);
+        sqe.cdw13 = U32::new((INSTANCE.cirn >> 32) as u32);
+        sqe
+    }
+
+    #[test]
+    fn cross_controller_reset_names_another_controller_and_its_instance() {
+        let mut controller = enabled();
+        let refused = AdminOutcome::done(Status::INVALID_COMMAND_OPCODE.dnr());
+        assert_eq!(run(&mut controller, &cross_reset(6)).0, refused, "not supported yet");
+        controller.set_instance(INSTANCE);
+        let wanted = AdminOutcome::CrossReset { cntlid: 6, instance: INSTANCE };
+        assert_eq!(run(&mut controller, &cross_reset(6)).0, wanted);
+        let itself = AdminOutcome::done(Status::INVALID_FIELD_IN_COMMAND.dnr());
+        assert_eq!(run(&mut controller, &cross_reset(5)).0, itself);
+    }
+
+    #[test]
+    fn identify_tells_the_host_its_controllers_instance() {
+        let mut controller = enabled();
+        let mut sqe = Sqe::new(AdminOpcode::IDENTIFY.0);
+        sqe.dptr = SglDescriptor::transport(4096);
+        sqe.cdw10 = U32::new(u32::from(Cns::CONTROLLER.0));
+        for instance in [None, Some(INSTANCE)] {
+            if let Some(instance) = instance {
+                controller.set_instance(instance);
+            }
+            let (outcome, out) = run(&mut controller, &sqe);
+            assert_eq!(outcome, AdminOutcome::done(Status::SUCCESS));
+            let id = IdentifyController::read_from_bytes(&out[..]).unwrap();
+            let found = Instance { ciu: id.ciu, cirn: id.cirn.get() };
+            assert_eq!(found, instance.unwrap_or(Instance { ciu: 0, cirn: 0 }));
+            assert_eq!(id.ccrl != 0, instance.is_some());
+        }
     }
 }

@@ -13,6 +13,9 @@ use crate::subsys::{NamespaceInfo, PAGE_BYTES, WRITE_ZEROES_BYTES_MAX};
 const INVALID_FIELD: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
 const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT.dnr();
 
+/// CCRL. Each is completed when it is done, so that the admin queue is the bound; hosts send one.
+const CROSS_RESETS_MAX: u8 = 1;
+
 /// Entries of a namespace list.
 const LIST_MAX: usize = IDENTIFY_LEN / 4;
 
@@ -137,6 +140,11 @@ impl Controller {
         // is none would not flush. Namespaces without one say so in NSFEAT.VWCNP (CNS 08h).
         id.vwc = Id::VWC_PRESENT | Id::VWC_NO_BROADCAST_FLUSH;
         id.ofcs = U16::new(Id::OFCS_DISCONNECT);
+        if let Some(instance) = self.instance {
+            id.ciu = instance.ciu;
+            id.cirn = U64::new(instance.cirn);
+            id.ccrl = CROSS_RESETS_MAX;
+        }
         id
     }
 

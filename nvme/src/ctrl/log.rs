@@ -247,7 +247,7 @@ impl Controller {
                 if get.csi != crate::spec::CSI_NVM {
                     return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
                 }
-                Cow::Owned(commands_supported())
+                Cow::Owned(commands_supported(self.instance.is_some()))
             }
             LogPage::FEATURES_SUPPORTED => {
                 let entry = effects::SUPPORTED | effects::SCOPE_CONTROLLER;
@@ -265,7 +265,7 @@ impl Controller {
 /// Commands Supported and Effects: 256 dwords for admin commands, 256 for I/O commands, and 2048
 /// reserved bytes. The command scope is not reported (LPA bit 5 is clear): Linux logs a warning
 /// about "unusual effects" on passthrough when an I/O command has scope bits.
-fn commands_supported() -> Vec<u8> {
+fn commands_supported(cross_reset: bool) -> Vec<u8> {
     let admin = [
         AdminOpcode::GET_LOG_PAGE,
         AdminOpcode::IDENTIFY,
@@ -285,6 +285,10 @@ fn commands_supported() -> Vec<u8> {
         (NvmOpcode::FABRICS, 0),
     ];
     let mut page = page_of_dwords(admin.iter().map(|op| (op.0, effects::SUPPORTED)));
+    if cross_reset {
+        let at = usize::from(AdminOpcode::CROSS_CONTROLLER_RESET.0) * 4;
+        page[at..at + 4].copy_from_slice(&effects::SUPPORTED.to_le_bytes());
+    }
     page.extend(page_of_dwords(io.iter().map(|(op, effect)| (op.0, effects::SUPPORTED | effect))));
     page.resize(4096, 0);
     page

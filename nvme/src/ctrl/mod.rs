@@ -28,7 +28,7 @@ mod tests;
 use core::time::Duration;
 use std::sync::Arc;
 
-pub use self::admin::{AdminOutcome, io_queue_fabrics};
+pub use self::admin::{AdminOutcome, CROSS_RESET_IMMEDIATE, io_queue_fabrics};
 pub use self::log::{ErrorRecord, HealthCounters};
 use crate::fabrics::{ConnectReject, ConnectRequest};
 use crate::spec::{Nqn, Status};
@@ -43,6 +43,18 @@ pub const ABORT_MAX: u8 = 4;
 pub const ERROR_LOG_MAX: usize = 64;
 /// Most controller-to-host bytes of a command that is not Get Log Page.
 pub const ADMIN_DATA_MAX: u32 = 4096;
+
+/// Which of the controllers that ever had an identifier this is (NVMe Base 2.3, CIU and CIRN).
+///
+/// The random number is told to the controller's own host alone (in Identify), so that whoever
+/// names it in a Cross-Controller Reset has been that host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Instance {
+    /// Controller Instance Uniquifier, not 0.
+    pub ciu: u8,
+    /// Controller Instance Random Number, not 0.
+    pub cirn: u64,
+}
 
 /// What kind of controller.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -111,6 +123,8 @@ pub struct Controller {
     log: log::Logs,
     /// I/O queues connected, by qid; index 0 unused.
     queues: Vec<bool>,
+    /// What other controllers of this host name it by; `None`: no Cross-Controller Reset here.
+    instance: Option<Instance>,
 }
 
 impl Controller {
@@ -131,8 +145,16 @@ impl Controller {
             features: features::Features::new(io_queues, now),
             log: log::Logs::default(),
             queues: vec![false; usize::from(io_queues) + 1],
+            instance: None,
             subsys: config.subsys,
         }
+    }
+
+    /// Names this controller for Cross-Controller Reset, which it then supports, too. To be called
+    /// before the host can ask: the driver must be able to carry out
+    /// [`AdminOutcome::CrossReset`].
+    pub fn set_instance(&mut self, instance: Instance) {
+        self.instance = Some(instance);
     }
 
     /// Controller ID; also dword 0 of the Connect response (no authentication required).

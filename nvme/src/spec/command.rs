@@ -60,6 +60,8 @@ open_u8! {
         ASYNC_EVENT_REQUEST = 0x0c;
         /// Keep Alive.
         KEEP_ALIVE = 0x18;
+        /// Cross-Controller Reset (NVMe Base 2.3): end another controller of the same host.
+        CROSS_CONTROLLER_RESET = 0x38;
         /// Fabrics commands; FCTYPE says which.
         FABRICS = 0x7f;
     }

@@ -77,8 +77,15 @@ pub struct IdentifyController {
     pub fguid: [u8; 16],
     /// Command Retry Delay Time 1 to 3, units of 100 ms.
     pub crdt: [U16; 3],
-    /// Bytes 134..253: CRCAP and reserved.
-    pub reserved_134: [u8; 119],
+    /// Controller Reachability Capabilities.
+    pub crcap: u8,
+    /// Controller Instance Uniquifier (NVMe Base 2.3): differs from the last controller that had
+    /// this identifier; 0: Cross-Controller Reset is not supported.
+    pub ciu: u8,
+    /// Controller Instance Random Number (NVMe Base 2.3).
+    pub cirn: U64,
+    /// Bytes 144..253: reserved.
+    pub reserved_144: [u8; 109],
     /// NVM Subsystem Report.
     pub nvmsr: u8,
     /// VPD Write Cycle Information.
@@ -185,8 +192,11 @@ pub struct IdentifyController {
     pub ofcs: U16,
     /// Discovery Controller Type.
     pub dctype: u8,
-    /// Bytes 1807..2048: reserved.
-    pub reserved_1807: [u8; 241],
+    /// Cross-Controller Reset Limit (NVMe Base 2.3): such resets that may be in progress at once;
+    /// 0: the command is not supported.
+    pub ccrl: u8,
+    /// Bytes 1808..2048: reserved.
+    pub reserved_1808: [u8; 240],
     /// Power State Descriptors 0 to 31, 32 bytes each.
     pub psd: [[u8; 32]; 32],
     /// Vendor Specific.
@@ -520,12 +530,12 @@ mod tests {
         at! {
             sn: 4, mn: 24, fr: 64, rab: 72, ieee: 73, cmic: 76, mdts: 77, cntlid: 78, ver: 80,
             rtd3r: 84, rtd3e: 88, oaes: 92, ctratt: 96, rrls: 100, cntrltype: 111, fguid: 112,
-            crdt: 128, nvmsr: 253, oacs: 256, acl_z: 258, aerl_z: 259, frmw: 260, lpa: 261,
+            crdt: 128, crcap: 134, ciu: 135, cirn: 136, nvmsr: 253, oacs: 256, acl_z: 258, aerl_z: 259, frmw: 260, lpa: 261,
             elpe_z: 262, npss_z: 263, wctemp: 266, cctemp: 268, tnvmcap: 280, unvmcap: 296, kas: 320,
             anatt: 342, anacap: 343, anagrpmax: 344, nanagrpid: 348, cqt: 386, sqes: 512, cqes: 513,
             maxcmd: 514, nn: 516, oncs: 520, fuses: 522, fna: 524, vwc: 525, awun_z: 526, awupf_z: 528,
             nwpc: 531, acwu_z: 532, cdfs: 534, sgls: 536, mnan: 540, subnqn: 768, ioccsz: 1792,
-            iorcsz: 1796, icdoff: 1800, fcatt: 1802, msdbd: 1803, ofcs: 1804, dctype: 1806, psd: 2048,
+            iorcsz: 1796, icdoff: 1800, fcatt: 1802, msdbd: 1803, ofcs: 1804, dctype: 1806, ccrl: 1807, psd: 2048,
             vendor: 3072,
         }
     }

@@ -126,6 +126,8 @@ statuses! {
     FEATURE_NOT_CHANGEABLE = 1, 0x0e;
     /// Feature Not Namespace Specific.
     FEATURE_NOT_NAMESPACE_SPECIFIC = 1, 0x0f;
+    /// Invalid Controller Identifier.
+    INVALID_CONTROLLER_IDENTIFIER = 1, 0x1f;
     /// I/O Command Set Not Supported.
     IO_COMMAND_SET_NOT_SUPPORTED = 1, 0x29;
 
