@@ -71,6 +71,7 @@ pub(super) struct Framer {
     /// Digests are in use; set once, after ICReq and ICResp.
     header_digest: bool,
     data_digest: bool,
+    /// Of the PDU whose data was received last; true without digests.
     digest_ok: bool,
     /// Bytes in `tail`.
     tail_len: u8,
@@ -327,7 +328,6 @@ impl Framer {
         self.pad = layout.pad;
         self.left = layout.len;
         self.phase = if layout.pad == 0 { Phase::Data } else { Phase::Pad };
-        self.digest_ok = true;
         if self.data_digest {
             self.crc.reset();
             self.tail_len = 0;
