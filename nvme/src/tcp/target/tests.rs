@@ -624,3 +624,13 @@ fn golden_term_req() {
     let got = fault(&mut target, &golden("h2c-data"));
     assert_eq!(*target.term_req(&got), golden("c2h-term-req"));
 }
+
+/// A TermReq has at most 152 bytes (NVMe/TCP 1.0, section 3.5).
+#[test]
+fn term_req_is_bounded() {
+    let fault = Fault::sequence("test");
+    for (len, want) in [(0, 24), (128, 152), (200, 152)] {
+        let head = fault.term_req(PduType::C2H_TERM_REQ, &[0x77; 200][..len]);
+        assert_eq!((head.len(), view::<CommonHeader>(&head).plen.get()), (want, want as u32));
+    }
+}
