@@ -15,8 +15,8 @@ use std::time::Duration;
 use block::{Geometry, Identity};
 use iobuf::SgList;
 use nvme::host::{
-    ADMIN_QUEUE_ENTRIES, AdminCommand, Backoff, ReadyInfo, RemoteNamespace, Session, SessionConfig,
-    SessionState, TAGS,
+    ADMIN_QUEUE_ENTRIES, AdminCommand, Backoff, OldController, ReadyInfo, RemoteNamespace, Session,
+    SessionConfig, SessionState, TAGS,
 };
 use nvme::tcp::{HostConfig, HostEvent, Transfer};
 use reactor::{Local, Progress, Task};
@@ -26,6 +26,8 @@ use crate::shared::{Phase, RemoteState, Shared};
 
 /// An association that has been ready for so long counts as sound: the next loss starts with the shortest delay again.
 const SOUND_AFTER: Duration = Duration::from_secs(10);
+/// What is added to the time in which a lost controller ends by itself: it must notice, and finish what it began.
+const OLD_CONTROLLER_MARGIN: Duration = Duration::from_secs(5);
 /// How long the controller may take to shut down before the connection is closed without it.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest data of an admin command, in either direction (Identify, log pages).
@@ -74,6 +76,8 @@ pub(crate) struct AdminTask {
     generation: u64,
     /// The namespace as it was first seen: another one under its name is not taken for it.
     known: Option<RemoteNamespace>,
+    /// The controller that I/O was last sent to. While there is no association, it may still write.
+    old: Option<OldController>,
     /// Since when there has been no sound association.
     lost_at: Duration,
     is_gone: bool,
@@ -105,6 +109,7 @@ impl AdminTask {
             backoff: Backoff::new(config.reconnect_delay, config.reconnect_delay_max),
             generation: 0,
             known: None,
+            old: None,
             lost_at: now,
             is_gone: false,
             is_stopping: false,
@@ -173,6 +178,10 @@ impl AdminTask {
             if now.saturating_sub(since) >= SOUND_AFTER {
                 self.backoff.reset();
                 self.lost_at = Duration::MAX;
+            }
+            // With traffic based keep alive a controller may count up to two time-outs from the last command.
+            if let Some(old) = &mut self.old {
+                old.safe_at = now + self.shared.config.kato * 2 + OLD_CONTROLLER_MARGIN;
             }
             // A sound association was lost just now, a doubtful one when the sound one before it was.
             self.lost_at = self.lost_at.min(now);
@@ -281,7 +290,11 @@ impl AdminTask {
                     queue_entries: config.queue_depth + 1,
                     command_timeout: config.command_timeout,
                 };
-                self.session = Some(Session::new(session_config, now));
+                let mut session = Session::new(session_config, now);
+                if let Some(old) = self.old {
+                    session.end_old(old);
+                }
+                self.session = Some(session);
                 self.stage = Stage::BringUp;
             }
             HostEvent::Data { cid, offset, bytes } => {
@@ -391,6 +404,11 @@ impl AdminTask {
             return Err(Loss::Command(text));
         }
         self.stage = Stage::Live { since: now };
+        self.old = Some(OldController {
+            cntlid: info.cntlid,
+            instance: info.controller.instance,
+            safe_at: Duration::MAX,
+        });
         self.generation += 1;
         self.is_gone = false;
         tracing::info!(

@@ -6,6 +6,7 @@ use core::time::Duration;
 use zerocopy::FromBytes;
 
 use super::{ADMIN_QUEUE_ENTRIES, ConnectNames, SessionError, connect};
+use crate::ctrl::Instance;
 use crate::spec::fabrics::{CNTLID_DYNAMIC, CNTLID_MAX};
 use crate::spec::{
     AdminOpcode, AsciiField, Cap, Cc, Cns, Cqe, Csts, FabricsType, IDENTIFY_LEN,
@@ -74,6 +75,8 @@ pub struct ControllerInfo {
     pub subnqn: Nqn,
     /// Controller type.
     pub cntrltype: u8,
+    /// What a later controller of this host can end this one by; `None`: not supported.
+    pub instance: Option<Instance>,
     /// Optional asynchronous events.
     pub oaes: u32,
     /// Optional NVM commands.
@@ -285,6 +288,8 @@ impl BringUp {
             firmware: AsciiField::from_wire(id.fr),
             subnqn,
             cntrltype: id.cntrltype,
+            instance: (id.ccrl != 0 && id.ciu != 0)
+                .then(|| Instance { ciu: id.ciu, cirn: id.cirn.get() }),
             oaes: id.oaes.get(),
             oncs: id.oncs.get(),
             write_cache: id.vwc & IdentifyController::VWC_PRESENT != 0,

@@ -23,7 +23,9 @@ use core::time::Duration;
 
 pub use self::backoff::Backoff;
 pub use self::bring_up::ControllerInfo;
-pub use self::session::{ReadyInfo, RemoteNamespace, Session, SessionConfig, SessionState};
+pub use self::session::{
+    OldController, ReadyInfo, RemoteNamespace, Session, SessionConfig, SessionState,
+};
 use crate::fabrics::ConnectRequest;
 use crate::spec::fabrics::CONNECT_DATA_LEN;
 use crate::spec::{Nqn, Status};

@@ -3,6 +3,7 @@
 //! ```text
 //! bring-up ─► Number of Queues ─► event configuration ─► Identify (CNS 06, 03, 00, 08) ─► Ready
 //!                                                            ▲                              │
+//!     └► end the old controller (after a loss)               │
 //!                     Changed Namespace List ◄── event ──────┼──────────────────────────────┤
 //!                               └────────────────────────────┘          shutdown() ─► CC.SHN ─► Closed
 //! ```
@@ -12,9 +13,10 @@ use core::time::Duration;
 
 use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown, identify_data};
 use super::{AdminCommand, ConnectNames, SessionError};
+use crate::ctrl::{CROSS_RESET_IMMEDIATE, Instance};
 use crate::spec::{
     AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController, IdentifyControllerNvm,
-    IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe, event, nidt,
+    IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe, Status, event, nidt,
 };
 
 const TAG_STEP: u16 = 0;
@@ -40,6 +42,18 @@ pub struct SessionConfig {
     pub queue_entries: u16,
     /// How long an answer may take.
     pub command_timeout: Duration,
+}
+
+/// The controller that this host had before and lost the path to: its I/O may still land.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OldController {
+    /// Its identifier.
+    pub cntlid: u16,
+    /// Its instance, if it supports Cross-Controller Reset.
+    pub instance: Option<Instance>,
+    /// By then it has ended by itself: its keep alive timeout is over, wherever in it the last
+    /// command fell.
+    pub safe_at: Duration,
 }
 
 /// The remote namespace, checked.
@@ -114,6 +128,10 @@ pub enum SessionState<'a> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
     BringUp,
+    /// The old controller is being ended.
+    EndOld,
+    /// The old controller ends by itself. Moved on by `safe_at`.
+    OutliveOld,
     Queues,
     EventConfiguration,
     NvmController,
@@ -148,6 +166,8 @@ struct Draft {
 #[derive(Debug)]
 pub struct Session {
     config: SessionConfig,
+    /// Must be unable to write before this session is ready.
+    old: Option<OldController>,
     step: Step,
     bring_up: BringUp,
     shutdown: Option<Shutdown>,
@@ -176,6 +196,7 @@ impl Session {
         config.queues_wanted = config.queues_wanted.clamp(1, u16::MAX - 1);
         config.queue_entries = config.queue_entries.max(2);
         Session {
+            old: None,
             step: Step::BringUp,
             bring_up: BringUp::new(config.names.clone(), config.kato),
             shutdown: None,
@@ -194,6 +215,15 @@ impl Session {
             error: None,
             config,
         }
+    }
+
+    /// Lets the session become ready only when `old` can write no more: what is sent again then
+    /// cannot be overtaken by what was sent before. To be called before the first command.
+    ///
+    /// A target with Cross-Controller Reset is asked to end `old`; with any other, and when it
+    /// refuses, the session waits until `old` has ended by itself.
+    pub fn end_old(&mut self, old: OldController) {
+        self.old = Some(old);
     }
 
     /// Where the session stands. While a changed namespace is looked at again it stays ready,
@@ -256,6 +286,9 @@ impl Session {
         if self.in_flight.is_some() {
             return None;
         }
+        if self.step == Step::OutliveOld && self.old.is_none_or(|old| now >= old.safe_at) {
+            self.step = Step::Queues;
+        }
         if self.step == Step::Idle && self.rescan_at.is_some_and(|at| now >= at) {
             self.rescan_at = None;
             self.step = Step::ChangedNamespaces;
@@ -281,6 +314,16 @@ impl Session {
         let nsid = self.config.nsid;
         Some(match self.step {
             Step::BringUp => return self.bring_up.request(now),
+            Step::EndOld => {
+                let old = self.old?;
+                let instance = old.instance?;
+                let mut sqe = Sqe::new(AdminOpcode::CROSS_CONTROLLER_RESET.0);
+                sqe.cdw10.set(u32::from(old.cntlid) | u32::from(instance.ciu) << 16);
+                sqe.cdw12.set(instance.cirn as u32);
+                sqe.cdw13.set((instance.cirn >> 32) as u32);
+                Request::plain("Cross-Controller Reset", sqe)
+            }
+            Step::OutliveOld => return None,
             Step::Queues => {
                 let wanted_z = u32::from(self.config.queues_wanted - 1);
                 let value = wanted_z << 16 | wanted_z;
@@ -417,9 +460,22 @@ impl Session {
                         let value = u64::from(info.cntrltype);
                         return Err(SessionError::Invalid { what: "controller type", value });
                     }
+                    self.step = match self.old {
+                        None => Step::Queues,
+                        Some(old) if old.instance.is_some() && info.instance.is_some() => {
+                            Step::EndOld
+                        }
+                        Some(_) => Step::OutliveOld,
+                    };
                     self.controller = Some(info);
-                    self.step = Step::Queues;
                 }
+            }
+            Step::EndOld => {
+                // "No such controller" says as much as "ended": nothing of it can land. That is
+                // also the answer of a target that was restarted.
+                let is_over = (ok && u64::from(cqe.dw0()) & CROSS_RESET_IMMEDIATE != 0)
+                    || status.is(Status::INVALID_CONTROLLER_IDENTIFIER);
+                self.step = if is_over { Step::Queues } else { Step::OutliveOld };
             }
             Step::Queues => {
                 required()?;
@@ -483,7 +539,7 @@ impl Session {
                     self.step = Step::Closed;
                 }
             }
-            Step::Idle | Step::Closed | Step::Failed => {}
+            Step::OutliveOld | Step::Idle | Step::Closed | Step::Failed => {}
         }
         Ok(())
     }
@@ -641,6 +697,7 @@ impl Session {
         let polls = match self.step {
             Step::BringUp => idle(self.bring_up.poll_at()),
             Step::Shutdown => idle(self.shutdown.as_ref().map(Shutdown::poll_at)),
+            Step::OutliveOld => self.old.map(|old| old.safe_at),
             Step::Idle => self.rescan_at,
             _ => None,
         };

@@ -6,7 +6,10 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::discovery::{Client, ClientConfig, ClientState};
 use super::*;
-use crate::ctrl::{AdminOutcome, Controller, ControllerConfig, ControllerKind, admit_admin};
+use crate::ctrl::{
+    AdminOutcome, CROSS_RESET_IMMEDIATE, Controller, ControllerConfig, ControllerKind, Instance,
+    admit_admin,
+};
 use crate::spec::discovery::SubsystemType;
 use crate::spec::{
     AdminOpcode, Cap, Cns, Cqe, IdentifyController, IdentifyNamespace, LbaFormat, SglDescriptor,
@@ -42,6 +45,9 @@ struct Peer {
     subsys: Arc<SubsystemInfo>,
     kind: ControllerKind,
     ctrl: Option<Controller>,
+    /// Answer to a Cross-Controller Reset; `None`: not supported. And what was asked.
+    cross_reset: Option<(Status, u64)>,
+    ended: Option<(u16, Instance)>,
     /// Completions on their way to the host.
     replies: Vec<(u16, Cqe, Vec<u8>)>,
 }
@@ -52,6 +58,8 @@ impl Peer {
             subsys: Arc::new(sample()),
             kind: ControllerKind::Io,
             ctrl: None,
+            cross_reset: None,
+            ended: None,
             replies: Vec::new(),
         }
     }
@@ -65,7 +73,7 @@ impl Peer {
             *base.limits(),
         );
         let kind = ControllerKind::Discovery(Arc::new(DiscoveryLog::new(1, entries)));
-        Peer { subsys: Arc::new(subsys.unwrap()), kind, ctrl: None, replies: Vec::new() }
+        Peer { subsys: Arc::new(subsys.unwrap()), kind, ..Peer::io() }
     }
 
     fn ctrl(&mut self) -> &mut Controller {
@@ -89,7 +97,11 @@ impl Peer {
                     kato: request.kato,
                     subsys: self.subsys.clone(),
                 };
-                self.ctrl = Some(Controller::new(config, now));
+                let mut ctrl = Controller::new(config, now);
+                if self.cross_reset.is_some() {
+                    ctrl.set_instance(NEW);
+                }
+                self.ctrl = Some(ctrl);
                 (Status::SUCCESS, 0x17)
             }
             Some(ctrl) => match ctrl.admin(command.tag, &sqe, &payload, &mut out, now) {
@@ -97,6 +109,10 @@ impl Peer {
                 AdminOutcome::ResetQueues { status, result, .. } => {
                     ctrl.queues_closed(now);
                     (status, result)
+                }
+                AdminOutcome::CrossReset { cntlid, instance } => {
+                    self.ended = Some((cntlid, instance));
+                    self.cross_reset.expect("supported")
                 }
                 outcome => {
                     assert_eq!(outcome, AdminOutcome::Pending);
@@ -138,6 +154,49 @@ fn ready(session: &Session) -> &ReadyInfo {
     match session.state() {
         SessionState::Ready(info) => info,
         state => panic!("not ready: {state:?}"),
+    }
+}
+
+const NEW: Instance = Instance { ciu: 2, cirn: 22 };
+const OLD: OldController = OldController {
+    cntlid: 0x16,
+    instance: Some(Instance { ciu: 1, cirn: 0xa1b2_c3d4_e5f6_0718 }),
+    safe_at: Duration::from_secs(60),
+};
+
+fn after_loss(cross_reset: Option<(Status, u64)>, old: OldController) -> (Session, Peer) {
+    let mut peer = Peer { cross_reset, ..Peer::io() };
+    let mut session = Session::new(SessionConfig { kato: MS(0), ..config(1) }, MS(0));
+    session.end_old(old);
+    settle(&mut session, &mut peer, MS(0));
+    (session, peer)
+}
+
+#[test]
+fn old_controller_is_ended_before_the_new_one_is_used() {
+    let gone = (Status::INVALID_CONTROLLER_IDENTIFIER.dnr(), 0);
+    for answer in [(Status::SUCCESS, CROSS_RESET_IMMEDIATE), gone] {
+        let (session, peer) = after_loss(Some(answer), OLD);
+        assert_eq!(peer.ended, OLD.instance.map(|instance| (OLD.cntlid, instance)));
+        assert_eq!(ready(&session).controller.instance, Some(NEW));
+    }
+}
+
+#[test]
+fn old_controller_that_cannot_be_ended_is_outlived() {
+    let unnamed = OldController { instance: None, ..OLD };
+    let busy = (Status::COMMAND_INTERRUPTED, 0);
+    let not_immediate = (Status::SUCCESS, 0);
+    for (cross_reset, old) in
+        [(None, OLD), (Some(busy), OLD), (Some(not_immediate), OLD), (Some(busy), unnamed)]
+    {
+        let (mut session, mut peer) = after_loss(cross_reset, old);
+        assert_eq!(session.state(), SessionState::Connecting, "{cross_reset:?}");
+        assert_eq!(session.deadline(), Some(OLD.safe_at));
+        settle(&mut session, &mut peer, OLD.safe_at - MS(1));
+        assert_eq!(session.state(), SessionState::Connecting, "{cross_reset:?}");
+        settle(&mut session, &mut peer, OLD.safe_at);
+        ready(&session);
     }
 }
 
