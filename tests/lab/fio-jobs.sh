@@ -12,7 +12,8 @@ for FILENAME in "$(ns_device "$3" 1)" /dev/vda; do
         name=$(basename "$job" .fio)
         [ "$name" != kernel ] || continue
         out=/out/${FILENAME#/dev/}-$name.json
-        fio --eta=never --output-format=json --output="$out" /job/kernel.fio "$job" || { cat "$out"; fail "$name on $FILENAME"; }
+        cat /job/kernel.fio "$job" >/tmp/job.fio
+        fio --eta=never --output-format=json --output="$out" /tmp/job.fio || { cat "$out"; fail "$name on $FILENAME"; }
         step "$name on $FILENAME"
     done
 done

@@ -53,7 +53,7 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     let socket = scene.socket("native.sock");
     let mut device = emulator(scene, &socket, &target, 3)?;
     for path in &jobs {
-        native(scene, &folder, path, &socket)?;
+        native(scene, path, &socket)?;
         device.must_run()?;
     }
     service.must_run()?;
@@ -61,13 +61,16 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
 }
 
 /// Runs one job on this machine, with fio itself as the disk's driver.
-fn native(scene: &Scene<'_>, folder: &Path, path: &Path, socket: &Path) -> Result<()> {
+pub(super) fn native(scene: &Scene<'_>, path: &Path, socket: &Path) -> Result<()> {
+    let folder = path.parent().context("job file without a folder")?;
     let stem = path.file_stem().context("job file without a name")?.to_string_lossy();
     let out = scene.path(&format!("native-{stem}.json"));
     let mut fio = scene.tree().fio_blkio().map_err(anyhow::Error::msg)?;
     fio.args(["--output-format=json", "--output"]).arg(&out);
-    fio.arg(folder.join("engine/libblkio.fio")).arg(path);
-    fio.env("SOCKET", socket).env("FILENAME", "disk").env("RUNTIME", RUNTIME_S);
+    // fio keeps what one file says of all jobs from the next file: the two have to be one.
+    let both = scene.path(&format!("native-{stem}.fio"));
+    fs::write(&both, [fs::read(folder.join("engine/libblkio.fio"))?, fs::read(path)?].concat())?;
+    fio.arg("--eta=never").arg(&both).env("SOCKET", socket).env("RUNTIME", RUNTIME_S);
     fio.current_dir(&scene.folder);
     exec::run(&mut fio)?;
     fio_result(&json(&fs::read_to_string(&out)?)?, &stem)?;

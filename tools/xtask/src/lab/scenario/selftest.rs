@@ -8,7 +8,7 @@ use super::super::Scene;
 use super::super::guest::{Job, quoted};
 use super::super::service::Service;
 use super::super::tree::Kernel;
-use super::{READY_LIMIT, fio_verified, kernel_host, word};
+use super::{READY_LIMIT, fio_jobs, fio_verified, kernel_host, word};
 use crate::exec;
 use crate::report::Outcome;
 
@@ -41,6 +41,10 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     let in_guest = word(&results, "device.sha256")?;
     let on_disk = exec::output(Command::new("sha256sum").arg(&image))?;
     ensure!(on_disk.starts_with(&in_guest), "guest saw {in_guest}, the file holds {on_disk}");
+    if scene.tree().fio_blkio().is_ok() {
+        let job = scene.lab.checkout.join("fio-jobs/randrw-verify-qd16.fio");
+        fio_jobs::native(scene, &job, &socket)?;
+    }
     drop(server);
     std::fs::remove_file(image)?;
     Ok(Outcome::Passed)
