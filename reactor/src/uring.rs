@@ -55,15 +55,26 @@ impl Uring {
         rx: Rc<RxPool>,
         mailbox: Arc<Mailbox>,
     ) -> Result<Uring, SetupError> {
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_coop_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .setup_cqsize((config.entries * CQ_PER_OP).next_power_of_two().min(CQ_ENTRIES_MAX))
-            .build(config.entries.min(SQ_ENTRIES_MAX))
-            .map_err(|e| SetupError::from_ring("an io_uring with deferred task work", e))?;
+        let build = |no_sqarray: bool| {
+            let mut builder = IoUring::builder();
+            builder
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .setup_submit_all()
+                .setup_cqsize((config.entries * CQ_PER_OP).next_power_of_two().min(CQ_ENTRIES_MAX));
+            if no_sqarray {
+                builder.setup_no_sqarray(); // Linux 6.6
+            }
+            builder.build(config.entries.min(SQ_ENTRIES_MAX))
+        };
+        let ring = match build(true) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => build(false),
+            result => result,
+        };
+        let ring =
+            ring.map_err(|e| SetupError::from_ring("an io_uring with deferred task work", e))?;
         let params = ring.params();
         let features = [
             (params.is_feature_nodrop(), "completions that are never dropped"),

@@ -11,7 +11,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use iobuf::{Hold, Segment, SgList};
@@ -322,11 +322,11 @@ fn a_hold_may_use_the_reactor_when_it_is_released() {
     let mut core = core();
     let mut port = core.local().port();
     let (_file, fd) = file();
-    let bytes_for_ever = Box::leak(Box::new([0u8; 16]));
+    static BYTES: [AtomicU8; 16] = [const { AtomicU8::new(0) }; 16];
     let nosy = Rc::new(Nosy(RefCell::new(Some(core.local().port())), fd.clone()));
     let mut sg = SgList::default();
-    // SAFETY: leaked memory is mapped for ever.
-    unsafe { sg.append(&nosy, Segment::new(bytes_for_ever.as_mut_ptr(), 16)) };
+    // SAFETY: static memory is mapped for ever.
+    unsafe { sg.append(&nosy, Segment::new(BYTES[0].as_ptr(), BYTES.len())) };
     port.readv(&fd, 0, &sg, 1).unwrap();
     assert_eq!(bytes(next(&mut core, &mut port)), (1, 0));
     let done = until(&mut core, || nosy.0.borrow_mut().as_mut().and_then(|port| port.next()));
@@ -470,6 +470,46 @@ fn bad_settings_are_named() {
         assert!(error.to_string().contains(text), "{error}");
         assert!(!matches!(error, SetupError::Missing));
     }
+}
+
+/// Makes `io_uring_setup` fail with `errno` on the calling thread.
+fn forbid_io_uring(errno: i32) {
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut filter = [
+        // Load the number of the system call; if it is io_uring_setup, fail, else allow.
+        instruction((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0, 0, 0),
+        instruction(
+            (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+            0,
+            1,
+            libc::SYS_io_uring_setup as u32,
+        ),
+        instruction((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0x0005_0000 | errno as u32),
+        instruction((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0x7fff_0000),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: takes no pointer.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    // SAFETY: the pointer names a program, which names its filter; both live until the call ends.
+    let result =
+        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn a_kernel_that_refuses_is_told_apart() {
+    let setup = |errno| {
+        let thread = std::thread::spawn(move || {
+            forbid_io_uring(errno);
+            Core::new(small()).err()
+        });
+        thread.join().unwrap().unwrap()
+    };
+    assert!(matches!(setup(libc::ENOSYS), SetupError::Missing));
+    assert!(matches!(setup(libc::EPERM), SetupError::Forbidden));
+    assert!(matches!(setup(libc::EINVAL), SetupError::TooOld { .. }));
+    assert!(matches!(setup(libc::ENOMEM), SetupError::Memory { .. }));
+    assert!(matches!(setup(libc::EMFILE), SetupError::Other { .. }));
 }
 
 #[test]

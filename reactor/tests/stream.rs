@@ -373,6 +373,33 @@ fn a_stream_is_not_starved_by_one_that_sits_on_all_buffers() {
     assert_eq!(receive(&mut core, &mut stream, None, 3), b"end");
 }
 
+#[test]
+fn more_completions_than_the_queue_holds_are_not_lost() {
+    // 16 completions fit; what arrived while the core slept needs 64.
+    let config = CoreConfig { entries: 4, rx_buffers: 64, rx_buffer_bytes: 64, ..small() };
+    let mut core = core_with(config);
+    let pairs = [(); 3].map(|()| UnixStream::pair().unwrap());
+    let mut raws = Vec::new();
+    let mut streams: Vec<_> = pairs
+        .into_iter()
+        .map(|(raw, socket)| {
+            raws.push(raw);
+            Stream::new(&core.local(), socket.into(), StreamConfig::default()).unwrap()
+        })
+        .collect();
+    core.turn(false);
+    let data = pattern(20 * 64, 9);
+    for _ in 0..20 {
+        for raw in &mut raws {
+            raw.write_all(&data).unwrap();
+        }
+        core.turn(true);
+        for stream in &mut streams {
+            assert!(receive(&mut core, stream, None, data.len()) == data);
+        }
+    }
+}
+
 /// Memory whose users are counted.
 struct Counted {
     bytes: Box<[u8]>,
