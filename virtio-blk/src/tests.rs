@@ -14,6 +14,7 @@ use reactor::{Core, CoreConfig};
 use zerocopy::IntoBytes;
 
 use super::*;
+use crate::testing::counting::allocations;
 use crate::testing::{Completed, DATA_MAX, DiskOptions, TestDisk, TestFrontend, TestMemory};
 use crate::vhost_user::wire::{self, Request, VringState};
 
@@ -227,6 +228,64 @@ fn a_polled_queue_needs_no_kicks() {
     verify(&mut disk, &mut model, 500, 9);
     let state = rig.state();
     assert_eq!((state.queues[0].counters.kicks, disk.queues[0].kicks), (0, 0));
+}
+
+/// From the first request on a warm queue to the last: the core's thread allocates nothing.
+#[test]
+fn a_steady_state_allocates_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.sock");
+    let ram = RamVolume::new(Identity::from_uuid([7; 16]), VOLUME_BYTES, 512).unwrap();
+    let config = CoreConfig { pool_bytes: 4 << 20, spin: Duration::ZERO, ..Default::default() };
+    let mut core = Core::new(config).unwrap_or_else(|error| panic!("{error}"));
+    let device =
+        serve(DeviceConfig::new("disk", &path), Arc::new(ram), vec![core.handle()]).unwrap();
+
+    // The driver says when the queue is warm and when it is done, the core that it has counted.
+    let (warm, is_warm) = mpsc::channel();
+    let (counted, go_on) = mpsc::channel();
+    let handle = core.handle();
+    let driver = thread::spawn(move || {
+        let mut disk = TestDisk::connect(&path, &options());
+        let mut zero = 0u64.to_le_bytes().to_vec();
+        zero.extend([8, 0, 0, 0, 0, 0, 0, 0]);
+        let mut rounds = |count| {
+            for i in 0..count {
+                for (kind, sent, room) in
+                    [(1, &[5; 4096][..], 0), (0, &[], 4096), (13, &zero, 0), (11, &zero, 0)]
+                {
+                    assert!(disk.submit(0, i, kind, 0, sent, room));
+                }
+                assert!(disk.submit(0, i, 4, 0, &[], 0) && disk.submit(0, i, 8, 0, &[], 20));
+                let mut done = 0;
+                while done < 6 {
+                    let completed = disk.wait();
+                    assert!(completed.iter().all(|request| request.status == 0));
+                    done += completed.len();
+                }
+            }
+        };
+        rounds(300);
+        warm.send(()).unwrap();
+        handle.wake();
+        go_on.recv().unwrap();
+        rounds(1000);
+        handle.stop();
+    });
+    while is_warm.try_recv().is_err() {
+        assert!(!driver.is_finished(), "the driver has failed");
+        core.turn(true);
+    }
+    let before = allocations();
+    counted.send(()).unwrap();
+    while !driver.is_finished() {
+        core.turn(true);
+    }
+    // A queue, a device and a core stop behind it, for which some are fair.
+    assert!(allocations() - before < 100, "{} allocations", allocations() - before);
+    core.run();
+    driver.join().unwrap();
+    drop(device);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The other side, for tests and fuzz targets: guest memory in a memfd, a driver's half of a split
 //! virtqueue, and a vhost-user frontend. Panics when something does not go as it should.
 
+#[cfg(test)]
+pub(crate) mod counting;
 mod disk;
 mod driver;
 mod frontend;
