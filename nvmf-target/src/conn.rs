@@ -161,9 +161,11 @@ fn slots_of(entries: u16) -> u16 {
 }
 
 impl Conn {
-    /// PDUs that a connection may have queued: an R2T, data and a response for each slot of the
-    /// largest queue, and a termination.
-    pub(crate) const TX_ENTRIES: usize = 4096;
+    /// PDUs that a connection may have queued: an R2T, or data and a response, for each slot of the
+    /// largest queue, the reply to ICReq and a termination.
+    pub(crate) fn tx_entries_max(limits: &Limits) -> usize {
+        2 * usize::from(slots_of(limits.queue_entries)) + 2
+    }
 
     pub(crate) fn new(
         index: u32,
@@ -731,8 +733,7 @@ impl Conn {
             Some(slot.into()),
         );
         if pushed.is_err() {
-            debug_assert!(false, "the send queue has room for every slot");
-            self.close("the send queue overran");
+            self.push_failed();
             return;
         }
         if !success {
@@ -788,9 +789,13 @@ impl Conn {
 
     fn push(&mut self, head: &[u8], token: Option<u32>) {
         if self.stream.push(head, None, None, token).is_err() {
-            debug_assert!(false, "the send queue has room for every slot");
-            self.close("the send queue overran");
+            self.push_failed();
         }
+    }
+
+    fn push_failed(&mut self) {
+        debug_assert!(self.stream.failed().is_some(), "the send queue has room for every slot");
+        self.close("the socket failed");
     }
 
     /// The host broke the protocol: say so, then go.

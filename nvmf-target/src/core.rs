@@ -177,7 +177,10 @@ impl CoreTask {
     }
 
     fn accept(&mut self, handover: Handover, now: Duration) {
-        let config = StreamConfig { tx_entries_max: Conn::TX_ENTRIES, ..StreamConfig::default() };
+        let config = StreamConfig {
+            tx_entries_max: Conn::tx_entries_max(&self.shared.limits),
+            ..StreamConfig::default()
+        };
         let stream = match Stream::new(&self.local, handover.socket, config) {
             Ok(stream) => stream,
             Err(error) => {

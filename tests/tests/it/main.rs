@@ -3,5 +3,5 @@
 mod allocation;
 mod counting;
 mod junk;
-//mod sim;
+mod sim;
 mod yardstick;

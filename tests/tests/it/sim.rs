@@ -18,6 +18,7 @@ use std::time::Duration;
 use block::fault::{FaultPlan, FaultVolume};
 use block::ram::RamVolume;
 use block::{Busy, Channel, Identity, Io, Op, Volume};
+use nvme::spec::Nqn;
 use nvme::subsys::discovery::DiscoveryLog;
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
 use nvmf_target::{Limits, Listener, NamespaceConfig, SubsystemConfig, Target, TargetConfig};
@@ -25,6 +26,7 @@ use reactor::sim::{NetFaults, World};
 use reactor::{Core, Local, Progress, Task};
 
 const SUBNQN: &str = "nqn.2026-11.io.penstock:sim";
+const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000005";
 const BLOCK: usize = 512;
 const BLOCKS: usize = 1024;
 /// Longest request: more than fits a capsule, and more than one R2T may ask for.
@@ -189,6 +191,13 @@ struct Sim {
     cores: Vec<Core>,
     report: Rc<RefCell<Report>>,
     volume: Arc<dyn Volume>,
+    /// Held: dropping it ends the association.
+    remote: Arc<RemoteVolume>,
+    target: Arc<Target>,
+}
+
+fn nqn(text: &str) -> Nqn {
+    Nqn::new(text).expect("well formed")
 }
 
 fn addr() -> SocketAddr {
@@ -229,12 +238,12 @@ fn build(seed: u64, requests: u64) -> Sim {
         ..FaultPlan::default()
     });
     let volume: Arc<dyn Volume> = Arc::new(slow);
-    start_target(&world, &mut cores[0], &volume);
+    let target = start_target(&world, &mut cores[0], &volume);
     let digests = random.below(4);
     let config = RemoteConfig {
         header_digest: digests & 1 != 0,
         data_digest: digests & 2 != 0,
-        ..RemoteConfig::new(addr(), SUBNQN, 1)
+        ..RemoteConfig::new(addr(), nqn(SUBNQN), 1, (nqn(HOSTNQN), [5; 16]))
     };
     let local = cores[1].local();
     let (remote, session) = RemoteVolume::start(config, &local).expect("a sound configuration");
@@ -255,18 +264,19 @@ fn build(seed: u64, requests: u64) -> Sim {
     let faults = NetFaults {
         split: random.below(2) == 0,
         delay_max: Duration::from_micros(random.below(2_000)),
-        cut_per_million: if random.below(4) == 0 { 0 } else { random.below(20_000) as u32 },
+        cut_per_million: if random.below(4) == 0 { 0 } else { random.below(3_000) as u32 },
         refuse_per_million: random.below(300_000) as u32,
+        ..NetFaults::default()
     };
     world.set_faults(faults);
-    Sim { world, cores, report, volume: ram }
+    Sim { world, cores, report, volume: ram, remote, target }
 }
 
 impl Sim {
     /// Runs the load to its end, mends the network and compares the volume with the model.
     fn finish(mut self) -> Result<u64, String> {
         let report = Rc::clone(&self.report);
-        let limit = Duration::from_secs(24 * 3600);
+        let limit = Duration::from_secs(3600);
         let ended =
             self.world.run_until(&mut self.cores, limit, &mut || report.borrow().done);
         if let Some(failure) = &self.report.borrow().failure {
@@ -274,7 +284,13 @@ impl Sim {
         }
         if !ended {
             let completed = self.report.borrow().completed;
-            return Err(format!("stuck after {completed} completions at {:?}", self.world.now()));
+            return Err(format!(
+                "stuck after {completed} completions at {:?}: {:?} {:?}, target has {:?}",
+                self.world.now(),
+                self.remote.state(),
+                self.remote.counters(),
+                self.target.connected(),
+            ));
         }
         self.compare()?;
         Ok(self.report.borrow().completed)
