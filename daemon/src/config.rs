@@ -23,9 +23,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::VolumeSpec;
+use nvme::spec::Nqn;
 
-/// The largest number of I/O queues of one device, and of one association.
+/// The largest number of request queues of one device.
 pub const QUEUES_MAX: u64 = 64;
+/// The largest number of I/O queues of one association.
+pub const IO_QUEUES_MAX: u64 = 128;
 /// The default number of request queues of a virtio-blk device.
 pub const DEVICE_QUEUES: u16 = 2;
 /// The port of NVMe/TCP I/O controllers (IANA).
@@ -67,7 +70,7 @@ pub struct TargetConfig {
     /// Where discovery controllers listen; may be empty.
     pub discovery: Vec<Listen>,
     /// Subsystem NQN, if the operator chose one.
-    pub subnqn: Option<String>,
+    pub subnqn: Option<Nqn>,
     /// Cores that serve connections; `None` lets the daemon choose.
     pub cores: Option<u16>,
     /// Largest queue a host may ask for, in entries.
@@ -122,7 +125,7 @@ pub struct DeviceConfig {
     /// The target.
     pub connect: SocketAddr,
     /// The subsystem the namespace is in.
-    pub subnqn: String,
+    pub subnqn: Nqn,
     /// The namespace.
     pub nsid: u32,
     /// Request queues of the device.

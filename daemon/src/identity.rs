@@ -5,6 +5,7 @@
 //! command line gives the same disk. Nothing here is secret.
 
 use block::Identity;
+use nvme::spec::Nqn;
 use uuid::Uuid;
 
 /// Name space of every UUID derived here; chosen once, never to be changed.
@@ -17,7 +18,7 @@ const UUID_NQN: &str = "nqn.2014-08.org.nvmexpress:uuid:";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostIdentity {
     /// Host NQN.
-    pub nqn: String,
+    pub nqn: Nqn,
     /// Host Identifier: 16 bytes, the UUID in the NQN.
     pub id: [u8; 16],
 }
@@ -26,14 +27,15 @@ pub struct HostIdentity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubsystemIdentity {
     /// Subsystem NQN.
-    pub nqn: String,
+    pub nqn: Nqn,
     /// Serial number: 20 ASCII characters, padded with spaces.
     pub serial: [u8; 20],
 }
 
 /// An NQN made of a UUID.
-pub fn uuid_nqn(uuid: Uuid) -> String {
-    format!("{UUID_NQN}{}", uuid.hyphenated())
+pub fn uuid_nqn(uuid: Uuid) -> Nqn {
+    Nqn::new(&format!("{UUID_NQN}{}", uuid.hyphenated()))
+        .expect("68 graphic characters after nqn.2014-08. are an NQN")
 }
 
 /// A volume's identity, all of it from one UUID.
@@ -42,17 +44,18 @@ pub fn volume_from_uuid(uuid: Uuid) -> Identity {
 }
 
 /// The identity of volume `name` in subsystem `subnqn`, where nothing is stored.
-pub fn derive_volume(subnqn: &str, name: &str) -> Identity {
-    volume_from_uuid(derive(&["volume", subnqn, name]))
+pub fn derive_volume(subnqn: &Nqn, name: &str) -> Identity {
+    volume_from_uuid(derive(&["volume", subnqn.as_str(), name]))
 }
 
 /// The subsystem served where nothing is stored: `nqn` if the operator chose one, otherwise one
 /// derived from this machine and the first address listened on.
-pub fn derive_subsystem(nqn: Option<&str>, listen: &str) -> SubsystemIdentity {
+pub fn derive_subsystem(nqn: Option<&Nqn>, listen: &str) -> SubsystemIdentity {
     match nqn {
-        Some(nqn) => {
-            SubsystemIdentity { nqn: nqn.to_owned(), serial: serial(derive(&["subsystem", nqn])) }
-        }
+        Some(nqn) => SubsystemIdentity {
+            nqn: nqn.clone(),
+            serial: serial(derive(&["subsystem", nqn.as_str()])),
+        },
         None => subsystem_from_uuid(derive(&["target", &machine(), listen])),
     }
 }
@@ -91,14 +94,6 @@ fn serial(uuid: Uuid) -> [u8; 20] {
     serial
 }
 
-/// Whether `text` is an NQN. The problem says what is allowed.
-pub fn check_nqn(text: &str) -> Result<(), String> {
-    match text.parse::<nvme::spec::Nqn>() {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("{error}")),
-    }
-}
-
 /// Something stable about this machine. Without a machine ID the host name has to do.
 fn machine() -> String {
     let read = |path: &str| {
@@ -116,10 +111,14 @@ fn machine() -> String {
 mod tests {
     use super::*;
 
+    fn nqn(text: &str) -> Nqn {
+        text.parse().unwrap()
+    }
+
     /// Derived identities are what hosts remember: a change of these values is a change of disks.
     #[test]
     fn derivation_is_frozen() {
-        let identity = derive_volume("nqn.2014-08.com.example:a", "vol0");
+        let identity = derive_volume(&nqn("nqn.2014-08.com.example:a"), "vol0");
         assert_eq!(
             Uuid::from_bytes(identity.uuid).to_string(),
             "57765962-d898-54cd-bf63-65c14bd2803b"
@@ -131,7 +130,8 @@ mod tests {
     #[test]
     fn parts_do_not_run_together() {
         assert_ne!(derive(&["a", "bc"]), derive(&["ab", "c"]));
-        assert_ne!(derive_volume("nqn", "a").uuid, derive_volume("nqn", "b").uuid);
+        let subnqn = nqn("nqn.2014-08.com.example:a");
+        assert_ne!(derive_volume(&subnqn, "a").uuid, derive_volume(&subnqn, "b").uuid);
         assert_ne!(
             derive_subsystem(None, "127.0.0.1:1").nqn,
             derive_subsystem(None, "127.0.0.1:2").nqn
@@ -141,10 +141,8 @@ mod tests {
     #[test]
     fn derived_names_are_valid_and_stable() {
         let subsystem = derive_subsystem(None, "127.0.0.1:4420");
-        assert_eq!(check_nqn(&subsystem.nqn), Ok(()));
         assert_eq!(subsystem, derive_subsystem(None, "127.0.0.1:4420"));
         let host = derive_host();
-        assert_eq!(check_nqn(&host.nqn), Ok(()));
-        assert!(host.nqn.ends_with(&Uuid::from_bytes(host.id).to_string()));
+        assert!(host.nqn.as_str().ends_with(&Uuid::from_bytes(host.id).to_string()));
     }
 }

@@ -17,6 +17,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use block::Identity;
+use nvme::spec::Nqn;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -119,14 +120,16 @@ struct Stored {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredSubsystem {
-    nqn: String,
+    #[serde(with = "nqn_text")]
+    nqn: Nqn,
     serial: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredHost {
-    nqn: String,
+    #[serde(with = "nqn_text")]
+    nqn: Nqn,
     id: Uuid,
 }
 
@@ -138,6 +141,21 @@ struct StoredVolume {
     uuid: Uuid,
     nguid: Uuid,
     serial: String,
+}
+
+/// An NQN is stored as its text, and checked when it is read.
+mod nqn_text {
+    use nvme::spec::Nqn;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(nqn: &Nqn, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(nqn.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Nqn, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
 }
 
 /// A locked data directory with its state in memory.
@@ -165,11 +183,9 @@ impl DataDir {
             .mode(0o700)
             .create(dir)
             .map_err(io("create", dir))?;
-        if !existed {
-            if let Some(parent) = dir.parent() {
-                let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-                sync_dir(parent).map_err(io("sync", parent))?;
-            }
+        if !existed && let Some(parent) = dir.parent() {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            sync_dir(parent).map_err(io("sync", parent))?;
         }
         let lock = lock(dir)?;
 
@@ -223,7 +239,7 @@ impl DataDir {
     }
 
     /// The subsystem: the stored one, minted if there is none. An NQN the operator chose is kept.
-    pub fn subsystem(&mut self, chosen: Option<&str>) -> SubsystemIdentity {
+    pub fn subsystem(&mut self, chosen: Option<&Nqn>) -> SubsystemIdentity {
         let current = match &self.stored.subsystem {
             Some(stored) => SubsystemIdentity {
                 nqn: stored.nqn.clone(),
@@ -234,7 +250,7 @@ impl DataDir {
                 identity::subsystem_from_uuid(Uuid::new_v4())
             }
         };
-        let nqn = chosen.unwrap_or(&current.nqn).to_owned();
+        let nqn = chosen.unwrap_or(&current.nqn).clone();
         self.changed |= nqn != current.nqn;
         let subsystem = SubsystemIdentity { nqn, serial: current.serial };
         self.stored.subsystem = Some(StoredSubsystem {
@@ -435,19 +451,13 @@ fn parse(path: &Path, text: &str) -> Result<Stored, StateError> {
             stored.volumes.len()
         )));
     }
-    if let Some(subsystem) = &stored.subsystem {
-        identity::check_nqn(&subsystem.nqn)
-            .map_err(|problem| damaged(format!("subsystem.nqn {:?} {problem}", subsystem.nqn)))?;
-        if serial_bytes(&subsystem.serial).is_none() {
-            return Err(damaged(format!(
-                "subsystem.serial {:?} is no serial number of 1 to 20 ASCII characters",
-                subsystem.serial
-            )));
-        }
-    }
-    if let Some(host) = &stored.host {
-        identity::check_nqn(&host.nqn)
-            .map_err(|problem| damaged(format!("host.nqn {:?} {problem}", host.nqn)))?;
+    if let Some(subsystem) = &stored.subsystem
+        && serial_bytes(&subsystem.serial).is_none()
+    {
+        return Err(damaged(format!(
+            "subsystem.serial {:?} is no serial number of 1 to 20 ASCII characters",
+            subsystem.serial
+        )));
     }
     for (index, volume) in stored.volumes.iter().enumerate() {
         let others = &stored.volumes[..index];
@@ -523,7 +533,7 @@ mod tests {
     fn a_chosen_nqn_is_kept() {
         let scratch = tempfile::tempdir().unwrap();
         let mut data = open(scratch.path());
-        let chosen = data.subsystem(Some("nqn.2014-08.com.example:a"));
+        let chosen = data.subsystem(Some(&"nqn.2014-08.com.example:a".parse().unwrap()));
         data.save().unwrap();
         drop(data);
         assert_eq!(open(scratch.path()).subsystem(None), chosen);
@@ -565,14 +575,17 @@ mod tests {
         drop(data);
         let whole_of_two = std::fs::read_to_string(&path).unwrap();
         assert!(whole_of_two.len() > whole.len());
+        assert!(parse(&path, &whole_of_two).is_ok());
         for len in 0..whole_of_two.trim_end().len() {
-            std::fs::write(&path, &whole_of_two[..len]).unwrap();
-            let Err(error) = DataDir::open(scratch.path()) else {
+            let Err(error) = parse(&path, &whole_of_two[..len]) else {
                 panic!("cut to {len} bytes and accepted:\n{}", &whole_of_two[..len]);
             };
             assert!(matches!(error, StateError::Damaged { .. }), "{error}");
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), whole_of_two[..len]);
         }
+        let cut = &whole_of_two[..whole.len()];
+        std::fs::write(&path, cut).unwrap();
+        assert!(matches!(DataDir::open(scratch.path()), Err(StateError::Damaged { .. })));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), cut, "the evidence is left alone");
     }
 
     #[test]
@@ -586,7 +599,7 @@ mod tests {
             (whole.replace("volume_count = 1", "volume_count = 2"), "cut off or edited"),
             (whole.replace("nsid = 1", "nsid = 0"), "namespace ID 0"),
             (whole.replace("nsid = 1", "nsid = 1\ncolour = 3"), "unknown field `colour`"),
-            (whole.replace("nqn.2014", "nqm.2014"), "nqn"),
+            (whole.replace("nqn.2014", "nqm.2014"), "an NQN begins with"),
             (whole.replace("serial = \"PS", "serial = \"\u{e4}"), "ASCII"),
             ("\u{0}\u{0}\u{0}".to_owned(), "line 1"),
             (String::new(), "empty"),

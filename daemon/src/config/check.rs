@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use nvme::spec::Nqn;
+
 use super::{
-    Config, ConfigError, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft, Listen,
-    QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft,
+    Config, ConfigError, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
+    IO_QUEUES_MAX, Listen, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft,
 };
 
 /// Names become file names, log fields and NQN suffixes.
@@ -73,13 +75,7 @@ impl Draft {
                 ));
             }
             let subnqn = match &self.subnqn {
-                Some(setting) if setting.text == nvme::spec::DISCOVERY_NQN => {
-                    return Err(setting.refuse(
-                        "is the discovery subsystem's; allowed: an NQN of your own, such as \
-                         nqn.2014-08.com.example:disks",
-                    ));
-                }
-                Some(setting) => Some(nqn(setting)?),
+                Some(setting) => Some(own_nqn(setting)?),
                 None => None,
             };
             Some(TargetConfig {
@@ -88,7 +84,7 @@ impl Draft {
                 subnqn,
                 cores: optional(&self.cores, 1..=CORES_MAX)?,
                 queue_entries_max: optional(&self.queue_entries_max, QUEUE_ENTRIES)?,
-                io_queues_max: optional(&self.io_queues_max, 1..=QUEUES_MAX)?,
+                io_queues_max: optional(&self.io_queues_max, 1..=IO_QUEUES_MAX)?,
             })
         } else {
             None
@@ -198,7 +194,7 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
             "is no address to connect to; allowed: ADDR:PORT of a target, such as 192.0.2.7:4420",
         ));
     }
-    let subnqn = nqn(needed("subnqn", "NQN")?)?;
+    let subnqn = own_nqn(needed("subnqn", "NQN")?)?;
     let nsid = number(needed("nsid", "N")?, 1..=u64::from(u32::MAX) - 1)? as u32;
     let queues = match draft.keys.get("queues") {
         Some(setting) => number(setting, 1..=QUEUES_MAX)? as u16,
@@ -279,11 +275,20 @@ fn name(setting: &Setting) -> Result<String, ConfigError> {
     if good { Ok(text.clone()) } else { Err(setting.refuse(format!("is no name; {NAME_ALLOWED}"))) }
 }
 
-fn nqn(setting: &Setting) -> Result<String, ConfigError> {
-    match crate::identity::check_nqn(&setting.text) {
-        Ok(()) => Ok(setting.text.clone()),
-        Err(problem) => Err(setting.refuse(problem)),
+fn nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
+    setting.text.parse().map_err(|problem| setting.refuse(format!("{problem}")))
+}
+
+/// The NQN of a subsystem with volumes.
+fn own_nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
+    let nqn = nqn(setting)?;
+    if nqn.is_discovery() {
+        return Err(setting.refuse(
+            "is the discovery subsystem's; allowed: an NQN of your own, such as \
+             nqn.2014-08.com.example:disks",
+        ));
     }
+    Ok(nqn)
 }
 
 fn optional(

@@ -59,7 +59,7 @@ fn a_whole_file() {
     assert_eq!(target.listen[0].to_string(), "0.0.0.0:4420,advertise=192.0.2.7:4420");
     assert_eq!(target.listen[1].addr, "[::1]:4420".parse().unwrap());
     assert_eq!(target.discovery[0].to_string(), "127.0.0.1:8009");
-    assert_eq!(target.subnqn.as_deref(), Some(NQN));
+    assert_eq!(target.subnqn.as_ref().map(Nqn::as_str), Some(NQN));
     assert_eq!((target.cores, target.queue_entries_max), (Some(2), Some(128)));
     assert_eq!((target.io_queues_max, config.emulator_cores), (Some(8), Some(1)));
     let device = &config.devices[0];
@@ -190,8 +190,9 @@ fn values_in_the_file() {
         ),
         (
             "io_queues_max = 8",
-            "io_queues_max = 65",
-            "penstock.toml:20: target.io_queues_max = \"65\": allowed: a whole number from 1 to 64",
+            "io_queues_max = 129",
+            "penstock.toml:20: target.io_queues_max = \"129\": allowed: a whole number from 1 to \
+             128",
         ),
         (
             "type = \"virtio-blk\"",
