@@ -229,11 +229,12 @@ fn build(seed: u64, requests: u64) -> Sim {
         RamVolume::new(Identity::from_uuid([1; 16]), (BLOCKS * BLOCK) as u64, BLOCK as u32)
             .expect("memory"),
     );
-    // Writes take their time, so that some are still on their way when the path is cut.
+    // Some I/O takes much longer than a reconnect, so that writes of a lost association are still on
+    // their way when the next one is used.
     let (slow, faults) = FaultVolume::new(Arc::clone(&ram), seed);
     faults.set(FaultPlan {
-        delays_per_million: 500_000,
-        delay_max: Duration::from_micros(random.below(20_000)),
+        delays_per_million: 300_000,
+        delay_max: Duration::from_millis(random.below(2_000)),
         busy_per_million: 10_000,
         ..FaultPlan::default()
     });
@@ -243,6 +244,8 @@ fn build(seed: u64, requests: u64) -> Sim {
     let config = RemoteConfig {
         header_digest: digests & 1 != 0,
         data_digest: digests & 2 != 0,
+        reconnect_delay: Duration::from_millis(1),
+        reconnect_delay_max: Duration::from_millis(20),
         ..RemoteConfig::new(addr(), nqn(SUBNQN), 1, (nqn(HOSTNQN), [5; 16]))
     };
     let local = cores[1].local();
