@@ -6,7 +6,9 @@ pub(crate) mod counting;
 mod disk;
 mod driver;
 mod frontend;
+mod judge;
 
 pub use disk::{Completed, DATA_MAX, DiskOptions, DiskQueue, TestDisk};
 pub use driver::{Buffer, TestMemory, TestQueue};
 pub use frontend::TestFrontend;
+pub use judge::Judge;

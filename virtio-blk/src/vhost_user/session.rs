@@ -317,6 +317,11 @@ impl Session {
         self.features.map(|features| features.without(Features::PROTOCOL_FEATURES))
     }
 
+    /// Negotiated protocol features.
+    pub fn protocol(&self) -> ProtocolFeatures {
+        self.protocol
+    }
+
     /// Whether actions are outstanding.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()
