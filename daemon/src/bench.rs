@@ -304,3 +304,75 @@ fn process_cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.clamp(0, 999_999_999) as u32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload() -> Workload {
+        Workload {
+            access: Access { random: true, read_percent: 50 },
+            io_bytes: 4096,
+            depth: 8,
+            jobs: 2,
+            runtime: Duration::from_millis(50),
+            size_bytes: None,
+            verify: true,
+            seed: 1,
+        }
+    }
+
+    fn run(spec: &str, workload: &Workload) -> anyhow::Result<Report> {
+        Load::local(spec)?.run(workload, &mut |_| true)
+    }
+
+    #[test]
+    fn a_good_volume_verifies() {
+        let report = run("ram:4MiB", &workload()).unwrap();
+        assert!(report.is_good(), "{report}");
+        assert!(report.read.ios > 0 && report.write.ios > 0, "{report}");
+        // Everything written was read back at the end.
+        assert!(report.verify.unwrap().checked_ios > 0);
+        let latency = report.write.latency_us.unwrap();
+        assert!(latency.min <= latency.p50 && latency.p50 <= latency.p99);
+        assert!(latency.p99 <= latency.p99_9 && latency.p99_9 <= latency.max);
+    }
+
+    #[test]
+    fn a_volume_that_loses_writes_is_caught() {
+        let report = run("null:4MiB", &workload()).unwrap();
+        let verify = report.verify.clone().unwrap();
+        assert!(!report.is_good() && verify.mismatches > 0, "{report}");
+        assert!(report.to_string().contains("zeros, where the pattern should be"), "{report}");
+    }
+
+    #[test]
+    fn a_run_ends_early_when_told() {
+        let workload = Workload { runtime: Duration::from_secs(600), ..workload() };
+        let report = Load::local("ram:4MiB").unwrap().run(&workload, &mut |_| false).unwrap();
+        assert!(report.is_good() && report.elapsed_s < 60.0, "{report}");
+    }
+
+    #[test]
+    fn settings_that_do_not_fit_are_named() {
+        let good = workload();
+        for (wrong, expected) in [
+            (
+                Workload { io_bytes: 1000, ..good.clone() },
+                "--bs 1000: allowed: a multiple of the block size 512",
+            ),
+            (Workload { io_bytes: 0, ..good.clone() }, "--bs 0"),
+            (
+                Workload { size_bytes: Some(5 << 20), ..good.clone() },
+                "--size 5242880: allowed: from --bs (4096) to the size of the volume (4194304)",
+            ),
+            (Workload { size_bytes: Some(4096), ..good.clone() }, "--jobs 2: allowed: at most one"),
+        ] {
+            let error = run("ram:4MiB", &wrong).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let huge = Workload { io_bytes: 512, ..good };
+        let error = run("null:1TiB", &huge).unwrap_err().to_string();
+        assert!(error.contains("--verify keeps 4 bytes for each place"), "{error}");
+    }
+}

@@ -1,6 +1,19 @@
 //! The composition root: configuration in, running cores out.
 //!
-//! Start reading at [`Config`], then [`bench`].
+//! ```text
+//!  flags, penstock.toml ─► config ─► run::Daemon ─┬─► listen (tokio) ──► Target ──► target cores
+//!  data directory ───────► state  ─► identity ────┘─► devices ─────────► RemoteVolume, virtio-blk
+//!                                                                        on emulator cores
+//!  up = provisioning + Daemon + selfcheck         bench = Plan + Job over any block::Volume
+//! ```
+//!
+//! Everything here is control plane: it may block, allocate and use tokio. Nothing here is on the
+//! way of an I/O, except the load generator, which is a task on a core like any other user.
+//!
+//! What it does not do: parse the command line and print for people (that is `tools/penstock`),
+//! speak NVMe or virtio (apart from the few messages of the self-check's own front end).
+//!
+//! Start reading at [`Config`], then [`Daemon`], then [`up`].
 
 #![forbid(unsafe_code)]
 
@@ -8,8 +21,14 @@ pub mod bench;
 pub mod config;
 pub mod cores;
 pub mod discover;
+mod flush;
 pub mod identity;
+mod listen;
+mod run;
+pub mod selfcheck;
 pub mod size;
 pub mod state;
+pub mod up;
 
 pub use config::{Config, ConfigError, Draft};
+pub use run::{Daemon, Served};

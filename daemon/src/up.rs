@@ -1,0 +1,337 @@
+//! `penstock up`: everything on one machine, provisioned on the first start, found again later.
+
+mod hints;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use block::VolumeSpec;
+use nvme::spec::Nqn;
+use uuid::Uuid;
+
+use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft};
+use crate::identity;
+use crate::run::{Daemon, Hidden};
+use crate::selfcheck::{self, Figures, SCRATCH_BYTES, Step};
+use crate::size;
+use crate::state::DataDir;
+
+const FIRST_VOLUME: &str = "vol0";
+const SCRATCH_FILE: &str = "self-check.img";
+const SCRATCH_DEVICE: &str = "self-check";
+const SCRATCH_NSID: u32 = 1;
+/// How long the devices may take to find the target in this very process.
+const READY: Duration = Duration::from_secs(20);
+
+/// What `penstock up` was told.
+#[derive(Debug, Clone)]
+pub struct UpConfig {
+    /// Data directory.
+    pub data: PathBuf,
+    /// `ADDR:PORT[,advertise=ADDR:PORT]` of I/O listeners.
+    pub listen: Vec<String>,
+    /// The same of discovery listeners.
+    pub discovery: Vec<String>,
+    /// Size of the first volume, where there is none yet.
+    pub size: String,
+    /// Whether to prove the way from the device to the volume.
+    pub self_check: bool,
+}
+
+/// A running `up`.
+pub struct Up {
+    /// Target and emulator.
+    pub daemon: Daemon,
+    /// The data directory.
+    pub data: PathBuf,
+    /// The volume that was made by this start, if one was.
+    pub created: Option<String>,
+    /// What the operator should know, one line each.
+    pub notices: Vec<String>,
+    /// Devices: volume name and socket, absolute.
+    pub devices: Vec<(String, PathBuf)>,
+    connect: SocketAddr,
+    check: Option<PathBuf>,
+}
+
+impl Up {
+    /// Opens or makes the data directory and the first volume, and starts target and emulator.
+    /// Must be called inside a tokio runtime.
+    pub fn start(config: &UpConfig) -> anyhow::Result<Up> {
+        let size = size::parse(&config.size)
+            .map_err(|allowed| anyhow!("--size {:?}: {allowed}", config.size))?;
+        let mut draft = Draft::new();
+        draft.set_listen(&config.listen);
+        draft.set_discovery(&config.discovery);
+        // Flags are judged before anything is made; the volume stands in for those to come.
+        let mut judged = draft.clone();
+        judged.add_volume("first=null:1GiB")?;
+        judged.check()?;
+
+        let mut data = DataDir::open(&config.data)?;
+        let dir = std::path::absolute(data.path())
+            .with_context(|| format!("finding the path of {}", data.path().display()))?;
+        let mut notices = Vec::new();
+        let mut created = None;
+        let mut names: Vec<String> = data.volume_names().map(str::to_owned).collect();
+        let volumes_dir = std::path::absolute(data.volumes_dir()?)?;
+        if names.is_empty() {
+            let path = volumes_dir.join(volume_file(FIRST_VOLUME));
+            make_volume(&path, size)
+                .with_context(|| format!("creating volume {FIRST_VOLUME:?}"))?;
+            names.push(FIRST_VOLUME.to_owned());
+            created = Some(FIRST_VOLUME.to_owned());
+            // The file is there before its identity is: a start that ends between the two finds an
+            // empty file without an identity, which is no loss.
+            data.volume(FIRST_VOLUME, None)?;
+            data.save()?;
+            if let Some(free) = free_bytes(&dir)
+                && free < size
+            {
+                notices.push(format!(
+                    "{FIRST_VOLUME} may grow to {}, and its file system has {} free: writes fail \
+                     when it is full",
+                    size::show(size),
+                    size::show(free)
+                ));
+            }
+        }
+        for name in &names {
+            let path = volumes_dir.join(volume_file(name));
+            if !path.exists() {
+                bail!(
+                    "volume {name:?}: its file {} is missing; put it back, or take its [[volume]] \
+                     table out of {} (and lower volume_count) to give it up",
+                    path.display(),
+                    dir.join("state.toml").display()
+                );
+            }
+            draft.add_volume(&format!("{name}={}", file_spec(&path, None)?))?;
+        }
+        let settings = draft.check()?;
+
+        let hidden = match config.self_check {
+            true => {
+                let subsystem = data.subsystem(None);
+                Some(scratch(&dir, &subsystem.nqn)?)
+            }
+            false => None,
+        };
+        let scratch_nqn = hidden.as_ref().map(|hidden| hidden.subsystem.nqn.clone());
+        let mut daemon = Daemon::start_with(settings, Some(data), hidden)?;
+        let listen =
+            *daemon.io_addresses().first().ok_or_else(|| anyhow!("there is no listener"))?;
+        let connect = reachable(listen);
+        let subnqn = match daemon.subsystem() {
+            Some(subsystem) => subsystem.nqn.clone(),
+            None => bail!("there is no subsystem"),
+        };
+
+        let mut devices = Vec::new();
+        let wanted: Vec<_> =
+            daemon.served().iter().map(|served| (served.name.clone(), served.nsid)).collect();
+        for (name, nsid) in wanted {
+            let socket = dir.join(format!("{name}.sock"));
+            daemon.add_device(device(&name, &socket, connect, &subnqn, nsid))?;
+            devices.push((name, socket));
+        }
+        let check = match scratch_nqn {
+            Some(nqn) => {
+                let socket = dir.join(format!("{SCRATCH_DEVICE}.sock"));
+                daemon.add_device(device(SCRATCH_DEVICE, &socket, connect, &nqn, SCRATCH_NSID))?;
+                Some(socket)
+            }
+            None => None,
+        };
+        Ok(Up { daemon, data: dir, created, notices, devices, connect, check })
+    }
+
+    /// The address the devices reach the target by.
+    pub fn connect_address(&self) -> SocketAddr {
+        self.connect
+    }
+
+    /// Waits until every device is served. Blocks.
+    pub fn wait_ready(&self) -> anyhow::Result<()> {
+        for (name, _) in &self.devices {
+            self.daemon.wait_device(name, READY)?;
+        }
+        Ok(())
+    }
+
+    /// The self-check, if it was asked for: pattern through the scratch volume, then one look at
+    /// each of the user's devices. Blocks; `progress` gets the step, and bytes done and planned.
+    pub fn self_check(
+        &mut self,
+        progress: &mut dyn FnMut(Step, u64, u64),
+    ) -> anyhow::Result<Option<Figures>> {
+        let Some(socket) = self.check.take() else { return Ok(None) };
+        self.daemon.wait_device(SCRATCH_DEVICE, READY)?;
+        let generation = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(1, |since| since.as_nanos() as u64)
+            .max(1);
+        let figures = selfcheck::run(&socket, generation, progress);
+        self.daemon.remove_device(SCRATCH_DEVICE);
+        let figures = figures.context("self-check")?;
+        for (name, socket) in &self.devices {
+            let capacity = selfcheck::look(socket)
+                .with_context(|| format!("self-check of device {name:?}"))?;
+            let served = self.daemon.served().iter().find(|served| served.name == *name);
+            if let Some(served) = served
+                && served.geometry.bytes() != capacity
+            {
+                bail!(
+                    "self-check of device {name:?}: the device has {capacity} bytes, the volume {}",
+                    served.geometry.bytes()
+                );
+            }
+        }
+        Ok(Some(figures))
+    }
+}
+
+impl Up {
+    /// What is running, for people.
+    pub fn overview(&self) -> String {
+        let mut text = String::new();
+        let mut line = |key: &str, value: String| text.push_str(&format!("{key:<11}{value}\n"));
+        line("data", self.data.display().to_string());
+        for served in self.daemon.served() {
+            let fate = match self.created.as_deref() == Some(&served.name) {
+                true => "created",
+                false => "found again",
+            };
+            line(
+                "volume",
+                format!(
+                    "{}: {}, {fate}, namespace {}, UUID {}",
+                    served.name,
+                    size::show(served.geometry.bytes()),
+                    served.nsid,
+                    Uuid::from_bytes(served.identity.uuid)
+                ),
+            );
+        }
+        if let Some(subsystem) = self.daemon.subsystem() {
+            line("subsystem", subsystem.nqn.to_string());
+        }
+        for addr in self.daemon.io_addresses() {
+            line("NVMe/TCP", addr.to_string());
+        }
+        for addr in self.daemon.discovery_addresses() {
+            line("discovery", addr.to_string());
+        }
+        for (name, socket) in &self.devices {
+            line("device", format!("{name}: virtio-blk (vhost-user) at {}", socket.display()));
+        }
+        text
+    }
+
+    /// The lines to use next, for people to copy.
+    pub fn next_steps(&self) -> String {
+        let discovery = self.daemon.discovery_addresses().first().copied().map(reachable);
+        let nqn = self.daemon.subsystem().map(|subsystem| subsystem.nqn.as_str());
+        let mut text = hints::kernel_host(discovery, self.connect, nqn.unwrap_or_default());
+        if let Some((name, socket)) = self.devices.first() {
+            text.push_str(&hints::qemu(name, &socket.display().to_string(), DEVICE_QUEUES));
+            text.push_str(&hints::fio(&socket.display().to_string()));
+        }
+        text
+    }
+}
+
+fn volume_file(name: &str) -> String {
+    format!("{name}.img")
+}
+
+/// The specification of a file volume; commas in the path are doubled.
+fn file_spec(path: &Path, size: Option<u64>) -> anyhow::Result<VolumeSpec> {
+    let text = path.to_str().ok_or_else(|| {
+        anyhow!("the path {} is not UTF-8; choose another directory with --data", path.display())
+    })?;
+    let size = size.map(|size| format!(",size={size}")).unwrap_or_default();
+    Ok(format!("file:{}{size}", text.replace(',', ",,")).parse()?)
+}
+
+/// A new sparse file. What is there is never touched.
+fn make_volume(path: &Path, size: u64) -> anyhow::Result<()> {
+    const BLOCK: u64 = 4096;
+    if !size.is_multiple_of(BLOCK) {
+        bail!("--size {size}: allowed: a multiple of {BLOCK} bytes");
+    }
+    let file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Ok(file) => file,
+        // Left by a start that ended before the identity was stored; nothing was ever written.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            OpenOptions::new().write(true).open(path)?
+        }
+        Err(error) => return Err(error).with_context(|| format!("{}", path.display())),
+    };
+    file.set_len(size)
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("giving {} {}", path.display(), size::show(size)))
+}
+
+/// The scratch volume of the self-check and the subsystem it is in.
+fn scratch(dir: &Path, subnqn: &Nqn) -> anyhow::Result<Hidden> {
+    let path = dir.join(SCRATCH_FILE);
+    let used = std::fs::metadata(&path).map_or(0, |metadata| {
+        use std::os::unix::fs::MetadataExt;
+        metadata.blocks().saturating_mul(512)
+    });
+    let needed = SCRATCH_BYTES.saturating_sub(used);
+    if let Some(free) = free_bytes(dir)
+        && free < needed
+    {
+        bail!(
+            "disk full: {} has {} free and the self-check needs {}; free some space, choose \
+             another directory with --data DIR, or start with --skip-self-check",
+            dir.display(),
+            size::show(free),
+            size::show(needed)
+        );
+    }
+    let uuid = Uuid::new_v5(&Uuid::NAMESPACE_URL, format!("{subnqn}/self-check").as_bytes());
+    let volume = file_spec(&path, Some(SCRATCH_BYTES))?
+        .open(identity::volume_from_uuid(uuid))
+        .context("opening the scratch volume of the self-check")?;
+    Ok(Hidden { subsystem: identity::subsystem_from_uuid(uuid), volume })
+}
+
+/// Bytes an unprivileged process may still use on the file system of `dir`.
+fn free_bytes(dir: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// The address to reach a listener by from this machine.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listen.port())
+}
+
+fn device(name: &str, socket: &Path, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceConfig {
+    DeviceConfig {
+        name: name.to_owned(),
+        kind: DeviceKind::VirtioBlk,
+        socket: socket.to_owned(),
+        connect,
+        subnqn: subnqn.clone(),
+        nsid,
+        queues: DEVICE_QUEUES,
+        read_only: false,
+    }
+}
+
+#[cfg(test)]
+mod tests;
