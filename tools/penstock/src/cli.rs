@@ -1,0 +1,346 @@
+//! The command line: what clap parses. Values are judged where they are used, in `daemon`, so that
+//! a flag and a key of the configuration file get the same message.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const ABOUT: &str = "Virtual block storage over NVMe/TCP: a target that serves volumes, and an \
+                     emulator that shows a machine a plain local disk.";
+
+const AFTER: &str = "Examples:
+  penstock up                                     everything on this machine, to try it
+  penstock target --volume db0=file:/srv/db0.img,size=10GiB --listen 0.0.0.0:4420
+  penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,subnqn=NQN,nsid=1
+  penstock discover -a 192.0.2.7
+  penstock bench --connect 192.0.2.7:4420 --subnqn NQN --nsid 1 --rw randread --iodepth 32
+
+Exit codes: 0 done or stopped in order, 1 failed, 2 wrong use (flags, configuration), 3 data was \
+not what was written, 130/143 stopped at once by a second Ctrl-C or SIGTERM.";
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(name = "penstock", version, about = ABOUT, after_help = AFTER, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// What to log, to stderr: error, warn, info, debug, trace, or a filter such as
+    /// info,nvmf_target=debug. [default: $RUST_LOG, else info; warn for up, discover and bench]
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start target and emulator on this machine with embedded storage, and show what to do next
+    #[command(after_help = UP_AFTER)]
+    Up(UpArgs),
+    /// Serve volumes over NVMe/TCP
+    #[command(after_help = TARGET_AFTER)]
+    Target(TargetArgs),
+    /// Show remote namespaces as local disks (vhost-user sockets)
+    #[command(after_help = EMULATE_AFTER)]
+    Emulate(EmulateArgs),
+    /// List what a discovery controller offers
+    #[command(after_help = DISCOVER_AFTER)]
+    Discover(DiscoverArgs),
+    /// Load a local volume or a remote namespace and report IOPS, bandwidth, latency and CPU
+    #[command(after_help = BENCH_AFTER)]
+    Bench(BenchArgs),
+}
+
+const UP_AFTER: &str = "Makes a sparse file for the first volume if there is none, serves it over \
+NVMe/TCP and as a vhost-user-blk socket, proves the way from the device through the fabric to the \
+file with a pattern in a scratch volume of its own (64 MiB, never your data), prints the lines to \
+use next, and stays until Ctrl-C. The next start finds the data again.
+
+Examples:
+  penstock up
+  penstock up --data /srv/penstock --size 20GiB --listen 0.0.0.0:4420 --discovery 0.0.0.0:8009";
+
+#[derive(Debug, Args)]
+pub(crate) struct UpArgs {
+    /// Directory for volumes, identities and the device socket
+    #[arg(long, value_name = "DIR", default_value = "./penstock-data")]
+    pub(crate) data: PathBuf,
+    /// Where I/O controllers listen; may be given more than once
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]", default_value = "127.0.0.1:4420")]
+    pub(crate) listen: Vec<String>,
+    /// Where discovery controllers listen; may be given more than once
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]", default_value = "127.0.0.1:8009")]
+    pub(crate) discovery: Vec<String>,
+    /// Size of the first volume, where it is created: bytes, or with K, M, G, T (powers of 1024)
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) size: String,
+    /// Start without the self-check
+    #[arg(long)]
+    pub(crate) skip_self_check: bool,
+    /// Print the lines to use next, and end after the self-check instead of staying
+    #[arg(long, conflicts_with = "skip_self_check")]
+    pub(crate) check_only: bool,
+}
+
+const TARGET_AFTER: &str = "SPEC is one of
+  file:PATH[,size=SIZE]   a file; created or extended to SIZE if given
+  blockdev:PATH           a block device
+  ram:SIZE                memory, lost at the end
+  null:SIZE               nothing: reads give zeros, writes are dropped (for measurements)
+each with ,block=512|4096 for the logical block size (bytes). SIZE: bytes, or with K, M, G, T
+(powers of 1024; KiB, MiB, GiB, TiB are the same).
+
+advertise= is the address the discovery log tells hosts, where they reach the listener by another
+one (NAT, containers).
+
+Examples:
+  penstock target --volume db0=file:/srv/db0.img,size=10GiB --listen 0.0.0.0:4420 \\
+      --discovery 0.0.0.0:8009 --data /var/lib/penstock
+  penstock target --volume t=null:1TiB --listen 127.0.0.1:4420 --cores 1
+  penstock target --config /etc/penstock.toml";
+
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// A volume to serve, as one namespace; may be given more than once
+    #[arg(long, value_name = "NAME=SPEC")]
+    pub(crate) volume: Vec<String>,
+    /// Where I/O controllers listen; may be given more than once
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]")]
+    pub(crate) listen: Vec<String>,
+    /// Where discovery controllers listen; may be given more than once [default: nowhere]
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]")]
+    pub(crate) discovery: Vec<String>,
+    /// NQN of the subsystem [default: kept in --data, or derived from this machine and --listen]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) subnqn: Option<String>,
+    /// Directory to keep identities in [default: none, they are derived from names]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<String>,
+    /// Threads that serve connections [default: one for each CPU, up to 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) cores: Option<String>,
+    /// Largest I/O queue a host may ask for, in entries [default: 128]
+    #[arg(long, value_name = "N")]
+    pub(crate) queue_entries_max: Option<String>,
+    /// Most I/O queues of one association [default: 128]
+    #[arg(long, value_name = "N")]
+    pub(crate) io_queues_max: Option<String>,
+    /// Configuration file (TOML); flags add volumes and replace single values
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+const EMULATE_AFTER: &str = "Keys of --device, separated by commas (a value with a comma in it \
+needs the configuration file):
+  socket=PATH         vhost-user socket the machine connects to
+  connect=ADDR:PORT   the target
+  subnqn=NQN          the subsystem
+  nsid=N              the namespace
+  queues=N            request queues, 1 to 64 [default: 2]
+  read_only=true      refuse writes [default: false]
+
+Examples:
+  penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
+subnqn=nqn.2014-08.com.example:db,nsid=1,queues=4
+  penstock emulate --config /etc/penstock.toml";
+
+#[derive(Debug, Args)]
+pub(crate) struct EmulateArgs {
+    /// A device to emulate; may be given more than once
+    #[arg(
+        long,
+        value_name = "NAME=virtio-blk,socket=PATH,connect=ADDR:PORT,subnqn=NQN,nsid=N[,queues=N]"
+    )]
+    pub(crate) device: Vec<String>,
+    /// Directory to keep the host NQN in [default: none, it is derived from this machine]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<String>,
+    /// Threads the devices run on [default: one for each CPU, up to 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) cores: Option<String>,
+    /// Configuration file (TOML); flags add devices and replace single values
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+const DISCOVER_AFTER: &str = "Examples:
+  penstock discover -a 127.0.0.1
+  penstock discover -a 192.0.2.7 -s 8009 --json";
+
+#[derive(Debug, Args)]
+pub(crate) struct DiscoverArgs {
+    /// IP address of the discovery controller
+    #[arg(short = 'a', long = "traddr", value_name = "ADDR")]
+    pub(crate) addr: std::net::IpAddr,
+    /// Its TCP port
+    #[arg(short = 's', long = "trsvcid", value_name = "PORT", default_value_t = 8009,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: u16,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Give up after this many seconds without an answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) timeout: u64,
+}
+
+const BENCH_AFTER: &str = "Writes overwrite what is on the volume. SPEC is as for `penstock target \
+--volume`: file:PATH[,size=SIZE], blockdev:PATH, ram:SIZE, null:SIZE.
+
+Examples:
+  penstock bench null:1GiB --rw randread --bs 4k --iodepth 128
+  penstock bench file:/srv/t.img,size=4GiB --rw randwrite --verify --runtime 30
+  penstock bench --connect 127.0.0.1:4420 --subnqn NQN --nsid 1 --rw randrw --mix 70 --jobs 2 --json";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lower")]
+pub(crate) enum Rw {
+    /// Sequential reads
+    Read,
+    /// Sequential writes
+    Write,
+    /// Random reads
+    RandRead,
+    /// Random writes
+    RandWrite,
+    /// Sequential reads and writes
+    #[value(name = "rw", alias = "readwrite")]
+    Mixed,
+    /// Random reads and writes
+    #[value(name = "randrw")]
+    RandMixed,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Local volume to load, instead of --connect
+    #[arg(value_name = "SPEC", required_unless_present = "connect", conflicts_with = "connect")]
+    pub(crate) spec: Option<String>,
+    /// Target to load
+    #[arg(long, value_name = "ADDR:PORT", requires = "subnqn", requires = "nsid")]
+    pub(crate) connect: Option<std::net::SocketAddr>,
+    /// Subsystem at the target
+    #[arg(long, value_name = "NQN", requires = "connect")]
+    pub(crate) subnqn: Option<String>,
+    /// Namespace in the subsystem
+    #[arg(long, value_name = "N", requires = "connect",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) nsid: Option<u32>,
+    /// Use CRC32C data and header digests on the way to the target
+    #[arg(long, requires = "connect")]
+    pub(crate) digests: bool,
+    /// What to do
+    #[arg(long, value_name = "WHAT", default_value = "randread")]
+    pub(crate) rw: Rw,
+    /// Bytes per I/O: a multiple of the volume's block size, with K or M if you like
+    #[arg(long, value_name = "SIZE", default_value = "4KiB")]
+    pub(crate) bs: String,
+    /// I/Os in flight, of each job
+    #[arg(long, value_name = "N", default_value_t = 32,
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) iodepth: u32,
+    /// Jobs, each a thread with a queue of its own
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) jobs: u16,
+    /// Seconds to run
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) runtime: u64,
+    /// Bytes from the beginning of the volume to use [default: all of it]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) size: Option<String>,
+    /// Percentage of reads for rw and randrw
+    #[arg(long, value_name = "PERCENT", default_value_t = 50,
+          value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) mix: u8,
+    /// Write blocks that name their place and generation, and check each block that is read;
+    /// afterwards read back everything that was written
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Seed of the random offsets and of the pattern; a later --verify run needs the same
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("penstock").chain(line.split_whitespace()))
+    }
+
+    fn refusal(line: &str) -> String {
+        parse(line).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_help_with_an_example() {
+        for command in ["", "up", "target", "emulate", "discover", "bench"] {
+            let error = parse(&format!("{command} --help")).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DisplayHelp);
+            assert_eq!(error.exit_code(), 0);
+            let text = error.to_string();
+            assert!(text.contains("Examples:\n  penstock "), "{text}");
+            let short = parse(&format!("{command} -h")).unwrap_err();
+            assert_eq!(short.exit_code(), 0);
+        }
+        assert_eq!(parse("--version").unwrap_err().exit_code(), 0);
+    }
+
+    #[test]
+    fn up_has_the_documented_defaults() {
+        let Command::Up(up) = parse("up").unwrap().command else { panic!() };
+        assert_eq!(up.data, PathBuf::from("./penstock-data"));
+        assert_eq!(up.listen, ["127.0.0.1:4420"]);
+        assert_eq!(up.discovery, ["127.0.0.1:8009"]);
+        assert_eq!(up.size, "1GiB");
+    }
+
+    #[test]
+    fn bench_takes_a_spec_or_a_target_and_not_both() {
+        let text = refusal("bench");
+        assert!(text.contains("SPEC"), "{text}");
+        let text = refusal("bench null:1M --connect 127.0.0.1:4420 --subnqn a --nsid 1");
+        assert!(text.contains("cannot be used with"), "{text}");
+        let text = refusal("bench --connect 127.0.0.1:4420");
+        assert!(text.contains("--subnqn") && text.contains("--nsid"), "{text}");
+        let Command::Bench(bench) = parse("bench null:1M --rw randrw").unwrap().command else {
+            panic!()
+        };
+        assert_eq!((bench.rw, bench.iodepth, bench.jobs), (Rw::RandMixed, 32, 1));
+        assert_eq!((bench.runtime, bench.mix, bench.bs.as_str()), (10, 50, "4KiB"));
+    }
+
+    #[test]
+    fn refusals_name_the_flag_the_value_and_what_is_allowed() {
+        for (line, expected) in [
+            ("bench null:1M --rw append", &["append", "--rw", "randread, randwrite"][..]),
+            ("bench null:1M --iodepth 0", &["0", "--iodepth", "1..=1024"]),
+            ("bench null:1M --jobs x", &["x", "--jobs"]),
+            ("bench null:1M --mix 101", &["101", "--mix", "0..=100"]),
+            ("discover", &["--traddr"]),
+            ("discover -a localhost", &["localhost", "--traddr", "IP address"]),
+            ("discover -a ::1 -s 0", &["0", "--trsvcid", "1..=65535"]),
+            ("serve", &["serve", "subcommand"]),
+            ("target --volumes a=ram:1M", &["--volumes", "--volume"]),
+        ] {
+            let text = refusal(line);
+            for part in expected {
+                assert!(text.contains(part), "{part:?} not in the answer to {line:?}:\n{text}");
+            }
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! `penstock target` and `penstock emulate`: run until a signal.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use daemon::{Config, Daemon, Draft};
+
+use crate::cli::{EmulateArgs, TargetArgs};
+use crate::signals::{self, Signals};
+
+pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
+    let mut draft = draft(&args.config)?;
+    for volume in &args.volume {
+        draft.add_volume(volume)?;
+    }
+    draft.set_listen(&args.listen);
+    draft.set_discovery(&args.discovery);
+    if let Some(subnqn) = &args.subnqn {
+        draft.set_subnqn(subnqn);
+    }
+    if let Some(data) = &args.data {
+        draft.set_data_dir(data);
+    }
+    if let Some(cores) = &args.cores {
+        draft.set_target_cores(cores);
+    }
+    if let Some(entries) = &args.queue_entries_max {
+        draft.set_queue_entries_max(entries);
+    }
+    if let Some(queues) = &args.io_queues_max {
+        draft.set_io_queues_max(queues);
+    }
+    let left_out = draft.keep_target();
+    if left_out != 0 {
+        tracing::info!(devices = left_out, "devices in the file are for `penstock emulate`");
+    }
+    run(draft.check()?)
+}
+
+pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
+    let mut draft = draft(&args.config)?;
+    for device in &args.device {
+        draft.add_device(device)?;
+    }
+    if let Some(data) = &args.data {
+        draft.set_data_dir(data);
+    }
+    if let Some(cores) = &args.cores {
+        draft.set_emulator_cores(cores);
+    }
+    let left_out = draft.keep_devices();
+    if left_out != 0 {
+        tracing::info!(volumes = left_out, "volumes in the file are for `penstock target`");
+    }
+    run(draft.check()?)
+}
+
+fn draft(config: &Option<PathBuf>) -> anyhow::Result<Draft> {
+    Ok(match config {
+        Some(path) => Draft::from_file(path)?,
+        None => Draft::new(),
+    })
+}
+
+fn run(config: Config) -> anyhow::Result<ExitCode> {
+    signals::runtime()?.block_on(async {
+        let mut signals = Signals::new()?;
+        let daemon = Daemon::start(config)?;
+        daemon.announce();
+        signals::stay(daemon, &mut signals, |text| tracing::info!("{text}")).await
+    })
+}
