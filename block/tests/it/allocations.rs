@@ -99,6 +99,6 @@ fn files_do_not_allocate() {
     let dir = TempDir::new().unwrap();
     let options = FileOptions { size_bytes: Some(4 << 20), ..FileOptions::default() };
     let volume = FileVolume::open(&dir.path().join("disk"), identity(), &options).unwrap();
-    let Some(mut bench) = Bench::real(&volume, DEPTH as u32) else { return };
+    let mut bench = Bench::real(&volume, DEPTH as u32);
     check("file", &mut bench, 300);
 }

@@ -21,26 +21,16 @@ struct Loop {
 }
 
 impl Loop {
-    /// `None`, with a message, where there is no loop device for us.
-    fn new() -> Option<Loop> {
+    fn new() -> Loop {
         let dir = TempDir::new().unwrap();
         let file = dir.path().join("backing");
         fs::write(&file, vec![0; BYTES]).unwrap();
         let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output();
-        let output = match output {
-            Ok(output) if output.status.success() => output,
-            Ok(output) => {
-                let why = String::from_utf8_lossy(&output.stderr).into_owned();
-                eprintln!("SKIPPED, no loop device: {}", why.trim());
-                return None;
-            }
-            Err(e) => {
-                eprintln!("SKIPPED, no losetup: {e}");
-                return None;
-            }
-        };
+        let output = output.expect("losetup (package util-linux)");
+        let why = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "no loop device: {}", why.trim());
         let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        Some(Loop { dir, device })
+        Loop { dir, device }
     }
 
     fn contents(&self) -> Vec<u8> {
@@ -64,12 +54,13 @@ fn options() -> FileOptions {
 }
 
 #[test]
+#[ignore = "needs root and a loop device"]
 fn a_device_is_an_array_of_bytes() {
-    let Some(disk) = Loop::new() else { return };
+    let disk = Loop::new();
     let volume = open(&disk.device, &options()).unwrap();
     let geometry = volume.geometry();
     assert_eq!((geometry.bytes(), geometry.block_bytes), (BYTES as u64, 512));
-    let Some(mut bench) = Bench::real(&volume, 16) else { return };
+    let mut bench = Bench::real(&volume, 16);
     let run = Options { len_max: 2_000_000, ..Options::new(7, 700) };
     let contents = model::run(&mut bench, &volume, vec![0; BYTES], &run);
     bench.range(block::Op::Flush, 0, 0, false).unwrap();
@@ -78,8 +69,9 @@ fn a_device_is_an_array_of_bytes() {
 }
 
 #[test]
+#[ignore = "needs root and a loop device"]
 fn a_device_in_use_is_refused() {
-    let Some(disk) = Loop::new() else { return };
+    let disk = Loop::new();
     let first = open(&disk.device, &options()).unwrap();
     let Err(error) = open(&disk.device, &options()) else { panic!("should be refused") };
     assert!(error.reason.contains("it is in use: mounted"), "{error}");
@@ -88,8 +80,9 @@ fn a_device_in_use_is_refused() {
 }
 
 #[test]
+#[ignore = "needs root and a loop device"]
 fn a_device_is_not_a_file() {
-    let Some(disk) = Loop::new() else { return };
+    let disk = Loop::new();
     let spec: VolumeSpec = format!("file:{},size=1M", disk.device.display()).parse().unwrap();
     let Err(error) = spec.open(identity()) else { panic!("should be refused") };
     assert!(error.reason.contains("write blockdev: instead of file:"), "{error}");

@@ -49,10 +49,9 @@ impl Bench {
         Bench::on(world.core(), Some(world.clone()), volume, depth)
     }
 
-    /// On the kernel of this machine; `None`, with a message, where it has no io_uring for us.
-    pub(crate) fn real(volume: &dyn Volume, depth: u32) -> Option<Bench> {
-        let core = real_core(CoreConfig::default())?;
-        Some(Bench::on(core, None, volume, depth))
+    /// On the kernel of this machine.
+    pub(crate) fn real(volume: &dyn Volume, depth: u32) -> Bench {
+        Bench::on(real_core(CoreConfig::default()), None, volume, depth)
     }
 
     pub(crate) fn on(
@@ -144,14 +143,8 @@ impl Bench {
     }
 }
 
-pub(crate) fn real_core(config: CoreConfig) -> Option<Core> {
-    match Core::new(config) {
-        Ok(core) => Some(core),
-        Err(e) => {
-            eprintln!("SKIPPED, no ring on this machine: {e}");
-            None
-        }
-    }
+pub(crate) fn real_core(config: CoreConfig) -> Core {
+    Core::new(config).expect("these tests need io_uring")
 }
 
 pub(crate) fn bytes(data: &SgList) -> Vec<u8> {

@@ -16,20 +16,25 @@ pub(crate) struct Args {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Comparison {
+pub(crate) enum Comparison {
     /// The target with a null volume against a bare request/response loop.
     Target,
 }
 
 pub(crate) fn task(args: &Args) -> Result<bool> {
-    let binary = match args.name {
+    run(args.name, &args.rest)?;
+    Ok(true)
+}
+
+/// Builds both sides and compares them; an error when a goal is missed.
+pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
+    let binary = match name {
         Comparison::Target => "bench-target",
     };
     // The binary under test is started by the comparison.
     let mut build = workspace::cargo();
     exec::run(build.args(["build", "--release", "-p", "penstock"]))?;
     let mut run = workspace::cargo();
-    run.args(["run", "--release", "-p", "it", "--bin", binary, "--"]).args(&args.rest);
-    exec::run(&mut run)?;
-    Ok(true)
+    run.args(["run", "--release", "-p", "it", "--bin", binary, "--"]).args(rest);
+    exec::run(&mut run)
 }

@@ -10,8 +10,8 @@ use crate::{exec, install, workspace};
 
 /// Time of all targets together.
 const BUDGET_S: usize = 60;
-/// Memory a target may hold before the run counts as failed.
-const RSS_LIMIT_MIB: usize = 1024;
+/// Memory a target may hold before the run counts as failed; the sanitizer itself takes much of it.
+const RSS_LIMIT_MIB: usize = 2048;
 
 pub(crate) fn smoke() -> Result<Outcome> {
     let folder = workspace::root()?.join("fuzz");

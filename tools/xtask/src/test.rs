@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::report::{Outcome, Report};
-use crate::{check, exec, fuzz, install, lab, workspace};
+use crate::{bench, check, exec, fuzz, install, lab, workspace};
 
 pub(crate) fn task(no_lab: bool) -> Result<bool> {
     println!(
@@ -23,13 +23,28 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
         exec::run(tests.args(["nextest", "run", "--workspace", "--profile", profile]))?;
         Ok(Outcome::Passed)
     });
+    report.step("block devices", block_devices);
     report.step("documentation tests", || {
         exec::run(workspace::cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
         Ok(Outcome::Passed)
     });
     report.step("fuzz smoke", fuzz::smoke);
+    report.step("junk smoke", || {
+        let mut smoke = workspace::cargo();
+        smoke.env("PENSTOCK_SMOKE_SECONDS", "60");
+        exec::run(smoke.args(["nextest", "run", "-p", "it", "--no-capture", "junk::"]))?;
+        Ok(Outcome::Passed)
+    });
     let is_built = report.step("release build", || {
         exec::run(workspace::cargo().args(["build", "--release", "-p", "penstock"]))?;
+        Ok(Outcome::Passed)
+    });
+    report.step("bench target", || {
+        if !is_built {
+            return Ok(Outcome::Skipped("the release build failed".to_owned()));
+        }
+        let args = ["--rounds", "3", "--millis", "500"].map(str::to_owned);
+        bench::run(bench::Comparison::Target, &args)?;
         Ok(Outcome::Passed)
     });
     if no_lab {
@@ -38,4 +53,24 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
         lab::add_steps(&mut report, is_built);
     }
     Ok(report.finish())
+}
+
+/// Tests on a loop device, which only root on a kernel that has them can make.
+fn block_devices() -> Result<Outcome> {
+    if !install::is_root() {
+        return Ok(Outcome::Skipped("loop devices need root".to_owned()));
+    }
+    let probe = std::process::Command::new("losetup").arg("--find").output();
+    match probe {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr);
+            return Ok(Outcome::Skipped(format!("no loop device: {}", why.trim())));
+        }
+        Err(e) => return Ok(Outcome::Skipped(format!("no losetup: {e}"))),
+    }
+    let mut tests = workspace::cargo();
+    tests.args(["nextest", "run", "-p", "block", "--run-ignored", "only"]);
+    exec::run(tests.args(["-E", "test(device::)"]))?;
+    Ok(Outcome::Passed)
 }

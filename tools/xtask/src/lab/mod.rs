@@ -44,6 +44,9 @@ pub(crate) struct Args {
     /// Make the Debian tree and the guest images, run nothing.
     #[arg(long)]
     setup: bool,
+    /// Take the release binary as it is.
+    #[arg(long)]
+    no_build: bool,
 }
 
 pub(crate) fn task(args: &Args) -> Result<bool> {
@@ -60,7 +63,7 @@ pub(crate) fn task(args: &Args) -> Result<bool> {
     };
     let mut report = Report::default();
     let mut is_built = true;
-    if chosen.iter().any(|scenario| scenario.needs_penstock) {
+    if !args.no_build && chosen.iter().any(|scenario| scenario.needs_penstock) {
         is_built = report.step("release build", || {
             exec::run(workspace::cargo().args(["build", "--release", "-p", "penstock"]))?;
             Ok(Outcome::Passed)
