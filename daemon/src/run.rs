@@ -326,9 +326,12 @@ impl Daemon {
             for device in &emulator.devices {
                 device.state.stop.store(true, Ordering::Relaxed);
             }
-            for device in emulator.devices {
-                device.stop();
-            }
+            // Each may wait for its disk and its target: all at once.
+            std::thread::scope(|scope| {
+                for device in emulator.devices {
+                    scope.spawn(move || device.stop());
+                }
+            });
             if !emulator.cores.stop() {
                 problems.push("an emulator core panicked".to_owned());
             }
@@ -558,26 +561,10 @@ fn serve_when_ready(
     state: &DeviceState,
     failed: &mpsc::UnboundedSender<String>,
 ) {
-    let mut told = None;
-    loop {
+    // The initiator logs what keeps it from the target; nothing to add here.
+    while volume.wait_ready(LOOK).is_err() {
         if state.stop.load(Ordering::Relaxed) {
             return;
-        }
-        let problem = match volume.wait_ready(LOOK) {
-            Ok(_) => break,
-            Err(_) => volume.state().last_error.clone(),
-        };
-        // Each new reason once: an operator wants to know what to fix, not how often we tried.
-        if problem.is_some() && problem != told {
-            tracing::warn!(
-                device = %config.name,
-                connect = %config.connect,
-                subnqn = %config.subnqn,
-                nsid = config.nsid,
-                problem = problem.as_deref().unwrap_or_default(),
-                "waiting for the target"
-            );
-            told = problem;
         }
     }
     let serial = serial_text(&volume.identity().serial);
@@ -598,6 +585,12 @@ fn serve_when_ready(
             // Nobody listens any more once the process stops in order.
             let _ = failed.send(problem);
         }
+    }
+}
+
+impl Drop for RunningDevice {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Relaxed);
     }
 }
 

@@ -75,7 +75,7 @@ pub enum StateError {
         volumes: PathBuf,
     },
     /// The system refused.
-    #[error("data directory: cannot {doing} {}: {}", path.display(), advice(source))]
+    #[error("data directory: cannot {doing} {}{}", path.display(), advice(source))]
     Io {
         /// What was tried.
         doing: &'static str,
@@ -87,7 +87,7 @@ pub enum StateError {
     },
 }
 
-/// The system's words and, where there is one, what to do.
+/// What to do, where there is something; the system's words are the source.
 fn advice(error: &io::Error) -> String {
     let hint = match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -97,10 +97,12 @@ fn advice(error: &io::Error) -> String {
             "free some space, or choose a directory on another file system with --data DIR"
         }
         io::ErrorKind::ReadOnlyFilesystem => "choose a writable directory with --data DIR",
-        io::ErrorKind::NotADirectory => "allowed: a directory; choose another with --data DIR",
-        _ => return error.to_string(),
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "it is no directory; choose another with --data DIR"
+        }
+        _ => return String::new(),
     };
-    format!("{error}; {hint}")
+    format!(" ({hint})")
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

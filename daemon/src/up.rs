@@ -22,6 +22,8 @@ use crate::size;
 use crate::state::DataDir;
 
 const FIRST_VOLUME: &str = "vol0";
+/// Volumes are multiples of this, so that any logical block size fits.
+const VOLUME_UNIT: u64 = 4096;
 const SCRATCH_FILE: &str = "self-check.img";
 const SCRATCH_DEVICE: &str = "self-check";
 const SCRATCH_NSID: u32 = 1;
@@ -65,6 +67,9 @@ impl Up {
     pub fn start(config: &UpConfig) -> anyhow::Result<Up> {
         let size = size::parse(&config.size)
             .map_err(|allowed| anyhow!("--size {:?}: {allowed}", config.size))?;
+        if !size.is_multiple_of(VOLUME_UNIT) {
+            bail!("--size {:?}: allowed: a multiple of {VOLUME_UNIT} bytes", config.size);
+        }
         let mut draft = Draft::new();
         draft.set_listen(&config.listen);
         draft.set_discovery(&config.discovery);
@@ -261,10 +266,6 @@ fn file_spec(path: &Path, size: Option<u64>) -> anyhow::Result<VolumeSpec> {
 
 /// A new sparse file. What is there is never touched.
 fn make_volume(path: &Path, size: u64) -> anyhow::Result<()> {
-    const BLOCK: u64 = 4096;
-    if !size.is_multiple_of(BLOCK) {
-        bail!("--size {size}: allowed: a multiple of {BLOCK} bytes");
-    }
     let file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => file,
         // Left by a start that ended before the identity was stored; nothing was ever written.

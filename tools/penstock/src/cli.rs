@@ -85,8 +85,9 @@ const TARGET_AFTER: &str = "SPEC is one of
   blockdev:PATH           a block device
   ram:SIZE                memory, lost at the end
   null:SIZE               nothing: reads give zeros, writes are dropped (for measurements)
-each with ,block=512|4096 for the logical block size (bytes). SIZE: bytes, or with K, M, G, T
-(powers of 1024; KiB, MiB, GiB, TiB are the same).
+each with ,block=512|4096 for the logical block size (bytes); the first two with ,ro to refuse
+writes. SIZE: bytes, or with K, M, G, T, P (powers of 1024; KiB and so on are the same). A comma in
+PATH is written twice.
 
 advertise= is the address the discovery log tells hosts, where they reach the listener by another
 one (NAT, containers).
