@@ -9,6 +9,9 @@ use reactor::{Core, CoreConfig, CoreHandle, SetupError, Spawner};
 /// not a reservation: its memory is taken when it is first used.
 const POOL_BYTES: usize = 256 << 20;
 
+/// Operations in flight on a core: two for each connection, and what its volumes have under way.
+const RING_ENTRIES: u32 = 4096;
+
 /// How many cores a role gets if the operator does not say: the processors there are, shared with
 /// the other role if this process has both, and no more than four, which serve more than a NIC.
 pub fn default_count(roles: usize) -> u16 {
@@ -18,7 +21,7 @@ pub fn default_count(roles: usize) -> u16 {
 
 /// The usual configuration of a core.
 pub fn core_config() -> CoreConfig {
-    CoreConfig { pool_bytes: POOL_BYTES, ..CoreConfig::default() }
+    CoreConfig { entries: RING_ENTRIES, pool_bytes: POOL_BYTES, ..CoreConfig::default() }
 }
 
 /// Why the cores could not be had.

@@ -1,6 +1,5 @@
 //! The control-plane side of the target: what is served, to whom, by which cores.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -266,11 +265,6 @@ impl Target {
     /// Connections and associations that exist at this moment.
     pub fn connected(&self) -> (usize, usize) {
         (self.shared.connections.load(Ordering::Acquire), self.shared.registry.len())
-    }
-
-    /// Entry of the discovery log for a listener: address and port as hosts are to use them.
-    pub fn address_text(addr: SocketAddr) -> (String, String) {
-        (addr.ip().to_string(), addr.port().to_string())
     }
 }
 
