@@ -10,7 +10,8 @@ use nvme::tcp::{Crc32c, Fault, Host, HostConfig, HostEvent};
 use reactor::net::{Rx, RxChunk, Stream, StreamConfig};
 use reactor::{Errno, Local, Outcome, Port};
 
-/// How long a connection may take to carry away the H2CTermReq that ends it.
+/// How long the controller may take to close a connection that an H2CTermReq ended. Closing it from here at once would
+/// take the H2CTermReq back, as our sockets are reset on close.
 const TERM_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a connection, and with it the association, ended.
@@ -50,14 +51,11 @@ enum State {
     Initializing { until: Duration },
     /// ICResp received: commands may be sent.
     Up,
-    /// H2CTermReq queued; nothing is read any more. Moved on when it is sent, or by `until`.
+    /// H2CTermReq queued; what comes is thrown away. Moved on when the controller closes, or by `until`.
     Terminating { until: Duration },
     /// The stream is shut down; moved on when it is quiet.
     Closing,
 }
-
-/// Token of the H2CTermReq; commands use their cid, which is below 65,536.
-const TERM_TOKEN: u32 = u32::MAX;
 
 pub(crate) struct Link {
     local: Local,
@@ -114,10 +112,9 @@ impl Link {
                 self.state = State::Abandoned;
             }
             (State::Initializing { .. } | State::Up, Some(stream)) => {
-                stream.pause();
                 let told = fault.is_some_and(|fault| {
                     let head = self.host.term_req(fault);
-                    stream.push(&head, None, None, Some(TERM_TOKEN)).is_ok()
+                    stream.push(&head, None, None, None).is_ok()
                 });
                 if told {
                     stream.flush();
@@ -147,11 +144,15 @@ impl Link {
         match self.state {
             State::Initializing { until } if now >= until => return Err(Loss::InitTimeout),
             State::Terminating { until } => {
-                let mut over = now >= until || stream.failed().is_some();
-                while let Some(token) = stream.sent() {
-                    over |= token == TERM_TOKEN;
+                let mut is_over = now >= until || stream.failed().is_some();
+                while !is_over {
+                    match stream.recv() {
+                        Rx::Data(_) => {}
+                        Rx::Empty => break,
+                        Rx::Eof | Rx::Failed(_) => is_over = true,
+                    }
                 }
-                if over {
+                if is_over {
                     stream.shutdown();
                     self.state = State::Closing;
                     progressed = true;

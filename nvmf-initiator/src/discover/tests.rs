@@ -171,7 +171,7 @@ fn junk_is_a_fault_that_the_controller_is_told_about() {
 
 #[test]
 fn a_controller_that_closes_or_stays_silent_ends_it() {
-    let (addr, server) = serve(|socket| drop(socket));
+    let (addr, server) = serve(drop);
     let error = discover(&config(addr)).unwrap_err();
     assert!(matches!(error, DiscoverError::Closed | DiscoverError::Io(_)), "{error:?}");
     server.join().unwrap();
