@@ -68,7 +68,7 @@ file_system() {
 # check_files DEV: compare the file system with /tmp/sums.
 check_files() {
     drop_caches
-    mount -t ext4 "$1" /mnt || fail "mount again"
+    mount -t ext4 -o ro "$1" /mnt || fail "mount again"
     sums /mnt >/tmp/sums.now
     umount /mnt || fail umount
     cmp /tmp/sums /tmp/sums.now || fail "files differ"

@@ -11,7 +11,8 @@ run_line() {
 }
 # The lines name this machine's 127.0.0.1, which for the guest is elsewhere.
 for port in "$1" "$2"; do
-    nc -ll -p "$port" -s 127.0.0.1 -e /usr/bin/nc 10.0.2.2 "$port" &
+    nc -ll -p "$port" -e /usr/bin/nc 10.0.2.2 "$port" &
+    wait_for 30 "listener on $port" grep -q ":$(printf %04X "$port") .* 0A " /proc/net/tcp /proc/net/tcp6
 done
 run_line modprobe
 run_line discover

@@ -32,7 +32,7 @@ pub(crate) fn add_steps(report: &mut Report) {
     });
     report.step("documentation", || {
         let mut doc = workspace::cargo();
-        doc.args(["doc", "--workspace", "--no-deps", "--document-private-items"]);
+        doc.args(["doc", "--workspace", "--no-deps"]);
         exec::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
         Ok(Outcome::Passed)
     });

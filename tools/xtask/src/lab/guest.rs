@@ -41,7 +41,8 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     pub(super) fn new(script: &'a str) -> Self {
-        let limit = Duration::from_secs(600);
+        // Several times what the longest script takes on two busy cores.
+        let limit = Duration::from_secs(360);
         let (args, files, devices) = (Vec::new(), Vec::new(), Vec::new());
         Self { script, args, files, has_network: false, machine: None, devices, limit }
     }

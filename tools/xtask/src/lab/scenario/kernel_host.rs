@@ -7,6 +7,7 @@ use super::super::Scene;
 use super::super::guest::{Job, Results};
 use super::super::tree::Kernel;
 use super::{HOST_ADDRESS, SUBNQN, Target, file_volume, fio_verified, first, word};
+use crate::exec;
 use crate::report::Outcome;
 
 const SIZE_MIB: u64 = 128;
@@ -36,6 +37,12 @@ fn run(scene: &Scene<'_>, kernel: Kernel) -> Result<Outcome> {
     ensure!(record["traddr"] == HOST_ADDRESS, "advertised address: {record}");
     ensure!(record["trsvcid"] == target.port.to_string().as_str(), "advertised port: {record}");
     ensure!(record["trtype"] == "tcp", "transport: {record}");
+    // Our own view of the same log.
+    let mut discover = scene.penstock();
+    discover.args(["discover", "-a", "127.0.0.1", "-s", &discovery, "--json"]);
+    let ours = exec::output(&mut discover)?;
+    ensure!(ours.contains(SUBNQN) && ours.contains(HOST_ADDRESS), "penstock discover: {ours}");
+
     let controller = results.json("id-ctrl.json")?;
     let model = controller["mn"].as_str().unwrap_or_default();
     ensure!(model.to_lowercase().contains("penstock"), "model {model:?}");

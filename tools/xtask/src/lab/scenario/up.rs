@@ -123,7 +123,7 @@ fn qemu_line(lines: &[String]) -> Result<Vec<String>> {
 fn native_fio(scene: &Scene<'_>, lines: &[String]) -> Result<Outcome> {
     let line = lines
         .iter()
-        .find_map(|line| line.strip_prefix("fio ").filter(|line| line.contains("libblkio")))
+        .find_map(|line| line.strip_prefix("fio ").filter(|line| line.contains("=libblkio ")))
         .context("no fio line for libblkio")?;
     let mut fio = match scene.tree().fio_blkio() {
         Ok(fio) => fio,
