@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use block::Volume;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::session::{Action, Refusal, Session};
 use super::socket::{Connection, ConnectionError, Listener, Received};
@@ -100,6 +100,8 @@ pub(crate) struct Server {
     is_stopping: bool,
     accept_after: Option<Instant>,
     log: LogLimit,
+    /// Clients that come and go in good order have their own budget.
+    log_clients: LogLimit,
 }
 
 impl Server {
@@ -124,6 +126,7 @@ impl Server {
             is_stopping: false,
             accept_after: None,
             log: LogLimit::default(),
+            log_clients: LogLimit::default(),
         }
     }
 
@@ -198,7 +201,9 @@ impl Server {
                 let session = Session::new(Arc::clone(&self.device), self.config.queue_size_max);
                 let connection = Connection::new(socket);
                 self.client = Some(Client { connection, session, has_acted: false });
-                debug!(device = %self.config.name, "vhost-user client connected");
+                if self.log_clients.allows() {
+                    info!(device = %self.config.name, "vhost-user client connected");
+                }
             }
             Err(error) => {
                 self.accept_after = Some(Instant::now() + ACCEPT_PAUSE);
@@ -348,6 +353,11 @@ impl Server {
             return;
         }
         let Some(Outstanding { outcome, .. }) = self.message.take() else { return };
+        if let Err(reason) = &outcome
+            && self.log.allows()
+        {
+            warn!(device = %self.config.name, %reason, "cannot do what the frontend asks for");
+        }
         let Some(client) = &mut self.client else { return };
         match client.session.on_done(outcome) {
             Ok(None) => {}
@@ -366,7 +376,8 @@ impl Server {
         self.message = None;
         let device = &self.config.name;
         match reason {
-            None => debug!(%device, "vhost-user client left"),
+            None if self.log_clients.allows() => info!(%device, "vhost-user client left"),
+            None => {}
             Some(reason) if self.log.allows() => {
                 warn!(%device, %reason, "vhost-user connection closed");
             }
