@@ -280,8 +280,7 @@ impl Sim {
     fn finish(mut self) -> Result<u64, String> {
         let report = Rc::clone(&self.report);
         let limit = Duration::from_secs(3600);
-        let ended =
-            self.world.run_until(&mut self.cores, limit, &mut || report.borrow().done);
+        let ended = self.world.run_until(&mut self.cores, limit, &mut || report.borrow().done);
         if let Some(failure) = &self.report.borrow().failure {
             return Err(failure.clone());
         }
