@@ -4,6 +4,7 @@
 //!  check   format, lints, docs, dependency direction, house rules      (check/)
 //!  test    installs what is missing, then check, tests, fuzz smoke,
 //!          release build and every lab scenario                        (test.rs)
+//!  fuzz    the fuzz smoke alone                                        (fuzz.rs)
 //!  lab     one scenario in a guest with a stock Linux kernel           (lab/)
 //!  bench   one comparison                                              (bench.rs)
 //! ```
@@ -43,6 +44,8 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
+    /// Run every fuzz target for a short time.
+    Fuzz,
     /// Run scenarios of the guest lab.
     Lab(lab::Args),
     /// Run a comparison.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Check => check::task(),
         Task::Test { no_lab } => test::task(no_lab),
+        Task::Fuzz => fuzz::task(),
         Task::Lab(args) => lab::task(&args),
         Task::Bench(args) => bench::task(&args),
     };
