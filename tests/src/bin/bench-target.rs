@@ -17,7 +17,7 @@ use clap::Parser;
 use it::load::{self, Figures, Workload};
 use it::{bare, process};
 
-const SUBNQN: &str = "nqn.2026-11.io.penstock:default";
+const SUBNQN: &str = "nqn.2026-11.io.penstock:bench";
 const SPAN_BYTES: u64 = 64 << 30;
 
 #[derive(Parser)]
@@ -217,6 +217,8 @@ impl Target {
             &listen.to_string(),
             "--discovery",
             &discovery.to_string(),
+            "--subnqn",
+            SUBNQN,
             "--cores",
             "1",
         ]);
