@@ -31,11 +31,13 @@ impl Service {
         println!("starting {name}, its log is {}", log.display());
         writeln!(file, "$ {}", exec::shown(command))?;
         let log_start = usize::try_from(file.metadata()?.len())?;
-        // Even if we are killed, nothing we started stays behind.
+        // Even if we are killed, nothing we started stays behind. And Ctrl-C has to mean what it
+        // means on a terminal, though a shell that started us in the background had it ignored.
         let mut bound = match install::program("setpriv") {
             Some(setpriv) => {
                 let mut bound = Command::new(setpriv);
-                bound.args(["--pdeathsig", "KILL"]).arg(command.get_program());
+                bound.args(["--pdeathsig", "KILL", "env", "--default-signal=INT"]);
+                bound.arg(command.get_program());
                 bound
             }
             None => Command::new(command.get_program()),
