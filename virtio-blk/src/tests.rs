@@ -285,7 +285,7 @@ fn a_steady_state_allocates_nothing() {
         tell.send(()).unwrap();
         drop((tell, waker));
     });
-    let mut turn_until_told = |core: &mut Core| {
+    let turn_until_told = |core: &mut Core| {
         while told.try_recv() == Err(mpsc::TryRecvError::Empty) {
             core.turn(true);
         }
