@@ -6,8 +6,9 @@
 //!     └────────────── back-off ◄──────────────── Leaving ─► Stopped (after shutdown)
 //! ```
 //!
-//! There is one way out of an association, [`AdminTask::lose`]: whatever queue finds whatever wrong, the admin task
-//! publishes that the association is over, each channel ends its connection, and the next association has another number.
+//! There is one way out of an association, [`AdminTask::lose`]: whatever queue finds whatever
+//! wrong, the admin task publishes that the association is over, each channel ends its connection,
+//! and the next association has another number.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,9 +25,11 @@ use reactor::{Local, Progress, Task};
 use crate::link::{Link, Loss};
 use crate::shared::{Phase, RemoteState, Shared};
 
-/// An association that has been ready for so long counts as sound: the next loss starts with the shortest delay again.
+/// An association that has been ready for so long counts as sound: the next loss starts with the
+/// shortest delay again.
 const SOUND_AFTER: Duration = Duration::from_secs(10);
-/// What is added to the time in which a lost controller ends by itself: it must notice, and finish what it began.
+/// What is added to the time in which a lost controller ends by itself: it must notice, and finish
+/// what it began.
 const OLD_CONTROLLER_MARGIN: Duration = Duration::from_secs(5);
 /// How long the controller may take to shut down before the connection is closed without it.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -179,11 +182,13 @@ impl AdminTask {
                 self.backoff.reset();
                 self.lost_at = Duration::MAX;
             }
-            // With traffic based keep alive a controller may count up to two time-outs from the last command.
+            // With traffic based keep alive a controller may count up to two time-outs from the
+            // last command.
             if let Some(old) = &mut self.old {
                 old.safe_at = now + self.shared.config.kato * 2 + OLD_CONTROLLER_MARGIN;
             }
-            // A sound association was lost just now, a doubtful one when the sound one before it was.
+            // A sound association was lost just now, a doubtful one when the sound one before it
+            // was.
             self.lost_at = self.lost_at.min(now);
             self.shared.publish(|state| {
                 state.phase = Phase::Connecting;

@@ -1,11 +1,13 @@
 //! One I/O queue of a remote namespace on one core.
 //!
-//! An accepted I/O waits in the [`Table`]. It is cut into *commands* of at most what the controller takes at once, each
-//! under a cid of the queue, and is given back when all of them are answered and the stream refers to none of its memory any
-//! more. When the path is lost, what is not finished is held, in the order of acceptance, as soon as the old connection
-//! is quiet, and starts again from its first byte on the next association.
+//! An accepted I/O waits in the [`Table`]. It is cut into *commands* of at most what the controller
+//! takes at once, each under a cid of the queue, and is given back when all of them are answered
+//! and the stream refers to none of its memory any more. When the path is lost, what is not
+//! finished is held, in the order of acceptance, as soon as the old connection is quiet, and starts
+//! again from its first byte on the next association.
 //!
-//! Everything that one poll queues leaves in one send: `submit` only files the I/O, `poll` receives, then sends.
+//! Everything that one poll queues leaves in one send: `submit` only files the I/O, `poll`
+//! receives, then sends.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,7 +29,8 @@ use crate::table::{Settled, Table};
 
 /// Bytes of the data of a Connect command (NVMe Base 2.0, Fabrics Connect command).
 const CONNECT_BYTES: usize = 1024;
-/// Most bytes of one read or write command, whatever the controller allows: longer ones only delay others.
+/// Most bytes of one read or write command, whatever the controller allows: longer ones only delay
+/// others.
 const TRANSFER_BYTES_MAX: u64 = 1 << 20;
 /// The Connect command of the queue goes under this cid, before any other.
 const CONNECT_CID: u16 = 0;
@@ -139,19 +142,27 @@ impl RemoteChannel {
             data_digest: config.data_digest,
             ..HostConfig::default()
         };
-        // A capsule and an H2CData PDU per command, and the ICReq; what does not fit waits for the next poll.
+        // A capsule and an H2CData PDU per command, and the ICReq; what does not fit waits for the
+        // next poll.
         let tx_entries_max = usize::from(cids) * 2 + 2;
         let link =
             Link::new(local, config.addr, host_config, tx_entries_max, config.connect_timeout);
         let counters = Arc::new(ChannelCounters::default());
+        let refuse = |text| io::Error::new(io::ErrorKind::ResourceBusy, text);
         let index = shared.take_seat(local.handle(), Arc::clone(&counters)).ok_or_else(|| {
-            let text = format!("all {} I/O queues of the remote volume are in use", config.queues);
-            io::Error::new(io::ErrorKind::ResourceBusy, text)
+            refuse(format!("all {} I/O queues of the remote volume are in use", config.queues))
         })?;
+        let state = shared.state();
+        if state.phase == Phase::Live && index >= state.queues {
+            // The association would break under the other channels when this one asks for its
+            // queue.
+            shared.leave_seat(index);
+            return Err(refuse(format!("the controller grants only {} I/O queues", state.queues)));
+        }
         let retries_max = config.retries_max;
         Ok(RemoteChannel {
             epoch: 0, // never published, so that the first poll takes up the state
-            state: shared.state(),
+            state,
             shared,
             local: local.clone(),
             index,
@@ -296,7 +307,8 @@ impl RemoteChannel {
         Ok(())
     }
 
-    /// Connect for this queue (NVMe Base 2.0, Fabrics Connect command); its data always fits the capsule.
+    /// Connect for this queue (NVMe Base 2.0, Fabrics Connect command); its data always fits the
+    /// capsule.
     fn send_connect(&mut self, now: Duration) -> Result<(), Loss> {
         let config = &self.shared.config;
         let entries = self.queue_entries();
@@ -312,7 +324,8 @@ impl RemoteChannel {
         Ok(())
     }
 
-    /// Entries of this queue: one more than commands can be out, and no more than the controller supports.
+    /// Entries of this queue: one more than commands can be out, and no more than the controller
+    /// supports.
     fn queue_entries(&self) -> u16 {
         let wanted = self.commands.len() as u16 + 1;
         wanted.min(self.state.queue_entries).max(2)
@@ -388,7 +401,8 @@ impl RemoteChannel {
             let Some(&cid) = self.free_cids.last() else { break };
             let Some((id, start, io)) = self.table.front() else { break };
             if start == 0 {
-                // Here, not in `submit`: the namespace may not have been known then, or have changed since.
+                // Here, not in `submit`: the namespace may not have been known then, or have
+                // changed since.
                 let verdict = block::check(&self.state.geometry, io);
                 if verdict.is_err() || io.op != Op::Flush && io.len == 0 {
                     self.table.finish_front(verdict);

@@ -33,18 +33,20 @@ pub struct RemoteConfig {
     pub hostnqn: Nqn,
     /// Host Identifier that belongs to `hostnqn`; not zero.
     pub hostid: [u8; 16],
-    /// Commands outstanding per I/O queue at most; less if the controller has smaller queues. 1 to 1,023: a queue has one
-    /// entry more, as a full one cannot be told from an empty one.
+    /// Commands outstanding per I/O queue at most; less if the controller has smaller queues. 1 to
+    /// 1,023: a queue has one entry more, as a full one cannot be told from an empty one.
     pub queue_depth: u16,
     /// I/O queues to ask for, so channels that can be open at once. 1 to 1,024.
     pub queues: u16,
-    /// Keep Alive Time-out. The association ends when the controller does not answer a Keep Alive for so long.
+    /// Keep Alive Time-out. The association ends when the controller does not answer a Keep Alive
+    /// for so long.
     pub kato: Duration,
     /// How long a TCP connect may take, and the ICResp after it.
     pub connect_timeout: Duration,
     /// How long the controller may take to answer a command. An overdue one ends the association.
     pub command_timeout: Duration,
-    /// First delay before an attempt to set up a lost association; grows to `reconnect_delay_max`, with jitter.
+    /// First delay before an attempt to set up a lost association; grows to `reconnect_delay_max`,
+    /// with jitter.
     pub reconnect_delay: Duration,
     /// Longest delay between attempts.
     pub reconnect_delay_max: Duration,
@@ -76,8 +78,9 @@ const QUEUE_DEPTH_MAX: u16 = 1023;
 const QUEUES_MAX: u16 = 1024;
 
 impl RemoteConfig {
-    /// The defaults for a namespace: one queue of depth 128, keep alive 5 s, commands 30 s, reconnects for ever between 0.2
-    /// and 5 s apart, no digests. `host` is the host's NQN and identifier.
+    /// The defaults for a namespace: one queue of depth 128, keep alive 5 s, commands 30 s,
+    /// reconnects for ever between 0.2 and 5 s apart, no digests. `host` is the host's NQN and
+    /// identifier.
     pub fn new(addr: SocketAddr, subnqn: Nqn, nsid: u32, host: (Nqn, [u8; 16])) -> RemoteConfig {
         RemoteConfig {
             addr,

@@ -1,4 +1,5 @@
-//! Reading a discovery log, for the control plane: blocking, on a socket of its own, over in bounded time.
+//! Reading a discovery log, for the control plane: blocking, on a socket of its own, over in
+//! bounded time.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};

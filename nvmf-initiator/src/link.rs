@@ -1,4 +1,5 @@
-//! One connection to the controller: TCP connect, ICReq/ICResp, and an end after which nothing of it can still be sent.
+//! One connection to the controller: TCP connect, ICReq/ICResp, and an end after which nothing of
+//! it can still be sent.
 //!
 //! Used by the admin queue and by each I/O queue; what travels on it is theirs.
 
@@ -10,8 +11,8 @@ use nvme::tcp::{Crc32c, Fault, Host, HostConfig, HostEvent};
 use reactor::net::{Rx, RxChunk, Stream, StreamConfig};
 use reactor::{Errno, Local, Outcome, Port};
 
-/// How long the controller may take to close a connection that an H2CTermReq ended. Closing it from here at once would
-/// take the H2CTermReq back, as our sockets are reset on close.
+/// How long the controller may take to close a connection that an H2CTermReq ended. Closing it from
+/// here at once would take the H2CTermReq back, as our sockets are reset on close.
 const TERM_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a connection, and with it the association, ended.
@@ -51,7 +52,8 @@ enum State {
     Initializing { until: Duration },
     /// ICResp received: commands may be sent.
     Up,
-    /// H2CTermReq queued; what comes is thrown away. Moved on when the controller closes, or by `until`.
+    /// H2CTermReq queued; what comes is thrown away. Moved on when the controller closes, or by
+    /// `until`.
     Terminating { until: Duration },
     /// The stream is shut down; moved on when it is quiet.
     Closing,
@@ -104,7 +106,8 @@ impl Link {
         Ok(())
     }
 
-    /// Ends the connection. With `fault`, the controller is told first what it did wrong. `is_closed` says when it is over.
+    /// Ends the connection. With `fault`, the controller is told first what it did wrong.
+    /// `is_closed` says when it is over.
     pub(crate) fn close(&mut self, now: Duration, fault: Option<&Fault>) {
         match (self.state, &mut self.stream) {
             (State::Connecting, _) => {
@@ -129,8 +132,9 @@ impl Link {
         }
     }
 
-    /// Moves the connection on: completions of connect and sends. `Ok(true)`: it is now initialising or closed, or tokens
-    /// may be waiting. An error is final; the caller then calls `close`.
+    /// Moves the connection on: completions of connect and sends. `Ok(true)`: it is now
+    /// initialising or closed, or tokens may be waiting. An error is final; the caller then calls
+    /// `close`.
     pub(crate) fn poll(&mut self, now: Duration) -> Result<bool, Loss> {
         let mut progressed = false;
         if self.port.in_flight() > 0 || matches!(self.state, State::Connecting | State::Abandoned) {
@@ -216,7 +220,8 @@ impl Link {
         }
     }
 
-    /// The next event in `input`. Becoming `Up` and the end of the connection are noticed on the way.
+    /// The next event in `input`. Becoming `Up` and the end of the connection are noticed on the
+    /// way.
     #[inline]
     pub(crate) fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<HostEvent<'a>>, Loss> {
         match self.host.next(input) {
@@ -239,8 +244,8 @@ impl Link {
         }
     }
 
-    /// Queues a PDU built by `host`; `payload` is a range of a list, and gets its data digest here if there is one.
-    /// `room` must have said that there is room.
+    /// Queues a PDU built by `host`; `payload` is a range of a list, and gets its data digest here
+    /// if there is one. `room` must have said that there is room.
     #[inline]
     pub(crate) fn push(
         &mut self,

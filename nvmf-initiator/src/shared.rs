@@ -1,7 +1,8 @@
 //! What the cores of one remote volume share: the association snapshot and the list of channels.
 //!
-//! Nothing here is touched per I/O. A channel reads one atomic word per poll ([`Shared::epoch`]) and takes the lock only
-//! when that word has changed, which happens a handful of times per association.
+//! Nothing here is touched per I/O. A channel reads one atomic word per poll ([`Shared::epoch`])
+//! and takes the lock only when that word has changed, which happens a handful of times per
+//! association.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,7 +20,8 @@ pub enum Phase {
     Connecting,
     /// The controller is ready: channels may connect their I/O queues and send.
     Live,
-    /// The controller has been away for longer than the controller loss time-out. I/O fails; connecting goes on.
+    /// The controller has been away for longer than the controller loss time-out. I/O fails;
+    /// connecting goes on.
     Gone,
     /// The volume is shut down. I/O fails for good.
     Stopped {
@@ -28,7 +30,8 @@ pub enum Phase {
     },
 }
 
-/// What the control plane and the channels know of the remote namespace. Published as a whole; never changed in place.
+/// What the control plane and the channels know of the remote namespace. Published as a whole;
+/// never changed in place.
 #[derive(Clone, Debug)]
 pub struct RemoteState {
     /// Where the association stands.
@@ -113,7 +116,8 @@ pub(crate) struct ChannelCounters {
 }
 
 impl ChannelCounters {
-    /// Adds to a counter that only this core writes, so a load and a store do what a locked add would.
+    /// Adds to a counter that only this core writes, so a load and a store do what a locked add
+    /// would.
     pub(crate) fn add(counter: &AtomicU64, n: u64) {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
@@ -165,8 +169,8 @@ pub(crate) struct Shared {
     pub(crate) config: RemoteConfig,
     /// Core of the admin task.
     admin: CoreHandle,
-    /// Bumped (Release, under the lock) after each change to `Inner::state`; a reader that sees a new value (Acquire)
-    /// takes the lock, so the word carries no data and cannot be torn from it.
+    /// Bumped (Release, under the lock) after each change to `Inner::state`; a reader that sees a
+    /// new value (Acquire) takes the lock, so the word carries no data and cannot be torn from it.
     epoch: AtomicU64,
     /// Bumped the same way when `Inner::asked` changes.
     requests: AtomicU64,
@@ -191,7 +195,8 @@ impl Shared {
         })
     }
 
-    /// A panic elsewhere leaves no half-made value here (every update is one assignment), so a poisoned lock is usable.
+    /// A panic elsewhere leaves no half-made value here (every update is one assignment), so a
+    /// poisoned lock is usable.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -205,7 +210,8 @@ impl Shared {
         Arc::clone(&self.lock().state)
     }
 
-    /// Replaces the snapshot and wakes whoever waits for it: channels on their cores, `wait_ready` on its thread.
+    /// Replaces the snapshot and wakes whoever waits for it: channels on their cores, `wait_ready`
+    /// on its thread.
     pub(crate) fn publish(&self, change: impl FnOnce(&mut RemoteState)) {
         let mut inner = self.lock();
         let mut state = (*inner.state).clone();
@@ -228,7 +234,8 @@ impl Shared {
         self.admin.wake();
     }
 
-    /// A channel's connection of association `generation` broke: the admin task ends the whole association.
+    /// A channel's connection of association `generation` broke: the admin task ends the whole
+    /// association.
     pub(crate) fn report_fault(&self, generation: u64, text: &str) {
         self.ask(|asked| {
             // The first reason is the cause, later ones its echoes.
@@ -302,7 +309,8 @@ impl Shared {
         sum
     }
 
-    /// Blocks the calling thread (never a core) until `ready` says so or the time is over; gives the last snapshot.
+    /// Blocks the calling thread (never a core) until `ready` says so or the time is over; gives
+    /// the last snapshot.
     pub(crate) fn wait(
         &self,
         timeout: Duration,

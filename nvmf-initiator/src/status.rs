@@ -1,4 +1,5 @@
-//! What a completion status means for the I/O: the one place where NVMe statuses become [`IoError`]s.
+//! What a completion status means for the I/O: the one place where NVMe statuses become
+//! [`IoError`]s.
 
 use block::IoError;
 use nvme::spec::{SCT_GENERIC, SCT_PATH, Status};
@@ -26,9 +27,10 @@ impl Verdict {
 
 /// Judges the status of a completed I/O command.
 ///
-/// Sent again, if the controller does not forbid it (DNR), is what another attempt may cure: everything about the path
-/// (SCT 3), a controller or namespace that is busy or becoming ready, a command that was aborted on the way, damaged data.
-/// A wrong field or a bad medium stays as it is, and is reported at once.
+/// Sent again, if the controller does not forbid it (DNR), is what another attempt may cure:
+/// everything about the path (SCT 3), a controller or namespace that is busy or becoming ready, a
+/// command that was aborted on the way, damaged data. A wrong field or a bad medium stays as it is,
+/// and is reported at once.
 pub(crate) fn judge(status: Status) -> Verdict {
     if status.is_success() {
         return Verdict::Done;

@@ -196,8 +196,9 @@ impl Table {
         request.is_lost = true;
     }
 
-    /// The old connection is quiet and each of its commands was reported settled or lost: holds everything not finished, in
-    /// the order of acceptance. Gives the number of requests that had been sent.
+    /// The old connection is quiet and each of its commands was reported settled or lost: holds
+    /// everything not finished, in the order of acceptance. Gives the number of requests that had
+    /// been sent.
     pub(crate) fn hold_again(&mut self) -> u64 {
         let mut resends = 0;
         for id in 0..self.requests.len() as u16 {

@@ -29,14 +29,15 @@ pub struct NotReady {
 
 /// A namespace of a subsystem elsewhere, reached over NVMe/TCP.
 ///
-/// Dropping it ends the association: channels still open fail their I/O with [`block::IoError::Gone`].
+/// Dropping it ends the association: channels still open fail their I/O with
+/// [`block::IoError::Gone`].
 pub struct RemoteVolume {
     shared: Arc<Shared>,
 }
 
 impl RemoteVolume {
-    /// Begins to set up the association. The task drives the admin queue and belongs on the core of `local`; it ends after
-    /// [`RemoteVolume::shutdown`], or when the core stops.
+    /// Begins to set up the association. The task drives the admin queue and belongs on the core of
+    /// `local`; it ends after [`RemoteVolume::shutdown`], or when the core stops.
     pub fn start(
         config: RemoteConfig,
         local: &Local,
@@ -52,7 +53,8 @@ impl RemoteVolume {
         self.shared.state()
     }
 
-    /// Blocks the calling thread until the namespace is ready. For the control plane, never on a core.
+    /// Blocks the calling thread until the namespace is ready. For the control plane, never on a
+    /// core.
     pub fn wait_ready(&self, timeout: Duration) -> Result<Arc<RemoteState>, NotReady> {
         let is_over =
             |state: &RemoteState| matches!(state.phase, Phase::Live | Phase::Stopped { .. });
@@ -73,13 +75,14 @@ impl RemoteVolume {
         })
     }
 
-    /// Shuts the controller down and ends the association for good; I/O still held fails. Returns at once:
-    /// [`RemoteVolume::wait_stopped`] waits.
+    /// Shuts the controller down and ends the association for good; I/O still held fails. Returns
+    /// at once: [`RemoteVolume::wait_stopped`] waits.
     pub fn shutdown(&self) {
         self.shared.request_stop();
     }
 
-    /// Blocks the calling thread until the association is over after [`RemoteVolume::shutdown`]. `false`: not in time.
+    /// Blocks the calling thread until the association is over after [`RemoteVolume::shutdown`].
+    /// `false`: not in time.
     pub fn wait_stopped(&self, timeout: Duration) -> bool {
         let over = Phase::Stopped { is_over: true };
         self.shared.wait(timeout, |state| state.phase == over).phase == over
@@ -106,7 +109,8 @@ impl Volume for RemoteVolume {
         self.shared.state().identity
     }
 
-    /// Takes one of the `queues` of the configuration. Ready for I/O at once, which is held until there is an association.
+    /// Takes one of the `queues` of the configuration. Ready for I/O at once, which is held until
+    /// there is an association.
     fn open(&self, local: &Local, depth: u32) -> io::Result<Box<dyn Channel>> {
         Ok(Box::new(RemoteChannel::open(Arc::clone(&self.shared), local, depth)?))
     }

@@ -1,4 +1,5 @@
-//! The data path allocates nothing: what `submit` and `poll` of a channel take from the heap is counted.
+//! The data path allocates nothing: what `submit` and `poll` of a channel take from the heap is
+//! counted.
 
 // UNSAFETY: a global allocator is an unsafe trait; this one counts and passes on.
 #![expect(unsafe_code)]

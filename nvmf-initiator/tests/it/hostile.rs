@@ -1,4 +1,5 @@
-//! A target that breaks the protocol: the association ends, nobody panics, and I/O is right once the target behaves.
+//! A target that breaks the protocol: the association ends, nobody panics, and I/O is right once
+//! the target behaves.
 
 use std::time::Duration;
 
@@ -62,8 +63,8 @@ fn once(opcode: NvmOpcode, bytes: impl Fn(u16) -> Vec<u8> + 'static) -> Script {
     Script { on_io: Box::new(on_io), ..Script::default() }
 }
 
-/// Runs a write and a read under the script; both must be right in the end. Gives the number of lost associations and of
-/// TermReqs.
+/// Runs a write and a read under the script; both must be right in the end. Gives the number of
+/// lost associations and of TermReqs.
 fn survive(script: Script) -> (u64, u64) {
     let mut rig = Setup { script, ..Setup::default() }.start();
     let disk = rig.disk(1, 8);
@@ -128,7 +129,8 @@ fn a_controller_that_gives_up_is_not_told_anything() {
     assert_eq!(survive(once(NvmOpcode::READ, term)), (1, 0));
 }
 
-/// The controller answers a write that it has asked data for before the data has come; the rest is not sent.
+/// The controller answers a write that it has asked data for before the data has come; the rest is
+/// not sent.
 #[test]
 fn an_early_error_ends_the_command_only() {
     let early = |cid| [r2t_first(cid), response(cid, 0x4006)].concat();
@@ -207,7 +209,8 @@ fn random_junk_in_random_places() {
                 2 => c2h(sqe.cid.get(), LAST_SUCCESS, 0, 4096, 4096),
                 _ => (0..next() % 600).map(|_| next() as u8).collect(),
             };
-            // One damaged byte, mostly in the header; then enough junk that no half PDU waits for more.
+            // One damaged byte, mostly in the header; then enough junk that no half PDU waits for
+            // more.
             if !bytes.is_empty() {
                 let at = (next() % bytes.len().min(24) as u64) as usize;
                 bytes[at] ^= 1 << (next() % 8);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{IoError, Op};
+use block::{IoError, Op, Volume};
 use nvme::fabrics::ConnectReject;
 use nvme::spec::{NvmOpcode, Status};
 use nvme::subsys::Limits;
@@ -208,16 +208,76 @@ fn a_command_without_an_answer_ends_the_association() {
     rig.finish();
 }
 
+/// The I/O queue is well, and goes down with the association all the same: reset, so that nothing
+/// of it is sent any more.
 #[test]
 fn a_keep_alive_without_an_answer_ends_the_association() {
-    let mut rig = Setup::default().start();
-    rig.until_live();
+    let script = Script { fences: false, ..Script::default() };
+    let mut rig = Setup { script, ..Setup::default() }.start();
+    let disk = rig.disk(1, 8);
+    disk.write(0, 0, &[1; 4096]);
+    rig.wait_ok(&disk, 1);
     rig.fake.script.borrow_mut().is_admin_mute = true;
+    rig.fake.script.borrow_mut().refuse = Some(ConnectReject::BUSY);
     rig.until("the loss", |volume| volume.state().losses == 1);
     assert!(rig.state().last_error.as_ref().unwrap().contains("Keep Alive"), "{:?}", rig.state());
+    rig.run_for(Duration::from_millis(1));
+    let seen = rig.fake.seen.get();
+    assert_eq!((seen.io_resets, seen.io_ends), (1, 0));
     rig.fake.script.borrow_mut().is_admin_mute = false;
+    rig.fake.script.borrow_mut().refuse = None;
     rig.until_live();
     assert_eq!(rig.state().generation, 2);
+    rig.finish();
+}
+
+/// A write is over when it is answered and its memory is not sent from any more: before that, a new
+/// owner of the memory would find it on its way to the controller.
+#[test]
+fn memory_still_being_sent_is_not_given_back() {
+    let early = Some(Status::CAPACITY_EXCEEDED.dnr());
+    for is_cut in [false, true] {
+        let script = Script { early, ..Script::default() };
+        let mut rig = Setup { script, ..Setup::default() }.start();
+        let disk = rig.disk(1, 8);
+        disk.write(0, 0, &[1; 1 << 20]);
+        rig.run_for(3 * SECOND);
+        assert_eq!(disk.done(), 0, "given back while it is being sent");
+        if is_cut {
+            rig.world.cut_all();
+        } else {
+            rig.fake.read_on(&rig.cores[TARGET]);
+        }
+        rig.wait_errors(&disk, 1, IoError::NoSpace);
+        rig.fake.script.borrow_mut().early = None;
+        disk.write(0, 0, &[2; 1 << 20]);
+        rig.wait_ok(&disk, 1);
+        assert!(rig.fake.disk.borrow()[..1 << 20].iter().all(|byte| *byte == 2));
+        rig.finish();
+    }
+}
+
+/// As above, when it is the channel that ends the connection: it waits until the kernel has let go.
+#[test]
+fn memory_of_a_lost_path_is_given_back_when_the_kernel_has_let_go() {
+    let mut rig = Setup::default().start();
+    let disk = rig.disk(1, 8);
+    disk.write(0, 0, &[1; 4096]);
+    drop(rig.wait_ok(&disk, 1));
+    let local = rig.cores[1].local();
+    let free = local.pool().available();
+    {
+        let mut script = rig.fake.script.borrow_mut();
+        script.early = Some(Status::CAPACITY_EXCEEDED.dnr());
+        script.is_admin_mute = true;
+        script.refuse = Some(ConnectReject::BUSY);
+    }
+    disk.expect_free(free);
+    disk.write(0, 0, &[1; 1 << 20]);
+    rig.until("the loss", |volume| volume.state().losses == 1);
+    rig.wait_errors(&disk, 1, IoError::NoSpace);
+    rig.fake.script.borrow_mut().is_admin_mute = false;
+    rig.fake.script.borrow_mut().refuse = None;
     rig.finish();
 }
 
@@ -351,7 +411,8 @@ fn abort_gives_back_what_is_held_and_nothing_else() {
     rig.finish();
 }
 
-/// What was sent on the lost association may still be executed by a target that does not end it when asked.
+/// What was sent on the lost association may still be executed by a target that does not end it
+/// when asked.
 #[test]
 fn nothing_is_sent_again_while_the_old_controller_may_write() {
     for fences in [true, false] {
@@ -414,12 +475,17 @@ fn fewer_queues_than_channels_is_said_and_waited_for() {
     rig.run_for(10 * SECOND);
     let text = rig.state().last_error.clone().unwrap();
     assert!(text.contains("grants 1 I/O queues, 2 are in use"), "{text}");
-    // With one channel less there is enough.
+    // With one channel less there is enough; a second is refused then, and the first goes on.
     two.abort();
     rig.wait_errors(&two, 1, IoError::Aborted);
     two.close();
     one.read(0, 0, 512);
     rig.wait_ok(&one, 1);
+    let error = rig.volume.open(&rig.cores[2].local(), 1).err().unwrap();
+    assert!(error.to_string().contains("grants only 1 I/O queues"), "{error}");
+    one.read(0, 0, 512);
+    rig.wait_ok(&one, 1);
+    assert_eq!(rig.state().losses, 0);
     rig.finish();
 }
 

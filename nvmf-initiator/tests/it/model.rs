@@ -12,11 +12,12 @@ use reactor::sim::NetFaults;
 use crate::fake::{Answer, Script};
 use crate::rig::{Disk, Setup, TARGET, bytes_of, pattern};
 
-/// The disk is used in units of so many bytes, each with one I/O at a time, so that its contents are always known.
+/// The disk is used in units of so many bytes, each with one I/O at a time, so that its contents
+/// are always known.
 const UNIT: u64 = 24 << 10;
 const UNITS: u64 = 40;
 const STEPS: usize = 120;
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 150;
 
 struct Random(u64);
 

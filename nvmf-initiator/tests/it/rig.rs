@@ -31,12 +31,15 @@ pub struct Mailbox {
     close: bool,
     /// In the channel's `submit` and `poll`.
     allocations: Allocations,
+    /// What must be free in the pool when the memory of all I/O just done is.
+    free: Option<usize>,
 }
 
 /// Owns a channel, as a device would: submits, then polls, each turn.
 struct Owner {
     channel: Option<Box<dyn Channel>>,
     mailbox: Rc<RefCell<Mailbox>>,
+    local: Local,
 }
 
 impl Task for Owner {
@@ -64,6 +67,12 @@ impl Task for Owner {
         mailbox.allocations.watch(|| channel.poll(&mut |io| done_list.push(io)));
         let done = mailbox.done.len() - before;
         assert_eq!(channel.in_flight() + done, in_flight, "an I/O was lost or made up");
+        if let Some(free) = mailbox.free
+            && done > 0
+        {
+            mailbox.done.iter_mut().for_each(|io| io.data.clear());
+            assert_eq!(self.local.pool().available(), free, "given back while it is in use");
+        }
         if mailbox.close {
             self.channel = None;
         }
@@ -128,6 +137,12 @@ impl Disk {
 
     pub fn done(&self) -> usize {
         self.mailbox.borrow().done.len()
+    }
+
+    /// From now on checks, at the moment when I/O comes back, that nobody else still refers to its
+    /// memory.
+    pub fn expect_free(&self, bytes: usize) {
+        self.mailbox.borrow_mut().free = Some(bytes);
     }
 
     /// Heap allocations made inside the channel's `submit` and `poll` so far.
@@ -214,7 +229,8 @@ impl Rig {
         let local = self.cores[core].local();
         let channel = self.volume.open(&local, depth).unwrap();
         let mailbox = Rc::<RefCell<Mailbox>>::default();
-        let owner = Owner { channel: Some(channel), mailbox: Rc::clone(&mailbox) };
+        let owner =
+            Owner { channel: Some(channel), mailbox: Rc::clone(&mailbox), local: local.clone() };
         self.cores[core].spawn(Box::new(owner));
         let core = self.cores[core].handle();
         core.wake();

@@ -1,8 +1,8 @@
-//! A target for tests: `nvme::tcp::Target` and `nvme::ctrl::Controller` over a simulated network, with a disk in memory and
-//! a script that says where it is to misbehave.
+//! A target for tests: `nvme::tcp::Target` and `nvme::ctrl::Controller` over a simulated network,
+//! with a disk in memory and a script that says where it is to misbehave.
 //!
-//! It behaves as a good target must towards a host that comes back: a new association of the host ends the old one at
-//! once, so nothing of the old one is executed after that.
+//! It behaves as a good target must towards a host that comes back: a new association of the host
+//! ends the old one at once, so nothing of the old one is executed after that.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -64,9 +64,12 @@ pub struct Script {
     pub uses_success: bool,
     pub max_h2c_data: u32,
     pub allows_digests: bool,
-    /// A new association of the host ends the old one, and Cross-Controller Reset says so. Without that, the old one goes
-    /// on until its keep alive expires.
+    /// A new association of the host ends the old one, and Cross-Controller Reset says so. Without
+    /// that, the old one goes on until its keep alive expires.
     pub fences: bool,
+    /// A write that data was asked for is answered with this at once, and nothing more is read
+    /// until [`Fake::read_on`].
+    pub early: Option<Status>,
 }
 
 impl Default for Script {
@@ -84,6 +87,7 @@ impl Default for Script {
             max_h2c_data: 128 << 10,
             allows_digests: true,
             fences: true,
+            early: None,
         }
     }
 }
@@ -108,6 +112,9 @@ pub struct Seen {
     pub longest_bytes: u64,
     /// Most I/O commands that one queue had out at a time.
     pub deepest: u64,
+    /// Connections of I/O queues that the host reset, and that it closed in order.
+    pub io_resets: u64,
+    pub io_ends: u64,
 }
 
 pub struct Fake {
@@ -120,6 +127,7 @@ pub struct Fake {
     arrivals: RefCell<Vec<Socket>>,
     /// Ends all connections at the next poll, without a word.
     kill: Cell<bool>,
+    read_on: Cell<bool>,
 }
 
 pub fn namespace(blocks: u64) -> NamespaceInfo {
@@ -160,6 +168,7 @@ impl Fake {
             subsys: RefCell::new(subsys),
             arrivals: RefCell::default(),
             kill: Cell::new(false),
+            read_on: Cell::new(false),
         });
         let mut core = world.core();
         core.spawn(Box::new(FakeTask {
@@ -193,6 +202,12 @@ impl Fake {
     /// The target is back, with its disk as it was.
     pub fn restart(self: &Rc<Fake>, core: &Core) {
         self.listen(core);
+    }
+
+    /// Connections that `early` stopped are read again.
+    pub fn read_on(&self, core: &Core) {
+        self.read_on.set(true);
+        core.handle().wake();
     }
 
     fn count(&self, change: impl FnOnce(&mut Seen)) {
@@ -236,6 +251,8 @@ struct Connection {
     /// Payloads on their way, by token.
     payloads: BTreeMap<u32, SgList>,
     next_token: u32,
+    is_paused: bool,
+    early: Option<(Duration, u16, Status)>,
     is_over: bool,
 }
 
@@ -262,6 +279,10 @@ impl Task for FakeTask {
             self.connections.clear();
             self.controllers.clear();
         }
+        if self.fake.read_on.take() {
+            self.connections.iter_mut().for_each(|connection| connection.is_paused = false);
+            self.connections.iter_mut().for_each(|connection| connection.stream.resume());
+        }
         for index in 0..self.connections.len() {
             progressed |= self.serve(index, now);
         }
@@ -277,7 +298,8 @@ impl Task for FakeTask {
     fn deadline(&self) -> Option<Duration> {
         let due =
             self.connections.iter().flat_map(|c| c.slots.values().filter_map(|slot| slot.due));
-        due.chain(self.controllers.values().filter_map(Controller::deadline)).min()
+        let early = self.connections.iter().filter_map(|c| c.early.map(|(at, ..)| at));
+        due.chain(early).chain(self.controllers.values().filter_map(Controller::deadline)).min()
     }
 }
 
@@ -311,6 +333,8 @@ impl FakeTask {
                 slots: BTreeMap::new(),
                 payloads: BTreeMap::new(),
                 next_token: 0,
+                is_paused: false,
+                early: None,
                 is_over,
             });
             self.next_connection += 1;
@@ -325,11 +349,19 @@ impl FakeTask {
             while let Some(token) = connection.stream.sent() {
                 connection.payloads.remove(&token);
             }
+            if connection.is_paused {
+                break;
+            }
+            let is_io = matches!(connection.role, Role::Io { .. });
             let chunk = match connection.stream.recv() {
                 Rx::Empty => break,
                 Rx::Data(chunk) => chunk,
-                Rx::Eof | Rx::Failed(_) => {
+                end @ (Rx::Eof | Rx::Failed(_)) => {
                     connection.is_over = true;
+                    self.fake.count(|seen| match end {
+                        Rx::Eof => seen.io_ends += u64::from(is_io),
+                        _ => seen.io_resets += u64::from(is_io),
+                    });
                     return true;
                 }
             };
@@ -364,7 +396,15 @@ impl FakeTask {
             self.execute(index, slot, now);
         }
         self.events(index);
-        self.connections[index].stream.flush();
+        let connection = &mut self.connections[index];
+        if let Some((at, slot, status)) = connection.early
+            && at <= now
+        {
+            connection.early = None;
+            connection.slots.remove(&slot);
+            respond(connection, slot, status, 0);
+        }
+        connection.stream.flush();
         progressed
     }
 
@@ -464,9 +504,9 @@ impl FakeTask {
 
     /// Asks for more data, or sets the time of execution.
     fn on_data(&mut self, index: usize, slot: u16, now: Duration) {
-        let (r2t_bytes, delay_max) = {
+        let (r2t_bytes, delay_max, early) = {
             let script = self.fake.script.borrow();
-            (script.r2t_bytes, script.delay_max)
+            (script.r2t_bytes, script.delay_max, script.early)
         };
         let connection = &mut self.connections[index];
         let command = connection.slots.get_mut(&slot).unwrap();
@@ -476,6 +516,12 @@ impl FakeTask {
             command.asked += len;
             connection.push(&head);
             self.fake.count(|seen| seen.r2ts += 1);
+            if let Some(status) = early {
+                // Long enough after the R2T that the host is in the middle of its data.
+                connection.early = Some((now + Duration::from_millis(1), slot, status));
+                connection.is_paused = true;
+                connection.stream.pause();
+            }
             return;
         }
         let is_io = matches!(connection.role, Role::Io { .. });
