@@ -1,5 +1,7 @@
 //! `cargo xtask bench NAME`: comparisons of our programs with a yardstick on the same machine.
 
+use std::process::Command;
+
 use anyhow::Result;
 use clap::ValueEnum;
 
@@ -26,15 +28,17 @@ pub(crate) fn task(args: &Args) -> Result<bool> {
     Ok(true)
 }
 
+/// Builds the binary under test and the programs that compare it, together: one set of features.
+pub(crate) fn build() -> Result<()> {
+    let mut build = workspace::cargo();
+    exec::run(build.args(["build", "--release", "-p", "penstock", "-p", "it"]))
+}
+
 /// Builds both sides and compares them; an error when a goal is missed.
 pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
     let binary = match name {
         Comparison::Target => "bench-target",
     };
-    // The binary under test is started by the comparison.
-    let mut build = workspace::cargo();
-    exec::run(build.args(["build", "--release", "-p", "penstock"]))?;
-    let mut run = workspace::cargo();
-    run.args(["run", "--release", "-p", "it", "--bin", binary, "--"]).args(rest);
-    exec::run(&mut run)
+    build()?;
+    exec::run(Command::new(workspace::target_dir()?.join("release").join(binary)).args(rest))
 }

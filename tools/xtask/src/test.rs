@@ -32,11 +32,12 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
     report.step("junk smoke", || {
         let mut smoke = workspace::cargo();
         smoke.env("PENSTOCK_SMOKE_SECONDS", "60");
-        exec::run(smoke.args(["nextest", "run", "-p", "it", "--no-capture", "junk::"]))?;
+        smoke.args(["nextest", "run", "--workspace", "--no-capture"]);
+        exec::run(smoke.args(["-E", "package(it) & test(junk::)"]))?;
         Ok(Outcome::Passed)
     });
     let is_built = report.step("release build", || {
-        exec::run(workspace::cargo().args(["build", "--release", "-p", "penstock"]))?;
+        bench::build()?;
         Ok(Outcome::Passed)
     });
     report.step("bench target", || {
@@ -70,7 +71,8 @@ fn block_devices() -> Result<Outcome> {
         Err(e) => return Ok(Outcome::Skipped(format!("no losetup: {e}"))),
     }
     let mut tests = workspace::cargo();
-    tests.args(["nextest", "run", "-p", "block", "--run-ignored", "only"]);
-    exec::run(tests.args(["-E", "test(device::)"]))?;
+    // The whole workspace, so that nothing is built again for another set of features.
+    tests.args(["nextest", "run", "--workspace", "--run-ignored", "only"]);
+    exec::run(tests.args(["-E", "package(block) & test(device::)"]))?;
     Ok(Outcome::Passed)
 }
