@@ -87,9 +87,10 @@ fio_verify() {
         { cat "/out/$fio_name.json"; fail "$fio_name"; }
 }
 
-# fio_matrix DEV: several block sizes and depths.
+# fio_matrix DEV: several block sizes, each with the size of its area, and depths.
+FIO_MATRIX='512:1M 4k:4M 64k:16M 256k:32M'
 fio_matrix() {
-    for bs_size in 512:1M 4k:4M 64k:16M 256k:32M; do
+    for bs_size in $FIO_MATRIX; do
         for depth in 1 16 32; do
             fio_verify "$1" "${bs_size%:*}" $depth "${bs_size#*:}"
         done

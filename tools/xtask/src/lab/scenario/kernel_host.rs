@@ -30,7 +30,7 @@ fn run(scene: &Scene<'_>, kernel: Kernel) -> Result<Outcome> {
     let discovery = target.discovery_port.to_string();
     let job = Job::new("kernel-host.sh").network().args(&[HOST_ADDRESS, &discovery, SUBNQN]);
     let results = scene.boot("guest", kernel, &job)?.finish()?;
-    check(&results, SUBNQN, SIZE_MIB)?;
+    check(&results, SUBNQN, SIZE_MIB, FIO_RUNS)?;
 
     let log = results.json("discover.json")?;
     let record = discovery_record(&log, SUBNQN)?;
@@ -52,8 +52,8 @@ fn run(scene: &Scene<'_>, kernel: Kernel) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// What has to be true of any target of one namespace of `size_mib` that the guest worked on.
-pub(super) fn check(results: &Results, subnqn: &str, size_mib: u64) -> Result<()> {
+/// What has to be true of any target whose namespace of `size_mib` the guest worked on.
+pub(super) fn check(results: &Results, subnqn: &str, size_mib: u64, fio_runs: usize) -> Result<()> {
     let controller = results.json("id-ctrl.json")?;
     ensure!(controller["subnqn"] == subnqn, "subnqn: {}", controller["subnqn"]);
     for field in ["sn", "mn", "fr"] {
@@ -77,7 +77,7 @@ pub(super) fn check(results: &Results, subnqn: &str, size_mib: u64) -> Result<()
     let queues: u32 = word(results, "queue-count")?.parse()?;
     ensure!(queues == 3, "the controller has {queues} queues, 3 were asked for");
     discovery_record(&results.json("discover.json")?, subnqn)?;
-    fio_verified(results, FIO_RUNS)
+    fio_verified(results, fio_runs)
 }
 
 fn discovery_record<'a>(log: &'a Value, subnqn: &str) -> Result<&'a Value> {
