@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -18,6 +19,11 @@ use super::wire::{Decoder, FDS_MAX, Message, PAYLOAD_BYTES_MAX, WireFault};
 
 /// Connections that may wait while a client is served.
 const BACKLOG: i32 = 16;
+
+/// How long the set-up of other sockets in the same folder is waited for.
+const FOLDER_LOCK_LIMIT: Duration = Duration::from_secs(5);
+/// How often the folder's lock is tried.
+const FOLDER_LOCK_PAUSE: Duration = Duration::from_millis(1);
 
 /// Why a socket cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -76,10 +82,18 @@ impl Listener {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder =
             rustix::fs::open(folder, flags, Mode::empty()).map_err(io("open the folder of"))?;
-        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(ListenError::InUse { path: path.into() }),
-            Err(error) => return Err(io("lock the folder of")(error)),
+        // Somebody else's socket in the same folder is no conflict: its set-up is waited for, but not
+        // for ever, since whoever may read the folder may lock it.
+        let end = Instant::now() + FOLDER_LOCK_LIMIT;
+        loop {
+            match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) if Instant::now() < end => {
+                    std::thread::park_timeout(FOLDER_LOCK_PAUSE);
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(io("lock the folder of")(error)),
+            }
         }
         remove_stale(path, &address)?;
 

@@ -149,3 +149,21 @@ fn bad_paths_have_a_reason() {
     let error = Listener::new(&nowhere, 0o600).unwrap_err();
     assert!(error.to_string().contains("cannot open the folder of"), "{error}");
 }
+
+/// Devices of one process usually have their sockets in one folder and are set up together.
+#[test]
+fn sockets_of_one_folder_are_set_up_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = std::sync::Barrier::new(16);
+    std::thread::scope(|scope| {
+        for n in 0..16 {
+            let (start, path) = (&start, dir.path().join(format!("{n}.sock")));
+            scope.spawn(move || {
+                start.wait();
+                for _ in 0..50 {
+                    drop(Listener::new(&path, 0o600).unwrap());
+                }
+            });
+        }
+    });
+}
