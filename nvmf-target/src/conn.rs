@@ -3,19 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Io, IoError, Op};
+use block::Io;
 use nvme::ctrl::Instance;
 use nvme::ctrl::io::IoCommand;
 use nvme::fabrics::ConnectRequest;
-use nvme::spec::{Cqe, Direction, FabricsType, NSID_ALL, Sqe, Status};
+use nvme::spec::{Cqe, Direction, FabricsType, Sqe, Status};
 use nvme::tcp::{self, TargetEvent};
 use nvme::xfer::{self, DataPtr};
 use reactor::net::{Rx, RxChunk, Stream};
 
 use crate::admin::Admin;
-use crate::core::{Env, Refused};
+use crate::core::Env;
 use crate::registry::Association;
-use crate::status;
 use crate::target::{Limits, Listener};
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
@@ -34,7 +33,7 @@ pub(crate) enum Role {
 
 /// What a slot's command is to do once its data is there.
 #[derive(Clone, Copy)]
-enum Work {
+pub(crate) enum Work {
     Nothing,
     Connect,
     Admin,
@@ -47,7 +46,7 @@ enum Work {
 
 /// Where a command stands, and who moves it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+pub(crate) enum Phase {
     Free,
     /// Data is arriving behind the capsule: the host.
     Capsule,
@@ -65,17 +64,17 @@ enum Phase {
     Held,
 }
 
-struct Slot {
-    phase: Phase,
-    work: Work,
-    sqe: Sqe,
-    io: Option<Box<Io>>,
+pub(crate) struct Slot {
+    pub(crate) phase: Phase,
+    pub(crate) work: Work,
+    pub(crate) sqe: Sqe,
+    pub(crate) io: Option<Box<Io>>,
     /// Bytes that the command moves between host and controller.
-    len: u32,
+    pub(crate) len: u32,
     /// In-capsule data begins this far into the capsule's data.
-    skip: u32,
+    pub(crate) skip: u32,
     /// Next range of a deallocate, or next namespace of a flush to all.
-    step: u32,
+    pub(crate) step: u32,
 }
 
 impl Slot {
@@ -94,7 +93,7 @@ impl Slot {
 
 /// How far the connection is from its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Life {
+pub(crate) enum Life {
     Open,
     /// A last PDU is on its way; past the deadline it is given up.
     Terminating(Duration),
@@ -104,26 +103,26 @@ enum Life {
 
 /// See the module's documentation.
 pub(crate) struct Conn {
-    index: u32,
+    pub(crate) index: u32,
     stream: Stream,
     machine: tcp::Target,
     listener: Listener,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
     qid: u16,
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     sq_head: u16,
     sq_entries: u16,
     /// Submission queue flow control is off: reads may end with their data.
     no_flow_control: bool,
-    at_volume: usize,
+    pub(crate) at_volume: usize,
     /// Received bytes that could not be processed for want of a buffer, and the slot that wants it.
     backlog: Vec<u8>,
     stalled: Option<u16>,
-    life: Life,
+    pub(crate) life: Life,
     /// By then Connect must have succeeded.
     handshake_deadline: Option<Duration>,
-    held: Option<Held>,
+    pub(crate) held: Option<Held>,
 }
 
 /// A command that waits for something other than the host or a volume; one at a time.
@@ -144,9 +143,6 @@ pub(crate) enum Held {
 /// Token of the last PDU of a connection; slots are fewer.
 const TERMINATION: u32 = u32::MAX;
 const TERMINATION_LIMIT: Duration = Duration::from_secs(1);
-
-/// Slot number of I/O that belongs to no command.
-const OWN_SLOT: u16 = u16::MAX;
 
 /// Slots until Connect tells the queue's size: the Connect itself.
 const FRESH_SLOTS: u16 = 2;
@@ -446,7 +442,7 @@ impl Conn {
     }
 
     /// Asks the host for a command's data, as soon as there is memory for it.
-    fn fetch(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+    pub(crate) fn fetch(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
         if !self.take_buffer(slot, env) {
             self.slots[slot as usize].phase = Phase::WaitFetch;
             env.waiting.push_back((self.index, slot));
@@ -499,198 +495,6 @@ impl Conn {
         }
     }
 
-    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits.
-    fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        let Role::Io { subsystem, .. } = self.role else {
-            debug_assert!(false, "I/O commands come on I/O queues");
-            return true;
-        };
-        let served = &env.shared.subsystems[subsystem];
-        let entry = &mut self.slots[slot as usize];
-        let Work::Io(command) = entry.work else { return true };
-        let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
-        io.fua = false;
-        io.no_unmap = false;
-        let nsid = match command {
-            IoCommand::Read { nsid, offset, len, fua } => {
-                if io.data.is_empty() && env.pool.alloc(len as usize, &mut io.data).is_err() {
-                    entry.io = Some(io);
-                    entry.phase = Phase::WaitSubmit;
-                    env.waiting.push_back((self.index, slot));
-                    return false;
-                }
-                (io.op, io.offset, io.len, io.fua) = (Op::Read, offset, u64::from(len), fua);
-                nsid
-            }
-            IoCommand::Write { nsid, offset, len, fua } => {
-                (io.op, io.offset, io.len, io.fua) = (Op::Write, offset, u64::from(len), fua);
-                nsid
-            }
-            IoCommand::WriteZeroes { nsid, offset, len, no_unmap, fua } => {
-                (io.op, io.offset, io.len, io.fua) = (Op::WriteZeroes, offset, len, fua);
-                io.no_unmap = no_unmap;
-                nsid
-            }
-            IoCommand::Flush { nsid } => {
-                (io.op, io.offset, io.len) = (Op::Flush, 0, 0);
-                nsid
-            }
-            IoCommand::Deallocate { nsid, .. } => {
-                let mut range = [0; 16];
-                let copied = io.data.copy_to_slice(entry.step as usize * 16, &mut range);
-                let info = served.info.namespace(nsid);
-                let range = match (copied, info) {
-                    (Ok(()), Some(info)) => nvme::ctrl::io::dsm_range(&range, info),
-                    _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
-                };
-                match range {
-                    Ok((offset, len)) => (io.op, io.offset, io.len) = (Op::Deallocate, offset, len),
-                    Err(status) => {
-                        entry.io = Some(io);
-                        self.respond(slot, status, 0, env);
-                        return true;
-                    }
-                }
-                nsid
-            }
-            IoCommand::Advisory { .. } => {
-                entry.io = Some(io);
-                self.respond(slot, Status::SUCCESS, 0, env);
-                return true;
-            }
-        };
-        let namespace = if nsid == NSID_ALL {
-            entry.step as usize
-        } else {
-            served.info.namespace_index(nsid).unwrap_or(usize::MAX)
-        };
-        if io.op == Op::Deallocate && io.len == 0 {
-            // A range of no blocks: done, without a word to the volume.
-            entry.io = Some(io);
-            return self.step_done(slot, env);
-        }
-        let Some(volume) = served.volumes.get(namespace) else {
-            // A flush of all namespaces where there are none.
-            entry.io = Some(io);
-            self.respond(slot, Status::SUCCESS, 0, env);
-            return true;
-        };
-        io.tag = u64::from(self.index) << 16 | u64::from(slot);
-        match env.volumes.submit(env.shared, *volume, io) {
-            Ok(()) => {
-                entry.phase = Phase::Submitted;
-                self.at_volume += 1;
-                true
-            }
-            Err(Refused::Busy(io)) => {
-                entry.io = Some(io);
-                entry.phase = Phase::WaitSubmit;
-                env.waiting.push_back((self.index, slot));
-                false
-            }
-            Err(Refused::Failed(io)) => {
-                let error = io.result.err().unwrap_or(IoError::Gone);
-                let op = io.op;
-                entry.io = Some(io);
-                self.respond(slot, status::of(error, op), 0, env);
-                true
-            }
-        }
-    }
-
-    /// Tries a waiting command again; `false`: it was queued anew.
-    pub(crate) fn retry(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        if self.life != Life::Open {
-            return true;
-        }
-        match self.slots[slot as usize].phase {
-            Phase::WaitFetch => self.fetch(slot, env),
-            Phase::WaitSubmit => self.submit(slot, env),
-            _ => true,
-        }
-    }
-
-    /// A volume gave an I/O back.
-    pub(crate) fn complete(&mut self, slot: u16, io: Box<Io>, env: &mut Env<'_>) {
-        self.at_volume -= 1;
-        if slot == OWN_SLOT {
-            self.own_done(io, env);
-            return;
-        }
-        let entry = &mut self.slots[slot as usize];
-        let (op, len, result) = (io.op, io.len, io.result);
-        entry.io = Some(io);
-        if self.life != Life::Open {
-            self.free(slot, env);
-            return;
-        }
-        if let Role::Io { subsystem, .. } = self.role {
-            let counters = &env.shared.subsystems[subsystem].counters[env.core];
-            match (op, result) {
-                (Op::Read, Ok(())) => counters.read(len),
-                (Op::Write, Ok(())) => counters.write(len),
-                (_, Err(IoError::Medium)) => counters.media_error(),
-                _ => {}
-            }
-        }
-        match result {
-            Ok(()) if op == Op::Read => self.respond_data(slot, len as u32, 0),
-            Ok(()) => {
-                self.step_done(slot, env);
-            }
-            Err(error) => self.respond(slot, status::of(error, op), 0, env),
-        }
-    }
-
-    /// One piece of a command is done; the next is submitted, or the command ends.
-    fn step_done(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        let entry = &mut self.slots[slot as usize];
-        entry.step += 1;
-        let pieces = match (entry.work, &self.role) {
-            (Work::Io(IoCommand::Deallocate { ranges, .. }), _) => u32::from(ranges),
-            (Work::Io(IoCommand::Flush { nsid: NSID_ALL }), Role::Io { subsystem, .. }) => {
-                env.shared.subsystems[*subsystem].volumes.len() as u32
-            }
-            _ => 1,
-        };
-        if entry.step < pieces {
-            return self.submit(slot, env);
-        }
-        self.respond(slot, Status::SUCCESS, 0, env);
-        true
-    }
-
-    /// Submits an I/O that no command asked for; `false`: the volume has no room now.
-    pub(crate) fn submit_own(&mut self, volume: usize, mut io: Box<Io>, env: &mut Env<'_>) -> bool {
-        io.tag = u64::from(self.index) << 16 | u64::from(OWN_SLOT);
-        match env.volumes.submit(env.shared, volume, io) {
-            Ok(()) => {
-                self.at_volume += 1;
-                true
-            }
-            Err(Refused::Busy(io)) => {
-                env.ios.give(io);
-                false
-            }
-            Err(Refused::Failed(io)) => {
-                self.own_done(io, env);
-                true
-            }
-        }
-    }
-
-    fn own_done(&mut self, io: Box<Io>, env: &mut Env<'_>) {
-        if let Err(error) = io.result {
-            tracing::error!(?error, "flushing a volume at shutdown failed");
-        }
-        env.ios.give(io);
-        if self.life == Life::Open
-            && let Some(Held::Flushing(index)) = self.held
-        {
-            self.flush_volume(index + 1, env);
-        }
-    }
-
     fn cqe(&self, slot: u16, status: Status, result: u64) -> [u8; 16] {
         let sqhd = if self.no_flow_control { 0 } else { self.sq_head };
         let mut cqe = Cqe::new(self.machine.cid(slot), status, result);
@@ -707,7 +511,7 @@ impl Conn {
     }
 
     /// Ends a command with the first `len` bytes of its buffer.
-    fn respond_data(&mut self, slot: u16, len: u32, result: u64) {
+    pub(crate) fn respond_data(&mut self, slot: u16, len: u32, result: u64) {
         // The data's last PDU may stand for the response only where the host does not want to see
         // the queue's head, and where there is nothing else to say (NVMe/TCP, C2HData SUCCESS).
         let success = self.no_flow_control && result == 0;
@@ -777,7 +581,7 @@ impl Conn {
         }
     }
 
-    fn free(&mut self, slot: u16, env: &mut Env<'_>) {
+    pub(crate) fn free(&mut self, slot: u16, env: &mut Env<'_>) {
         let entry = &mut self.slots[slot as usize];
         entry.phase = Phase::Free;
         entry.work = Work::Nothing;

@@ -16,13 +16,15 @@
 //! What it does not do: listen (the daemon hands accepted sockets over), read a clock of its own, or
 //! allocate per I/O: `Io` objects and slots are recycled.
 //!
-//! Start reading at [`Target`], then `core.rs` (the task) and `conn.rs` (one qpair).
+//! Start reading at [`Target`], then `core.rs` (the task), `conn.rs` (one qpair) and
+//! `io.rs` (its I/O commands).
 #![forbid(unsafe_code)]
 
 mod admin;
 mod conn;
 mod core;
 mod counters;
+mod io;
 mod registry;
 mod status;
 mod target;
