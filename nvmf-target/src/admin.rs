@@ -274,6 +274,21 @@ impl Conn {
                     self.respond(slot, Status::INVALID_CONTROLLER_IDENTIFIER.dnr(), 0, env);
                 }
             }
+            AdminOutcome::Abort { .. } => {
+                // Whatever it names is with the volume already and runs to its end.
+                if let Role::Admin(admin) = &mut self.role {
+                    admin.controller.abort_done();
+                }
+                self.respond(slot, Status::SUCCESS, ctrl::ABORT_NOT_DONE, env);
+            }
+            AdminOutcome::SubsystemReset { status, result } => {
+                self.respond(slot, status, result, env);
+                env.shared.registry.end_subsystem(association.served);
+                env.shared.wake_all();
+            }
+            AdminOutcome::SetWriteProtect { .. } | AdminOutcome::ReservationPersistence { .. } => {
+                self.respond(slot, Status::FEATURE_NOT_CHANGEABLE.dnr(), 0, env);
+            }
             AdminOutcome::ResetQueues { status, result, shutdown } => {
                 // The host polls CSTS for the end of it, which comes when the queues are gone.
                 association.end_io_queues();

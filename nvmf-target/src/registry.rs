@@ -250,6 +250,11 @@ impl Registry {
         is_meant
     }
 
+    /// NVM Subsystem Reset: every controller of the subsystem is told to end.
+    pub(crate) fn end_subsystem(&self, served: Served) {
+        self.table().by_cntlid.values().filter(|a| a.served == served).for_each(|a| a.kill());
+    }
+
     /// Number of live or draining associations.
     pub(crate) fn len(&self) -> usize {
         self.table().by_cntlid.len()

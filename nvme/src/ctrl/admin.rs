@@ -3,8 +3,8 @@
 use core::time::Duration;
 
 use super::enable::{CcEffect, Ending};
-use super::{ADMIN_DATA_MAX, Controller, Instance};
-use crate::spec::{AdminOpcode, FabricsType, GetLogPage, Property, Sqe, Status};
+use super::{ABORT_MAX, ADMIN_DATA_MAX, Controller, Instance};
+use crate::spec::{AdminOpcode, FabricsType, GetLogPage, Property, Sqe, Status, WriteProtectState};
 use crate::xfer;
 
 /// What to do with an admin command.
@@ -41,7 +41,46 @@ pub enum AdminOutcome {
         /// Its instance.
         instance: Instance,
     },
+    /// Try to end the command `cid` of queue `sqid` (a held event request has been looked for
+    /// already). Complete with success: with result 0 if the command was ended (it completes with
+    /// Command Abort Requested, before this one), with [`ABORT_NOT_DONE`] if not. Then call
+    /// [`Controller::abort_done`].
+    Abort {
+        /// Queue of the command; may be one that does not exist.
+        sqid: u16,
+        /// Its command identifier.
+        cid: u16,
+    },
+    /// NVM Subsystem Reset: complete like [`AdminOutcome::Complete`], then end every controller
+    /// of the subsystem, this one included; call [`Controller::note_subsystem_reset`] for those
+    /// that hosts connect later.
+    SubsystemReset {
+        /// Status.
+        status: Status,
+        /// Dwords 0 and 1 of the completion.
+        result: u64,
+    },
+    /// Namespace Write Protection Config: change the state for every controller, and complete
+    /// (with success and result 0) when no write of before can land any more.
+    SetWriteProtect {
+        /// Active namespace.
+        nsid: u32,
+        /// State asked for; differs from the present one.
+        state: WriteProtectState,
+    },
+    /// Reservation Persistence of a namespace with reservations that has the Persist Through Power
+    /// Loss capability. Complete with success and, for `set: None`, whether PTPL is set (dword 0
+    /// bit 0).
+    ReservationPersistence {
+        /// Active namespace, or FFFFFFFFh with `set`: all that have the capability.
+        nsid: u32,
+        /// The new state; `None`: tell the present one.
+        set: Option<bool>,
+    },
 }
+
+/// Dword 0 of an Abort whose command was not aborted.
+pub const ABORT_NOT_DONE: u64 = 1;
 
 impl AdminOutcome {
     fn done(status: Status) -> AdminOutcome {
@@ -62,7 +101,8 @@ enum Reply {
     Result(u64),
     Pending,
     Close(Ending),
-    CrossReset(u16, Instance),
+    /// Something for the driver.
+    Driver(AdminOutcome),
 }
 
 impl Controller {
@@ -123,9 +163,7 @@ impl Controller {
                 result: 0,
                 shutdown: ending == Ending::Shutdown,
             },
-            Ok(Reply::CrossReset(cntlid, instance)) => {
-                AdminOutcome::CrossReset { cntlid, instance }
-            }
+            Ok(Reply::Driver(outcome)) => outcome,
             Err(status) => {
                 out.clear();
                 AdminOutcome::done(status)
@@ -173,7 +211,7 @@ impl Controller {
             }
             AdminOpcode::KEEP_ALIVE => Ok(nothing),
             AdminOpcode::CROSS_CONTROLLER_RESET if self.instance.is_some() => self.cross_reset(sqe),
-            AdminOpcode::ABORT if !self.is_discovery() => Ok(Reply::Result(self.abort(sqe))),
+            AdminOpcode::ABORT if !self.is_discovery() => self.abort(sqe),
             _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
         }
     }
@@ -188,16 +226,21 @@ impl Controller {
             // A controller cannot end itself this way.
             return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
         }
-        Ok(Reply::CrossReset(cntlid, instance))
+        Ok(Reply::Driver(AdminOutcome::CrossReset { cntlid, instance }))
     }
 
-    /// Abort: dword 0 bit 0 says "not aborted". Held event requests can be; everything else is
-    /// with the backend already and runs to its end.
-    fn abort(&mut self, sqe: &Sqe) -> u64 {
+    /// Abort: held event requests are ended here, everything else is the driver's to try.
+    fn abort(&mut self, sqe: &Sqe) -> Result<Reply, Status> {
         let cdw10 = sqe.cdw10.get();
         let (sqid, cid) = (cdw10 as u16, (cdw10 >> 16) as u16);
-        let aborted = sqid == 0 && self.aer.abort(cid);
-        u64::from(!aborted)
+        if sqid == 0 && self.aer.abort(cid) {
+            return Ok(Reply::Result(0));
+        }
+        if self.aborts >= ABORT_MAX {
+            return Err(Status::ABORT_COMMAND_LIMIT_EXCEEDED.dnr());
+        }
+        self.aborts += 1;
+        Ok(Reply::Driver(AdminOutcome::Abort { sqid, cid }))
     }
 
     fn fabrics(&mut self, sqe: &Sqe) -> Result<Reply, Status> {
@@ -213,6 +256,10 @@ impl Controller {
                 Ok(match self.registers.write(property, is_8_bytes, value)? {
                     CcEffect::None => Reply::Result(0),
                     CcEffect::CloseQueues(ending) => Reply::Close(ending),
+                    CcEffect::SubsystemReset => Reply::Driver(AdminOutcome::SubsystemReset {
+                        status: Status::SUCCESS,
+                        result: 0,
+                    }),
                 })
             }
             // The queue is connected already.

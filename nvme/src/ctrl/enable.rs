@@ -45,6 +45,8 @@ pub(crate) enum CcEffect {
     None,
     /// Close the I/O queues, then `finish`.
     CloseQueues(Ending),
+    /// End every controller of the subsystem.
+    SubsystemReset,
 }
 
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub(crate) struct Registers {
     cc: Cc,
     state: State,
     is_discovery: bool,
+    /// CSTS.NSSRO: set by the driver, cleared by the host.
+    subsystem_was_reset: bool,
 }
 
 impl Registers {
@@ -61,8 +65,19 @@ impl Registers {
             | Cap::CQR
             | READY_TIMEOUT << 24
             | Cap::CSS_NVM
-            | Cap::CRMS_CRWMS;
-        Registers { cap: Cap(cap), cc: Cc(0), state: State::Disabled, is_discovery }
+            | Cap::CRMS_CRWMS
+            | if is_discovery { 0 } else { Cap::NSSRS };
+        Registers {
+            cap: Cap(cap),
+            cc: Cc(0),
+            state: State::Disabled,
+            is_discovery,
+            subsystem_was_reset: false,
+        }
+    }
+
+    pub(crate) fn note_subsystem_reset(&mut self) {
+        self.subsystem_was_reset = true;
     }
 
     pub(crate) fn is_ready(&self) -> bool {
@@ -78,13 +93,14 @@ impl Registers {
     }
 
     pub(crate) fn csts(&self) -> Csts {
-        Csts(match self.state {
+        let state = match self.state {
             State::Disabled => 0,
             State::Fatal => Csts::CFS,
             State::Ready | State::Ending(Ending::Reset) => Csts::RDY,
             State::Ending(Ending::Shutdown) => Csts::RDY | Csts::SHST_OCCURRING,
             State::ShutDown => Csts::RDY | Csts::SHST_COMPLETE,
-        })
+        };
+        Csts(if self.subsystem_was_reset { state | Csts::NSSRO } else { state })
     }
 
     /// Property Get. `is_8_bytes` is the size the host asked for and must be the property's.
@@ -94,8 +110,8 @@ impl Registers {
             Property::VS => (u64::from(VERSION_2_0), false),
             Property::CC => (u64::from(self.cc.0), false),
             Property::CSTS => (u64::from(self.csts().0), false),
-            // CAP.NSSRS is 0: reads as zero.
-            Property::NSSR => (0, false),
+            // "A read of this property returns 0h."
+            Property::NSSR if !self.is_discovery => (0, false),
             // CRIMT 31:16 is 0 (CRMS bit 1 is clear), CRWMT 15:0 in units of 500 ms.
             Property::CRTO => (READY_TIMEOUT, false),
             _ => return Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
@@ -116,8 +132,16 @@ impl Registers {
     ) -> Result<CcEffect, Status> {
         match property {
             Property::CC if !is_8_bytes => self.write_cc(Cc(value as u32)),
-            // Only the value "NVMe" does anything, and it needs CAP.NSSRS.
-            Property::NSSR if !is_8_bytes && value != u64::from(NSSR_RESET) => Ok(CcEffect::None),
+            // NSSRO is the one field of CSTS that a host writes: 1 clears it.
+            Property::CSTS if !is_8_bytes => {
+                self.subsystem_was_reset &= value & u64::from(Csts::NSSRO) == 0;
+                Ok(CcEffect::None)
+            }
+            // Only the value "NVMe" does anything. CAP.NSSRS is clear in discovery controllers.
+            Property::NSSR if !is_8_bytes && !self.is_discovery => {
+                let is_reset = value == u64::from(NSSR_RESET);
+                Ok(if is_reset { CcEffect::SubsystemReset } else { CcEffect::None })
+            }
             _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
         }
     }
@@ -257,7 +281,7 @@ mod tests {
     #[test]
     fn properties() {
         let mut r = Registers::new(128, false);
-        assert_eq!(r.read(Property::CAP, true), Ok(0x0800_0020_1e01_007f));
+        assert_eq!(r.read(Property::CAP, true), Ok(0x0800_0030_1e01_007f));
         assert_eq!(r.read(Property::VS, false), Ok(0x0002_0000));
         assert_eq!(r.read(Property::CRTO, false), Ok(30));
         assert_eq!(r.read(Property::NSSR, false), Ok(0));
@@ -267,7 +291,27 @@ mod tests {
         assert_eq!(r.read(Property(0x24), false), Err(invalid));
         assert_eq!(r.write(Property::CAP, true, 0), Err(invalid));
         assert_eq!(r.write(Property::CC, true, 0), Err(invalid));
-        assert_eq!(r.write(Property::NSSR, false, u64::from(NSSR_RESET)), Err(invalid));
+        assert_eq!(r.write(Property::NSSR, true, u64::from(NSSR_RESET)), Err(invalid));
         assert_eq!(r.write(Property::NSSR, false, 0), Ok(CcEffect::None));
+        let reset = r.write(Property::NSSR, false, u64::from(NSSR_RESET));
+        assert_eq!(reset, Ok(CcEffect::SubsystemReset));
+
+        let mut discovery = Registers::new(128, true);
+        assert_eq!(discovery.read(Property::CAP, true).unwrap() & Cap::NSSRS, 0);
+        assert_eq!(discovery.read(Property::NSSR, false), Err(invalid));
+        let reset = discovery.write(Property::NSSR, false, u64::from(NSSR_RESET));
+        assert_eq!(reset, Err(invalid));
+    }
+
+    #[test]
+    fn a_subsystem_reset_shows_until_the_host_clears_it() {
+        let mut r = Registers::new(128, false);
+        r.note_subsystem_reset();
+        set(&mut r, Cc::ENABLE);
+        assert_eq!(csts(&r), 0b1_0001);
+        assert_eq!(r.write(Property::CSTS, false, 0b0_1111), Ok(CcEffect::None));
+        assert_eq!(csts(&r), 0b1_0001, "everything else is read-only");
+        assert_eq!(r.write(Property::CSTS, false, 0b1_0000), Ok(CcEffect::None));
+        assert_eq!(csts(&r), 1);
     }
 }

@@ -28,16 +28,16 @@ mod tests;
 use core::time::Duration;
 use std::sync::Arc;
 
-pub use self::admin::{AdminOutcome, CROSS_RESET_IMMEDIATE, io_queue_fabrics};
+pub use self::admin::{ABORT_NOT_DONE, AdminOutcome, CROSS_RESET_IMMEDIATE, io_queue_fabrics};
 pub use self::log::{ErrorRecord, HealthCounters};
 use crate::fabrics::{ConnectReject, ConnectRequest};
-use crate::spec::{Nqn, Status};
+use crate::spec::{AdminOpcode, Cns, Nqn, Sqe, Status};
 use crate::subsys::SubsystemInfo;
 use crate::subsys::discovery::DiscoveryLog;
 
 /// Asynchronous Event Requests a controller holds (AERL, one-based).
 pub const AER_MAX: usize = 4;
-/// Abort commands a host may have outstanding (ACL, one-based). Each is answered at once.
+/// Abort commands a host may have outstanding (ACL, one-based).
 pub const ABORT_MAX: u8 = 4;
 /// Entries of the Error Information log (ELPE, one-based).
 pub const ERROR_LOG_MAX: usize = 64;
@@ -125,6 +125,21 @@ pub struct Controller {
     queues: Vec<bool>,
     /// What other controllers of this host name it by; `None`: no Cross-Controller Reset here.
     instance: Option<Instance>,
+    /// Port of the association, for the port local entries of the discovery log.
+    portid: Option<u16>,
+    /// What `set_controllers` said last: ascending.
+    controllers: Vec<u16>,
+    /// Aborts the driver is trying; at most [`ABORT_MAX`].
+    aborts: u8,
+}
+
+/// Which controllers an Identify command asks for; see [`Controller::controllers_wanted`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ControllersWanted {
+    /// All of the subsystem.
+    All,
+    /// Those that have this namespace attached (may access it).
+    Attached(u32),
 }
 
 impl Controller {
@@ -146,6 +161,9 @@ impl Controller {
             log: log::Logs::default(),
             queues: vec![false; usize::from(io_queues) + 1],
             instance: None,
+            portid: None,
+            controllers: vec![config.cntlid],
+            aborts: 0,
             subsys: config.subsys,
         }
     }
@@ -155,6 +173,49 @@ impl Controller {
     /// [`AdminOutcome::CrossReset`].
     pub fn set_instance(&mut self, instance: Instance) {
         self.instance = Some(instance);
+    }
+
+    /// Tells on which port (PORTID of the discovery log) the association is: what Port Local
+    /// Entries Only of the discovery log page goes by.
+    pub fn set_port(&mut self, portid: u16) {
+        self.portid = Some(portid);
+    }
+
+    /// The next [`Controller::admin`] for this command wants to know these controllers: give them
+    /// by [`Controller::set_controllers`] before. Only they know one another through the driver,
+    /// and hosts hardly ever ask: that is why no list is kept up to date all the time.
+    #[must_use]
+    pub fn controllers_wanted(sqe: &Sqe) -> Option<ControllersWanted> {
+        match (AdminOpcode(sqe.opcode), Cns(sqe.cdw10.get() as u8)) {
+            (AdminOpcode::IDENTIFY, Cns::CONTROLLERS | Cns::COMMAND_SETS) => {
+                Some(ControllersWanted::All)
+            }
+            (AdminOpcode::IDENTIFY, Cns::NAMESPACE_CONTROLLERS) => {
+                Some(ControllersWanted::Attached(sqe.nsid.get()))
+            }
+            _ => None,
+        }
+    }
+
+    /// The controllers that [`Controller::controllers_wanted`] asked for, in any order. Until it
+    /// is called a controller knows of itself alone.
+    pub fn set_controllers(&mut self, cntlids: &[u16]) {
+        self.controllers.clear();
+        self.controllers.extend_from_slice(cntlids);
+        self.controllers.sort_unstable();
+        self.controllers.dedup();
+    }
+
+    /// The subsystem was reset ([`AdminOutcome::SubsystemReset`]) since the target started:
+    /// CSTS.NSSRO is 1 until the host clears it.
+    pub fn note_subsystem_reset(&mut self) {
+        self.registers.note_subsystem_reset();
+    }
+
+    /// An [`AdminOutcome::Abort`] is completed.
+    pub fn abort_done(&mut self) {
+        debug_assert!(self.aborts > 0, "every abort that was begun is done once");
+        self.aborts = self.aborts.saturating_sub(1);
     }
 
     /// Controller ID; also dword 0 of the Connect response (no authentication required).

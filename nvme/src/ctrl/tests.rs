@@ -74,6 +74,10 @@ impl Rig {
                 self.ctrl.queues_closed(self.now);
                 Ok(0)
             }
+            AdminOutcome::Abort { .. } => {
+                self.ctrl.abort_done();
+                Ok(ABORT_NOT_DONE)
+            }
             outcome => {
                 assert_eq!(outcome, AdminOutcome::Pending);
                 Ok(u64::MAX)
@@ -660,6 +664,8 @@ mod random {
                             prop_assert!(status.is_success() || rig.out.is_empty());
                         }
                         AdminOutcome::ResetQueues { .. } => rig.ctrl.queues_closed(rig.now),
+                        AdminOutcome::Abort { .. } => rig.ctrl.abort_done(),
+                        AdminOutcome::SubsystemReset { .. } => break,
                         outcome => {
                             prop_assert_eq!(outcome, AdminOutcome::Pending);
                             held += 1;

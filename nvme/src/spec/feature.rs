@@ -37,6 +37,12 @@ open_u8! {
         HOST_BEHAVIOR = 0x16;
         /// Host Identifier.
         HOST_IDENTIFIER = 0x81;
+        /// Reservation Notification Mask.
+        RESERVATION_NOTIFICATION_MASK = 0x82;
+        /// Reservation Persistence.
+        RESERVATION_PERSISTENCE = 0x83;
+        /// Namespace Write Protection Config.
+        NAMESPACE_WRITE_PROTECTION = 0x84;
     }
 }
 
@@ -54,13 +60,43 @@ open_u8! {
     }
 }
 
+/// Namespace write protection states that exist here (NVMe Base 2.0, "Namespace Write Protection
+/// Config"); the other two are not supported.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WriteProtectState {
+    /// No Write Protect.
+    NoWriteProtect = 0,
+    /// Write Protect: until the state is set again.
+    WriteProtect = 1,
+}
+
 /// Asynchronous event types and the information of the notices used here (NVMe Base 2.0,
 /// "Asynchronous Event Request command").
 pub mod event {
+    /// Type: error status.
+    pub const TYPE_ERROR: u32 = 0;
+    /// Type: SMART / health status.
+    pub const TYPE_SMART: u32 = 1;
     /// Type: notice.
     pub const TYPE_NOTICE: u32 = 2;
+    /// Type: I/O command specific status.
+    pub const TYPE_IO_COMMAND: u32 = 6;
+    /// Error: Persistent Internal Error.
+    pub const ERROR_PERSISTENT: u32 = 0x03;
+    /// Error: Transient Internal Error.
+    pub const ERROR_TRANSIENT: u32 = 0x04;
+    /// SMART: NVM Subsystem Reliability.
+    pub const SMART_RELIABILITY: u32 = 0x00;
+    /// SMART: Temperature Threshold.
+    pub const SMART_TEMPERATURE: u32 = 0x01;
+    /// SMART: Spare Below Threshold.
+    pub const SMART_SPARE: u32 = 0x02;
     /// Notice: Namespace Attribute Changed.
     pub const NOTICE_NAMESPACE_ATTRIBUTE: u32 = 0x00;
+    /// Notice: Asymmetric Namespace Access Change.
+    pub const NOTICE_ANA: u32 = 0x03;
+    /// I/O command specific: Reservation Log Page Available.
+    pub const IO_COMMAND_RESERVATION_LOG: u32 = 0x00;
     /// Notice: Discovery Log Page Change.
     pub const NOTICE_DISCOVERY_LOG: u32 = 0xf0;
 

@@ -31,6 +31,18 @@ impl Cns {
     pub const IOCS_ACTIVE_NAMESPACES: Cns = Cns(0x07);
     /// I/O Command Set Independent Identify Namespace.
     pub const INDEPENDENT_NAMESPACE: Cns = Cns(0x08);
+    /// Allocated Namespace ID list.
+    pub const ALLOCATED_NAMESPACES: Cns = Cns(0x10);
+    /// Identify Namespace for an allocated NSID.
+    pub const ALLOCATED_NAMESPACE: Cns = Cns(0x11);
+    /// Controllers attached to a namespace.
+    pub const NAMESPACE_CONTROLLERS: Cns = Cns(0x12);
+    /// Controllers of the subsystem.
+    pub const CONTROLLERS: Cns = Cns(0x13);
+    /// Endurance Group list.
+    pub const ENDURANCE_GROUPS: Cns = Cns(0x19);
+    /// I/O Command Set data structure.
+    pub const COMMAND_SETS: Cns = Cns(0x1c);
 }
 
 /// Identify Controller (CNS 01h).

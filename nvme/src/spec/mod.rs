@@ -17,7 +17,7 @@ pub use command::{
     SglDescriptor, Sqe,
 };
 pub use fabrics::ConnectData;
-pub use feature::{Feature, Select, event};
+pub use feature::{Feature, Select, WriteProtectState, event};
 pub use identify::{
     AsciiField, CSI_NVM, Cns, IDENTIFY_LEN, IdentifyController, IdentifyControllerNvm,
     IdentifyNamespace, IdentifyNamespaceIndependent, InvalidAscii, LbaFormat, nidt,

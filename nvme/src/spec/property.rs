@@ -33,6 +33,8 @@ pub struct Cap(pub u64);
 impl Cap {
     /// Contiguous Queues Required; always set for message-based transports.
     pub const CQR: u64 = 1 << 16;
+    /// NVM Subsystem Reset Supported.
+    pub const NSSRS: u64 = 1 << 36;
     /// Command Sets Supported bit 0: NVM Command Set, or a discovery controller.
     pub const CSS_NVM: u64 = 1 << 37;
     /// Controller Ready Modes Supported bit 0: Controller Ready With Media.
@@ -124,6 +126,8 @@ impl Csts {
     pub const SHST_OCCURRING: u32 = 1 << 2;
     /// Shutdown Status: complete (10b).
     pub const SHST_COMPLETE: u32 = 2 << 2;
+    /// NVM Subsystem Reset Occurred; writing 1 clears it.
+    pub const NSSRO: u32 = 1 << 4;
 
     /// Ready.
     #[must_use]

@@ -656,6 +656,7 @@ impl FakeTask {
             AdminOutcome::CrossReset { .. } => (Status::INTERNAL_ERROR, 0),
             // An event request, answered by `events`.
             AdminOutcome::Pending => return,
+            outcome => unreachable!("the initiator does not ask for that: {outcome:?}"),
         };
         let connection = &mut self.connections[index];
         if out.is_empty() {
