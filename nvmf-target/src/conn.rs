@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::Io;
 use nvme::ctrl::Instance;
-use nvme::ctrl::io::IoCommand;
+use nvme::ctrl::io::{Fuse, IoCommand};
 use nvme::fabrics::ConnectRequest;
 use nvme::spec::{Cqe, Direction, FabricsType, Sqe, Status};
 use nvme::tcp::{self, TargetEvent};
@@ -412,13 +412,14 @@ impl Conn {
             }
             Role::Io { subsystem, .. } => {
                 let command = nvme::ctrl::io::decode(sqe, &env.shared.subsystems[*subsystem].info)?;
-                let takes_data = matches!(
-                    command,
-                    IoCommand::Write { .. }
-                        | IoCommand::Deallocate { .. }
-                        | IoCommand::Advisory { .. }
-                );
-                return if takes_data {
+                // FUSES is 0: no fused operations.
+                if Fuse::of(sqe) != Fuse::None {
+                    return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+                }
+                if !crate::io::executes(&command) {
+                    return Err(Status::INVALID_COMMAND_OPCODE.dnr());
+                }
+                return if command.takes_data() {
                     Ok((Work::Io(command), xfer::parse_data(sqe, in_capsule_len)?))
                 } else {
                     Ok((Work::Io(command), DataPtr::None))

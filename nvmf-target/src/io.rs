@@ -11,6 +11,19 @@ use crate::status;
 /// Slot number of I/O that belongs to no command.
 const OWN_SLOT: u16 = u16::MAX;
 
+/// Whether this target carries the command out; it refuses the others as unknown.
+pub(crate) const fn executes(command: &IoCommand) -> bool {
+    matches!(
+        command,
+        IoCommand::Read { .. }
+            | IoCommand::Write { .. }
+            | IoCommand::Flush { .. }
+            | IoCommand::WriteZeroes { .. }
+            | IoCommand::Deallocate { .. }
+            | IoCommand::Advisory { .. }
+    )
+}
+
 impl Conn {
     /// Hands an I/O command (or its next piece) to the volume; `false`: it waits.
     pub(crate) fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
@@ -69,6 +82,19 @@ impl Conn {
             IoCommand::Advisory { .. } => {
                 entry.io = Some(io);
                 self.respond(slot, Status::SUCCESS, 0, env);
+                return true;
+            }
+            IoCommand::Compare { .. }
+            | IoCommand::Verify { .. }
+            | IoCommand::Copy { .. }
+            | IoCommand::WriteUncorrectable { .. }
+            | IoCommand::ReservationRegister { .. }
+            | IoCommand::ReservationAcquire { .. }
+            | IoCommand::ReservationRelease { .. }
+            | IoCommand::ReservationReport { .. } => {
+                debug_assert!(!executes(&command));
+                entry.io = Some(io);
+                self.respond(slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0, env);
                 return true;
             }
         };

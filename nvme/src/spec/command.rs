@@ -88,6 +88,12 @@ open_u8! {
         VERIFY = 0x0c;
         /// Reservation Register.
         RESERVATION_REGISTER = 0x0d;
+        /// Reservation Report.
+        RESERVATION_REPORT = 0x0e;
+        /// Reservation Acquire.
+        RESERVATION_ACQUIRE = 0x11;
+        /// Reservation Release.
+        RESERVATION_RELEASE = 0x15;
         /// Copy.
         COPY = 0x19;
         /// Fabrics commands; FCTYPE says which.
@@ -413,6 +419,40 @@ pub struct DsmRange {
 }
 const _: () = assert!(size_of::<DsmRange>() == 16);
 
+/// Source range of a Copy command, Copy Descriptor Format 0h (NVM Command Set 1.0, "Copy – Source
+/// Range Entries Copy Descriptor Format 0h"), 32 bytes.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Debug,
+    Default,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct CopyRange {
+    /// Bytes 0..8: reserved in this format.
+    pub reserved_0: U64,
+    /// Starting LBA.
+    pub slba: U64,
+    /// Number of logical blocks, zero-based.
+    pub nlb_z: U16,
+    /// Bytes 18..24: reserved in this format.
+    pub reserved_18: [u8; 6],
+    /// Expected initial logical block reference tag: protection information.
+    pub eilbrt: U32,
+    /// Expected logical block application tag: protection information.
+    pub elbat: U16,
+    /// Expected logical block application tag mask: protection information.
+    pub elbatm: U16,
+}
+const _: () = assert!(size_of::<CopyRange>() == 32);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -474,5 +514,17 @@ mod tests {
         let bytes = [0u8, 0, 0, 0, 8, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
         let range: DsmRange = zerocopy::transmute!(bytes);
         assert_eq!((range.nlb.get(), range.slba.get()), (8, 256));
+    }
+
+    #[test]
+    fn copy_range_matches_hand_built_bytes() {
+        let mut bytes = [0u8; 32];
+        bytes[9] = 1;
+        bytes[16] = 7;
+        bytes[24] = 0xee;
+        bytes[28] = 0xdd;
+        let range: CopyRange = zerocopy::transmute!(bytes);
+        assert_eq!((range.nlb_z.get(), range.slba.get()), (7, 256));
+        assert_eq!((range.eilbrt.get(), range.elbat.get()), (0xee, 0xdd));
     }
 }

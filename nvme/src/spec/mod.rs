@@ -13,8 +13,8 @@ mod property;
 pub mod status;
 
 pub use command::{
-    AdminOpcode, Cqe, Direction, DsmRange, FLAGS_PSDT_SGL, FabricsType, NSID_ALL, NvmOpcode,
-    SglDescriptor, Sqe,
+    AdminOpcode, CopyRange, Cqe, Direction, DsmRange, FLAGS_PSDT_SGL, FabricsType, NSID_ALL,
+    NvmOpcode, SglDescriptor, Sqe,
 };
 pub use fabrics::ConnectData;
 pub use feature::{Feature, Select, WriteProtectState, event};

@@ -156,6 +156,8 @@ statuses! {
     WRITE_TO_READ_ONLY_RANGE = 1, 0x82;
     /// Command Size Limit Exceeded (NVM Command Set).
     COMMAND_SIZE_LIMIT_EXCEEDED = 1, 0x83;
+    /// Overlapping I/O Range (NVM Command Set): a source of a Copy overlaps its destination.
+    OVERLAPPING_IO_RANGE = 1, 0x87;
 
     /// Write Fault.
     WRITE_FAULT = 2, 0x80;

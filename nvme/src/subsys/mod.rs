@@ -1,9 +1,12 @@
 //! What a subsystem offers, as plain data: an `Arc<SubsystemInfo>` is the snapshot every core
 //! decodes I/O against; a change is a new snapshot.
 
+pub mod ana;
 pub mod discovery;
+pub mod reservation;
 
-use crate::spec::{AsciiField, NSID_ALL, Nqn};
+use self::ana::{ANA_GROUPS_MAX, AnaGroup, AnaState};
+use crate::spec::{AsciiField, NSID_ALL, Nqn, Status};
 
 /// Unit of MDTS and WZSL: the minimum page size, CAP.MPSMIN = 0.
 pub const PAGE_BYTES: u32 = 4096;
@@ -11,6 +14,27 @@ pub const PAGE_BYTES: u32 = 4096;
 /// Largest Write Zeroes command in bytes: what 65,536 blocks of 512 bytes come to, reported as
 /// WZSL. A power of two times [`PAGE_BYTES`].
 pub const WRITE_ZEROES_BYTES_MAX: u32 = 32 << 20;
+
+/// Largest Verify command in bytes, reported as VSL. A power of two times [`PAGE_BYTES`].
+pub const VERIFY_BYTES_MAX: u32 = 32 << 20;
+
+/// Largest Write Uncorrectable command in bytes, reported as WUSL. A power of two times
+/// [`PAGE_BYTES`].
+pub const WRITE_UNCORRECTABLE_BYTES_MAX: u32 = 32 << 20;
+
+/// Most source ranges of one Copy command; MSRC is this minus one.
+pub const COPY_RANGES_MAX: u16 = 128;
+
+/// Largest source range of a Copy command in bytes; [`NamespaceInfo::mssrl_blocks`] says it in
+/// blocks.
+pub const COPY_RANGE_BYTES_MAX: u32 = 4 << 20;
+
+/// Most bytes one Copy command moves; [`NamespaceInfo::mcl_blocks`] says it in blocks.
+pub const COPY_BYTES_MAX: u32 = 32 << 20;
+
+/// Blocks that a fused Compare and Write may have: what is compared and written as one step that
+/// no other command sees half done. ACWU is this minus one.
+pub const COMPARE_AND_WRITE_BLOCKS_MAX: u32 = 1;
 
 /// What every controller of a subsystem grants.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +100,17 @@ pub struct NamespaceInfo {
     pub optimal_write_bytes: u32,
     /// Allocated bytes if the backing object knows; `None`: everything.
     pub used_bytes: Option<u64>,
+    /// ANA group (ANAGRPID), 1..=[`ANA_GROUPS_MAX`].
+    pub ana_group: u32,
+    /// The reservation commands are supported: hosts share the namespace and coordinate by them.
+    pub reservations: bool,
+    /// Reservations can be kept through power loss.
+    pub ptpl: bool,
+    /// A host has write protected the namespace (Namespace Write Protection feature). `read_only`
+    /// is what the backing object says; either makes writes fail.
+    pub write_protect: bool,
+    /// Write Uncorrectable is supported.
+    pub write_uncorrectable: bool,
 }
 
 impl NamespaceInfo {
@@ -98,7 +133,32 @@ impl NamespaceInfo {
             deallocate_granularity_bytes: 0,
             optimal_write_bytes: 0,
             used_bytes: None,
+            ana_group: 1,
+            reservations: false,
+            ptpl: false,
+            write_protect: false,
+            write_uncorrectable: false,
         }
+    }
+
+    /// Whether writes are refused with Namespace is Write Protected.
+    #[must_use]
+    #[inline]
+    pub fn refuses_writes(&self) -> bool {
+        self.read_only | self.write_protect
+    }
+
+    /// MSSRL: blocks that one source range of a Copy command may have.
+    #[must_use]
+    pub fn mssrl_blocks(&self) -> u16 {
+        const { assert!(COPY_RANGE_BYTES_MAX >> 9 <= u16::MAX as u32) };
+        (COPY_RANGE_BYTES_MAX >> self.block_shift()) as u16
+    }
+
+    /// MCL: blocks that one Copy command may move.
+    #[must_use]
+    pub fn mcl_blocks(&self) -> u32 {
+        COPY_BYTES_MAX >> self.block_shift()
     }
 
     /// Size in bytes.
@@ -145,6 +205,25 @@ pub enum InvalidSubsystem {
         /// Its size.
         blocks: u64,
     },
+    /// An ANA group identifier out of range.
+    #[error("ANA group {id} is not in 1..={max}")]
+    AnaGroupId {
+        /// The identifier.
+        id: u32,
+        /// Largest allowed.
+        max: u32,
+    },
+    /// Two ANA groups with one identifier.
+    #[error("ANA group {0} is listed twice")]
+    DuplicateAnaGroup(u32),
+    /// A namespace in an ANA group that is not listed.
+    #[error("namespace {nsid} is in ANA group {group}, which does not exist")]
+    UnknownAnaGroup {
+        /// The namespace.
+        nsid: u32,
+        /// Its group.
+        group: u32,
+    },
     /// A limit that no controller can have.
     #[error("{name} of {value} is below the smallest possible, {min}")]
     Limit {
@@ -166,6 +245,12 @@ pub struct SubsystemInfo {
     firmware: AsciiField<8>,
     namespaces: Vec<NamespaceInfo>,
     limits: Limits,
+    /// By identifier; empty: no ANA reporting.
+    ana_groups: Vec<AnaGroup>,
+    /// Per namespace, the state of its group; empty when `ana_impaired` is not set.
+    ana_states: Vec<AnaState>,
+    /// Some namespace is in a state that refuses I/O. Per I/O this is the one thing looked at.
+    ana_impaired: bool,
 }
 
 impl SubsystemInfo {
@@ -215,7 +300,17 @@ impl SubsystemInfo {
         if let Some(pair) = namespaces.windows(2).find(|pair| pair[0].nsid == pair[1].nsid) {
             return Err(InvalidSubsystem::DuplicateNsid(pair[0].nsid));
         }
-        Ok(SubsystemInfo { nqn, serial, model, firmware, namespaces, limits })
+        Ok(SubsystemInfo {
+            nqn,
+            serial,
+            model,
+            firmware,
+            namespaces,
+            limits,
+            ana_groups: Vec::new(),
+            ana_states: Vec::new(),
+            ana_impaired: false,
+        })
     }
 
     /// The discovery subsystem: no namespaces, the well-known NQN.
@@ -231,7 +326,7 @@ impl SubsystemInfo {
         Self::new(Nqn::discovery(), serial, model, firmware, Vec::new(), limits)
     }
 
-    /// The same subsystem with other namespaces.
+    /// The same subsystem with other namespaces and the same ANA groups.
     ///
     /// # Errors
     /// [`InvalidSubsystem`] says what is impossible.
@@ -239,7 +334,76 @@ impl SubsystemInfo {
         &self,
         namespaces: Vec<NamespaceInfo>,
     ) -> Result<SubsystemInfo, InvalidSubsystem> {
-        Self::new(self.nqn.clone(), self.serial, self.model, self.firmware, namespaces, self.limits)
+        Self::new(
+            self.nqn.clone(),
+            self.serial,
+            self.model,
+            self.firmware,
+            namespaces,
+            self.limits,
+        )?
+        .with_ana_groups(self.ana_groups.clone())
+    }
+
+    /// The same subsystem with these ANA groups, in the states they have for the controllers that
+    /// this view is for. No group: no ANA reporting, and the namespaces' group is not looked at.
+    ///
+    /// # Errors
+    /// [`InvalidSubsystem`] if an identifier is out of range or listed twice, or if a namespace
+    /// is in a group that is not listed.
+    pub fn with_ana_groups(
+        mut self,
+        mut groups: Vec<AnaGroup>,
+    ) -> Result<SubsystemInfo, InvalidSubsystem> {
+        groups.sort_by_key(|group| group.id);
+        if let Some(group) = groups.iter().find(|g| g.id == 0 || g.id > ANA_GROUPS_MAX) {
+            return Err(InvalidSubsystem::AnaGroupId { id: group.id, max: ANA_GROUPS_MAX });
+        }
+        if let Some(pair) = groups.windows(2).find(|pair| pair[0].id == pair[1].id) {
+            return Err(InvalidSubsystem::DuplicateAnaGroup(pair[0].id));
+        }
+        self.ana_groups = groups;
+        self.find_ana_states()?;
+        Ok(self)
+    }
+
+    /// Looks every namespace's group up, once per view instead of once per I/O.
+    fn find_ana_states(&mut self) -> Result<(), InvalidSubsystem> {
+        self.ana_states.clear();
+        self.ana_impaired = false;
+        if self.ana_groups.is_empty() {
+            return Ok(());
+        }
+        self.ana_states.reserve_exact(self.namespaces.len());
+        for ns in &self.namespaces {
+            let Some(group) = ana::group(&self.ana_groups, ns.ana_group) else {
+                return Err(InvalidSubsystem::UnknownAnaGroup {
+                    nsid: ns.nsid,
+                    group: ns.ana_group,
+                });
+            };
+            self.ana_states.push(group.state);
+            self.ana_impaired |= group.state.refusal().is_some();
+        }
+        if !self.ana_impaired {
+            self.ana_states = Vec::new();
+        }
+        Ok(())
+    }
+
+    /// The same subsystem with the namespaces that `keep` says: what one host may see of it.
+    #[must_use]
+    pub fn restricted(&self, mut keep: impl FnMut(&NamespaceInfo) -> bool) -> SubsystemInfo {
+        let mut view = SubsystemInfo {
+            namespaces: self.namespaces.iter().filter(|ns| keep(ns)).cloned().collect(),
+            nqn: self.nqn.clone(),
+            ana_groups: self.ana_groups.clone(),
+            ana_states: Vec::new(),
+            ..*self
+        };
+        let found = view.find_ana_states();
+        debug_assert!(found.is_ok(), "every namespace's group was listed before");
+        view
     }
 
     /// NQN.
@@ -292,6 +456,31 @@ impl SubsystemInfo {
             return Some(guess);
         }
         self.namespaces.binary_search_by_key(&nsid, |ns| ns.nsid).ok()
+    }
+
+    /// ANA groups by identifier; empty: no ANA reporting.
+    #[must_use]
+    pub fn ana_groups(&self) -> &[AnaGroup] {
+        &self.ana_groups
+    }
+
+    /// Change count of the whole ANA log: grows with each group's.
+    #[must_use]
+    pub fn ana_change_count(&self) -> u64 {
+        self.ana_groups.iter().fold(0, |sum, group| sum.wrapping_add(group.change_count))
+    }
+
+    /// ANA state of a namespace in this view; Optimized where ANA is not reported.
+    #[must_use]
+    pub fn ana_state(&self, ns: &NamespaceInfo) -> AnaState {
+        ana::group(&self.ana_groups, ns.ana_group).map_or(AnaState::Optimized, |group| group.state)
+    }
+
+    /// Why the namespace at this index of [`SubsystemInfo::namespaces`] takes no I/O command in
+    /// its ANA state; `None`: it does.
+    #[inline]
+    pub(crate) fn ana_refusal(&self, index: usize) -> Option<Status> {
+        if self.ana_impaired { self.ana_states[index].refusal() } else { None }
     }
 
     /// Whether any namespace has a volatile write cache.

@@ -682,7 +682,7 @@ impl FakeTask {
                 IoCommand::Flush { .. } => seen.flushes += 1,
                 IoCommand::WriteZeroes { .. } => seen.write_zeroes += 1,
                 IoCommand::Deallocate { .. } => seen.deallocates += 1,
-                IoCommand::Advisory { .. } => {}
+                _ => {}
             }
             if let IoCommand::Read { len, fua, .. } | IoCommand::Write { len, fua, .. } = io {
                 seen.longest_bytes = seen.longest_bytes.max(u64::from(len));
@@ -712,6 +712,10 @@ impl FakeTask {
                 }
             }
             IoCommand::Flush { .. } | IoCommand::Advisory { .. } => {}
+            // The initiator sends no others.
+            _ => {
+                return respond(connection, slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0);
+            }
         }
         respond(connection, slot, Status::SUCCESS, 0);
     }
