@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use nvmf_target::{Listener, Target};
+use nvmf_target::Target;
 use reactor::Socket;
 
 use crate::config::{Listen, TargetConfig};
@@ -70,7 +70,7 @@ fn host(addr: SocketAddr) -> String {
 pub(crate) fn accept(
     listener: TcpListener,
     target: Arc<Target>,
-    kind: Listener,
+    port: u16,
 ) -> io::Result<tokio::task::JoinHandle<()>> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -81,7 +81,7 @@ pub(crate) fn accept(
                 Ok((stream, peer)) => {
                     complained = false;
                     match hand_over(stream) {
-                        Ok(socket) => target.add_connection(socket, kind),
+                        Ok(socket) => target.add_connection(socket, port),
                         Err(error) => tracing::warn!(%peer, %error, "connection lost at once"),
                     }
                 }

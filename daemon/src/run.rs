@@ -14,10 +14,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use block::{Geometry, Identity, Volume};
-use nvme::spec::discovery::SubsystemType;
-use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
-use nvmf_target::{Limits, Listener, NamespaceConfig, SubsystemConfig, Target};
+use nvmf_target::{Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target};
 use reactor::CoreHandle;
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -386,28 +384,19 @@ fn serial_text(serial: &[u8; 20]) -> String {
     String::from_utf8_lossy(serial).trim_end().to_owned()
 }
 
-/// What hosts are told: one record per subsystem and I/O listener.
-fn discovery_log(
-    bound: &listen::Bound,
-    addresses: &[SocketAddr],
-    subsystem: &SubsystemIdentity,
-) -> DiscoveryLog {
-    let entries: Vec<_> = bound
-        .io
-        .iter()
-        .zip(addresses)
-        .enumerate()
-        .map(|(index, ((listen, _), bound))| {
-            let told = listen.advertise.unwrap_or(*bound);
-            // One port ID per listener, the same after a restart with the same configuration.
-            DiscoveryEntry::tcp(SubsystemType::NVM, told, index as u16 + 1, subsystem.nqn.clone())
+/// The listeners as the target's ports, I/O before discovery: one identifier per listener, the same
+/// after a restart with the same configuration.
+fn ports(bound: &listen::Bound, listen: &[SocketAddr], discovery: &[SocketAddr]) -> Vec<Port> {
+    let io = bound.io.iter().zip(listen).map(|pair| (ListenerKind::Io, pair));
+    let only = bound.discovery.iter().zip(discovery).map(|pair| (ListenerKind::Discovery, pair));
+    io.chain(only)
+        .zip(1..)
+        .map(|((kind, ((listen, _), bound)), id)| Port {
+            id,
+            kind,
+            addr: listen.advertise.unwrap_or(*bound),
         })
-        .collect();
-    // Another start may serve another log: the clock tells them apart.
-    let genctr = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(1, |since| since.as_millis() as u64);
-    DiscoveryLog::new(genctr, &entries)
+        .collect()
 }
 
 struct TargetParts<'a> {
@@ -432,20 +421,22 @@ fn start_target(parts: TargetParts<'_>) -> anyhow::Result<RunningTarget> {
     let namespaces = served
         .iter()
         .zip(&volumes)
-        .map(|(served, volume)| NamespaceConfig { nsid: served.nsid, volume: volume.clone() })
+        .map(|(served, volume)| NamespaceConfig::new(served.nsid, volume.clone()))
         .collect();
     let mut subsystems = vec![SubsystemConfig {
-        nqn: subsystem.nqn.to_string(),
-        serial: serial_text(&subsystem.serial),
         namespaces,
+        ..SubsystemConfig::new(subsystem.nqn.to_string(), serial_text(&subsystem.serial))
     }];
     let mut volumes: Vec<_> =
         served.iter().map(|served| served.name.clone()).zip(volumes).collect();
     if let Some(hidden) = hidden {
         subsystems.push(SubsystemConfig {
-            nqn: hidden.subsystem.nqn.to_string(),
-            serial: serial_text(&hidden.subsystem.serial),
-            namespaces: vec![NamespaceConfig { nsid: 1, volume: hidden.volume.clone() }],
+            namespaces: vec![NamespaceConfig::new(1, hidden.volume.clone())],
+            hidden: true,
+            ..SubsystemConfig::new(
+                hidden.subsystem.nqn.to_string(),
+                serial_text(&hidden.subsystem.serial),
+            )
         });
         volumes.push(("self-check".to_owned(), hidden.volume));
     }
@@ -455,10 +446,16 @@ fn start_target(parts: TargetParts<'_>) -> anyhow::Result<RunningTarget> {
         queue_entries: settings.queue_entries_max.unwrap_or(defaults.queue_entries),
         ..defaults
     };
+    let ports = ports(&bound, &listen, &discovery);
     let config = nvmf_target::TargetConfig {
         subsystems,
-        discovery: Arc::new(discovery_log(&bound, &listen, subsystem)),
+        ports: ports.clone(),
+        // Another start may serve another log: the clock tells them apart.
+        discovery_generation: std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(1, |since| since.as_millis() as u64),
         limits,
+        ..nvmf_target::TargetConfig::default()
     };
 
     let count = settings.cores.unwrap_or_else(|| cores::default_count(roles));
@@ -480,10 +477,8 @@ fn start_target(parts: TargetParts<'_>) -> anyhow::Result<RunningTarget> {
     }
 
     let mut tasks = Vec::new();
-    for (listeners, kind) in [(bound.io, Listener::Io), (bound.discovery, Listener::Discovery)] {
-        for (_, listener) in listeners {
-            tasks.push(listen::accept(listener, target.clone(), kind).context("accepting")?);
-        }
+    for ((_, listener), port) in bound.io.into_iter().chain(bound.discovery).zip(ports) {
+        tasks.push(listen::accept(listener, target.clone(), port.id).context("accepting")?);
     }
     Ok(RunningTarget { target, cores, volumes, tasks, listen, discovery })
 }

@@ -11,10 +11,11 @@ use nvme::fabrics::{ConnectReject, ConnectRequest};
 use nvme::spec::{AdminOpcode, AsciiField, Nqn, Status};
 use nvme::subsys::{self, NamespaceInfo, SubsystemInfo};
 
+use crate::config::{Limits, ListenerKind, SubsystemConfig};
 use crate::conn::{Conn, Held, Role};
 use crate::core::Env;
 use crate::registry::{HostKey, Refusal, Served};
-use crate::target::{Limits, Listener, Shared, SubsystemConfig};
+use crate::target::Shared;
 
 /// Model number of every controller.
 const MODEL: &str = "Penstock";
@@ -65,11 +66,7 @@ pub(crate) fn subsystem_info(
 
 /// The discovery subsystem's description.
 pub(crate) fn discovery_info(limits: &Limits) -> Result<SubsystemInfo, String> {
-    let config = SubsystemConfig {
-        nqn: nvme::spec::DISCOVERY_NQN.to_owned(),
-        serial: MODEL.to_owned(),
-        namespaces: Vec::new(),
-    };
+    let config = SubsystemConfig::new(nvme::spec::DISCOVERY_NQN, MODEL);
     subsystem_info(&config, Vec::new(), limits)
 }
 
@@ -150,7 +147,7 @@ impl Conn {
         if subnqn.is_discovery() {
             return Some(Served::Discovery);
         }
-        if self.listener() == Listener::Discovery {
+        if self.port().kind == ListenerKind::Discovery {
             return None;
         }
         shared.subsystems.iter().position(|s| s.info.nqn() == subnqn).map(Served::Subsystem)

@@ -13,9 +13,9 @@ use nvme::xfer::{self, DataPtr};
 use reactor::net::{Rx, RxChunk, Stream};
 
 use crate::admin::Admin;
+use crate::config::{Limits, Port};
 use crate::core::Env;
 use crate::registry::Association;
-use crate::target::{Limits, Listener};
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
 const CHUNKS_PER_TURN: usize = 4;
@@ -106,7 +106,7 @@ pub(crate) struct Conn {
     pub(crate) index: u32,
     stream: Stream,
     machine: tcp::Target,
-    listener: Listener,
+    port: Port,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
     qid: u16,
@@ -166,7 +166,7 @@ impl Conn {
     pub(crate) fn new(
         index: u32,
         stream: Stream,
-        listener: Listener,
+        port: Port,
         limits: &Limits,
         now: Duration,
     ) -> Conn {
@@ -180,7 +180,7 @@ impl Conn {
             index,
             stream,
             machine,
-            listener,
+            port,
             role: Role::Fresh,
             association: None,
             qid: 0,
@@ -201,8 +201,8 @@ impl Conn {
         self.stream.peer()
     }
 
-    pub(crate) fn listener(&self) -> Listener {
-        self.listener
+    pub(crate) fn port(&self) -> &Port {
+        &self.port
     }
 
     pub(crate) fn held(&self) -> Option<Held> {

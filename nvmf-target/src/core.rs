@@ -193,7 +193,7 @@ impl CoreTask {
             self.conns.push(None);
             (self.conns.len() - 1) as u32
         });
-        let conn = Conn::new(index, stream, handover.listener, &self.shared.limits, now);
+        let conn = Conn::new(index, stream, handover.port, &self.shared.limits, now);
         self.conns[index as usize] = Some(Box::new(conn));
     }
 }

@@ -21,15 +21,20 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod config;
 mod conn;
 mod core;
 mod counters;
 mod io;
 mod registry;
+mod state;
 mod status;
 mod target;
 
-pub use counters::Totals;
-pub use target::{
-    Limits, Listener, NamespaceConfig, SetupError, SubsystemConfig, Target, TargetConfig,
+pub use config::{
+    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, SetupError,
+    SubsystemConfig, TargetConfig,
 };
+pub use counters::Totals;
+pub use state::{ControllerStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus};
+pub use target::Target;

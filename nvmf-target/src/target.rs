@@ -2,123 +2,22 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use block::Volume;
-use nvme::subsys::discovery::DiscoveryLog;
+use nvme::spec::Nqn;
+use nvme::spec::discovery::SubsystemType;
+use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvme::subsys::{NamespaceInfo, SubsystemInfo};
 use reactor::{CoreHandle, Local, Receiver, Sender, Socket, Task};
-use thiserror::Error;
 
+use crate::config::{
+    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, SetupError,
+    SubsystemConfig, TargetConfig,
+};
 use crate::core::CoreTask;
 use crate::counters::{Counters, Totals};
 use crate::registry::Registry;
-
-/// Which controllers a listener leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Listener {
-    /// I/O controllers of every subsystem, and the discovery controller.
-    Io,
-    /// The discovery controller alone.
-    Discovery,
-}
-
-/// One volume as a namespace.
-#[derive(Clone)]
-pub struct NamespaceConfig {
-    /// Namespace identifier, 1 or more, unique in its subsystem.
-    pub nsid: u32,
-    /// Where its blocks are.
-    pub volume: Arc<dyn Volume>,
-}
-
-/// An NVM subsystem and its namespaces.
-#[derive(Clone)]
-pub struct SubsystemConfig {
-    /// Subsystem NQN.
-    pub nqn: String,
-    /// Serial number: at most 20 ASCII characters.
-    pub serial: String,
-    /// Its namespaces.
-    pub namespaces: Vec<NamespaceConfig>,
-}
-
-/// What hosts may use up.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Connections (queues) of all hosts together.
-    pub connections: usize,
-    /// Controllers of all hosts together.
-    pub controllers: usize,
-    /// Controllers of one host.
-    pub controllers_per_host: usize,
-    /// I/O queues of one controller.
-    pub io_queues: u16,
-    /// Entries of one I/O queue.
-    pub queue_entries: u16,
-    /// Largest transfer of one command in bytes; a power of two of 4 KiB pages.
-    pub transfer_bytes: u32,
-    /// Write payload taken along with an I/O command, in bytes; a multiple of 16.
-    pub in_capsule_bytes: u32,
-    /// Bytes that a host may send in one H2CData PDU; a multiple of 4, at least 4,096.
-    pub h2c_data_bytes: u32,
-    /// How long a connection may take from accept to Connect.
-    pub handshake: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
-            connections: 4096,
-            controllers: 1024,
-            controllers_per_host: 64,
-            io_queues: 128,
-            queue_entries: 128,
-            transfer_bytes: 1 << 20,
-            in_capsule_bytes: 16 << 10,
-            h2c_data_bytes: 1 << 20,
-            handshake: Duration::from_secs(10),
-        }
-    }
-}
-
-/// All of a target's configuration.
-#[derive(Clone)]
-pub struct TargetConfig {
-    /// What is served.
-    pub subsystems: Vec<SubsystemConfig>,
-    /// What the discovery log page says, for every host alike.
-    pub discovery: Arc<DiscoveryLog>,
-    /// Bounds.
-    pub limits: Limits,
-}
-
-/// Why a target cannot be made.
-#[derive(Debug, Error)]
-pub enum SetupError {
-    /// No core was given.
-    #[error("a target needs at least one core")]
-    NoCore,
-    /// A namespace identifier is 0, FFFFFFFFh or used twice.
-    #[error(
-        "subsystem {nqn}: namespace identifier {nsid} is not allowed: each must be 1 to {max}, once",
-        max = u32::MAX - 1
-    )]
-    Nsid {
-        /// The subsystem.
-        nqn: String,
-        /// The identifier.
-        nsid: u32,
-    },
-    /// The subsystem's own description was refused.
-    #[error("subsystem {nqn}: {reason}")]
-    Subsystem {
-        /// The subsystem.
-        nqn: String,
-        /// Why.
-        reason: String,
-    },
-}
+use crate::state::TargetStatus;
 
 /// One subsystem as the cores see it.
 pub(crate) struct Served {
@@ -137,6 +36,7 @@ pub(crate) struct Shared {
     pub(crate) discovery_info: Arc<SubsystemInfo>,
     pub(crate) registry: Registry,
     pub(crate) limits: Limits,
+    pub(crate) ports: Vec<Port>,
     pub(crate) connections: AtomicUsize,
     cores: Vec<CoreHandle>,
 }
@@ -159,7 +59,7 @@ impl Shared {
 /// A connection on its way to its core.
 pub(crate) struct Handover {
     pub(crate) socket: Socket,
-    pub(crate) listener: Listener,
+    pub(crate) port: Port,
 }
 
 /// Handle to a target. Cheap to share; every call may come from any thread.
@@ -182,6 +82,12 @@ impl Target {
         if cores.is_empty() {
             return Err(SetupError::NoCore);
         }
+        for (index, port) in config.ports.iter().enumerate() {
+            if port.id == 0 || config.ports[..index].iter().any(|p| p.id == port.id) {
+                return Err(SetupError::Port(port.id));
+            }
+        }
+        let discovery = Arc::new(discovery_log(&config));
         let mut volumes = Vec::new();
         let mut subsystems = Vec::new();
         for mut subsystem in config.subsystems {
@@ -219,10 +125,11 @@ impl Target {
         let shared = Arc::new(Shared {
             subsystems,
             volumes,
-            discovery: config.discovery,
+            discovery,
             discovery_info: Arc::new(discovery_info),
             registry,
             limits: config.limits,
+            ports: config.ports,
             connections: AtomicUsize::new(0),
             cores,
         });
@@ -241,8 +148,13 @@ impl Target {
 
     /// Hands an accepted connection to one of the cores, which take turns.
     ///
-    /// A connection beyond the limits is closed; the host may try again.
-    pub fn add_connection(&self, socket: Socket, listener: Listener) {
+    /// A connection beyond the limits is closed, and one through a port that does not exist; the
+    /// host may try again.
+    pub fn add_connection(&self, socket: Socket, port: u16) {
+        let Some(port) = self.shared.ports.iter().find(|p| p.id == port) else {
+            tracing::warn!(port, "connection refused: there is no such port");
+            return;
+        };
         let limits = &self.shared.limits;
         if self.shared.connections.fetch_add(1, Ordering::AcqRel) >= limits.connections {
             self.shared.connections.fetch_sub(1, Ordering::AcqRel);
@@ -250,10 +162,134 @@ impl Target {
             return;
         }
         let core = self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len();
-        if self.inboxes[core].send(Handover { socket, listener }).is_err() {
+        if self.inboxes[core].send(Handover { socket, port: port.clone() }).is_err() {
             self.shared.connections.fetch_sub(1, Ordering::AcqRel);
             tracing::debug!(core, "connection refused: the core's inbox is full");
         }
+    }
+
+    /// Serves another subsystem from now on.
+    ///
+    /// # Errors
+    /// The NQN is taken, or the subsystem is not possible.
+    pub fn add_subsystem(&self, subsystem: SubsystemConfig) -> Result<(), ChangeError> {
+        drop(subsystem);
+        Err(fixed())
+    }
+
+    /// Ends a subsystem and all associations with it.
+    ///
+    /// # Errors
+    /// There is no such subsystem, or its I/O takes longer than [`Limits::change_wait`].
+    pub fn remove_subsystem(&self, _nqn: &str) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Adds a namespace to a subsystem.
+    ///
+    /// # Errors
+    /// There is no such subsystem, or the identifier or the volume is taken.
+    pub fn attach(&self, _nqn: &str, _namespace: NamespaceConfig) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Takes a namespace away; the volume is not used any more when this returns.
+    ///
+    /// # Errors
+    /// There is none, or its I/O takes longer than [`Limits::change_wait`].
+    pub fn detach(&self, _nqn: &str, _nsid: u32) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Looks at a namespace's volume again and tells hosts its new size.
+    ///
+    /// # Errors
+    /// There is none, the volume cannot be read or has become smaller.
+    pub fn refresh(&self, _nqn: &str, _nsid: u32) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Which hosts see a namespace from now on; `None`: all.
+    ///
+    /// # Errors
+    /// There is none, or I/O of hosts that lose it takes longer than [`Limits::change_wait`].
+    pub fn set_namespace_hosts(
+        &self,
+        _nqn: &str,
+        _nsid: u32,
+        _hosts: Option<Vec<Nqn>>,
+    ) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Which hosts may connect from now on; `None`: all. Associations of others end.
+    ///
+    /// # Errors
+    /// There is no such subsystem, or their I/O takes longer than [`Limits::change_wait`].
+    pub fn set_subsystem_hosts(
+        &self,
+        _nqn: &str,
+        _hosts: Option<Vec<Nqn>>,
+    ) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// The state of an ANA group on a port, in one subsystem or in all of them.
+    ///
+    /// # Errors
+    /// There is no such subsystem or port, or I/O through the port takes longer than
+    /// [`Limits::change_wait`].
+    pub fn set_ana(
+        &self,
+        _nqn: Option<&str>,
+        _port: u16,
+        _group: u32,
+        _state: AnaState,
+    ) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Moves a namespace to another ANA group.
+    ///
+    /// # Errors
+    /// There is no such namespace, or the group is not possible.
+    pub fn move_namespace(&self, _nqn: &str, _nsid: u32, _group: u32) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Refuses writes to a namespace from now on, or takes them again.
+    ///
+    /// # Errors
+    /// There is no such namespace, or writes take longer than [`Limits::change_wait`].
+    pub fn set_write_protect(
+        &self,
+        _nqn: &str,
+        _nsid: u32,
+        _protect: bool,
+    ) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Ends the associations that a host has now, in one subsystem or in all of them.
+    ///
+    /// # Errors
+    /// There is no such subsystem, or its I/O takes longer than [`Limits::change_wait`].
+    pub fn disconnect_host(&self, _nqn: Option<&str>, _hostnqn: &Nqn) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// Replaces the discovery log's entries of other discovery subsystems.
+    ///
+    /// # Errors
+    /// An entry is not possible.
+    pub fn set_referrals(&self, _referrals: Vec<DiscoveryEntry>) -> Result<(), ChangeError> {
+        Err(fixed())
+    }
+
+    /// What is served and to whom, as it is now.
+    pub fn status(&self) -> TargetStatus {
+        let (connections, _) = self.connected();
+        TargetStatus { connections, ..TargetStatus::default() }
     }
 
     /// I/O done for subsystem `nqn` so far.
@@ -268,6 +304,23 @@ impl Target {
     }
 }
 
+/// What hosts are told: one record per subsystem and I/O port, and the referrals.
+fn discovery_log(config: &TargetConfig) -> DiscoveryLog {
+    let mut entries = Vec::new();
+    for subsystem in config.subsystems.iter().filter(|s| !s.hidden) {
+        let Ok(nqn) = Nqn::new(&subsystem.nqn) else { continue };
+        for port in config.ports.iter().filter(|p| p.kind == ListenerKind::Io) {
+            entries.push(DiscoveryEntry::tcp(SubsystemType::NVM, port.addr, port.id, nqn.clone()));
+        }
+    }
+    entries.extend(config.referrals.iter().cloned());
+    DiscoveryLog::new(config.discovery_generation, &entries)
+}
+
 fn namespace_info(ns: &NamespaceConfig) -> NamespaceInfo {
     crate::admin::namespace_info(ns.nsid, &ns.volume.geometry(), &ns.volume.identity())
+}
+
+fn fixed() -> ChangeError {
+    ChangeError::Invalid("this cannot be changed while the target runs".to_owned())
 }

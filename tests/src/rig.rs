@@ -7,8 +7,9 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use block::Volume;
-use nvme::subsys::discovery::DiscoveryLog;
-use nvmf_target::{Limits, Listener, NamespaceConfig, SubsystemConfig, Target, TargetConfig};
+use nvmf_target::{
+    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+};
 use reactor::{Core, CoreConfig, CoreHandle, Socket};
 
 /// Subsystem that the rig serves.
@@ -64,21 +65,23 @@ impl Rig {
         let namespaces = volumes
             .into_iter()
             .zip(1..)
-            .map(|(volume, nsid)| NamespaceConfig { nsid, volume })
+            .map(|(volume, nsid)| NamespaceConfig::new(nsid, volume))
             .collect();
-        let subsystem =
-            SubsystemConfig { nqn: SUBNQN.into(), serial: "RIG0001".into(), namespaces };
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let addr = listener.local_addr()?;
         let config = TargetConfig {
-            subsystems: vec![subsystem],
-            discovery: Arc::new(DiscoveryLog::new(0, &[])),
+            subsystems: vec![SubsystemConfig {
+                namespaces,
+                ..SubsystemConfig::new(SUBNQN, "RIG0001")
+            }],
+            ports: vec![Port { id: 1, kind: ListenerKind::Io, addr }],
             limits,
+            ..TargetConfig::default()
         };
         let target = Target::new(config, cores.clone())?;
         for start in starts {
             start.send(Arc::clone(&target)).ok().context("a core ended early")?;
         }
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let addr = listener.local_addr()?;
         let stop = Arc::new(AtomicBool::new(false));
         let (stopping, accepted) = (Arc::clone(&stop), Arc::clone(&target));
         let acceptor = std::thread::spawn(move || {
@@ -86,7 +89,7 @@ impl Rig {
                 if stopping.load(Ordering::Acquire) {
                     return;
                 }
-                accepted.add_connection(Socket::from(stream), Listener::Io);
+                accepted.add_connection(Socket::from(stream), 1);
             }
         });
         let cores = cores.into_iter().zip(threads).collect();

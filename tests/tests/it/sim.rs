@@ -19,9 +19,10 @@ use block::fault::{FaultPlan, FaultVolume};
 use block::ram::RamVolume;
 use block::{Busy, Channel, Identity, Io, Op, Volume};
 use nvme::spec::Nqn;
-use nvme::subsys::discovery::DiscoveryLog;
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
-use nvmf_target::{Limits, Listener, NamespaceConfig, SubsystemConfig, Target, TargetConfig};
+use nvmf_target::{
+    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+};
 use reactor::sim::{NetFaults, World};
 use reactor::{Core, Local, Progress, Task};
 
@@ -207,17 +208,17 @@ fn addr() -> SocketAddr {
 fn start_target(world: &World, core: &mut Core, volume: &Arc<dyn Volume>) -> Arc<Target> {
     let config = TargetConfig {
         subsystems: vec![SubsystemConfig {
-            nqn: SUBNQN.into(),
-            serial: "SIM".into(),
-            namespaces: vec![NamespaceConfig { nsid: 1, volume: Arc::clone(volume) }],
+            namespaces: vec![NamespaceConfig::new(1, Arc::clone(volume))],
+            ..SubsystemConfig::new(SUBNQN, "SIM")
         }],
-        discovery: Arc::new(DiscoveryLog::new(0, &[])),
+        ports: vec![Port { id: 1, kind: ListenerKind::Io, addr: addr() }],
         limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
+        ..TargetConfig::default()
     };
     let target = Target::new(config, vec![core.handle()]).expect("a sound configuration");
     core.spawn(target.core_task(0, &core.local()).expect("the core's first task"));
     let accept = Arc::clone(&target);
-    world.listen(addr(), Box::new(move |socket| accept.add_connection(socket, Listener::Io)));
+    world.listen(addr(), Box::new(move |socket| accept.add_connection(socket, 1)));
     target
 }
 

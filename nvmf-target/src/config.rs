@@ -1,0 +1,245 @@
+//! What a target serves and what hosts may use up of it: plain data from the control plane.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::Volume;
+use nvme::spec::Nqn;
+use nvme::subsys::discovery::DiscoveryEntry;
+use thiserror::Error;
+
+/// Which controllers a port leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListenerKind {
+    /// I/O controllers of every subsystem, and the discovery controller.
+    Io,
+    /// The discovery controller alone.
+    Discovery,
+}
+
+/// A listening address, as hosts know it. The target does not listen itself: connections are
+/// handed over with the identifier of the port that they came through.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Port identifier in the discovery log, unique and stable over restarts.
+    pub id: u16,
+    /// What it leads to.
+    pub kind: ListenerKind,
+    /// The address that hosts are told.
+    pub addr: SocketAddr,
+}
+
+/// One volume as a namespace.
+#[derive(Clone)]
+pub struct NamespaceConfig {
+    /// Namespace identifier, 1 or more, unique in its subsystem.
+    pub nsid: u32,
+    /// Where its blocks are.
+    pub volume: Arc<dyn Volume>,
+    /// The ANA group that it belongs to, 1 to 128.
+    pub ana_group: u32,
+    /// The hosts that see it; `None`: all that may use the subsystem.
+    pub hosts: Option<Vec<Nqn>>,
+}
+
+impl NamespaceConfig {
+    /// A namespace of ANA group 1 that every host sees.
+    pub fn new(nsid: u32, volume: Arc<dyn Volume>) -> NamespaceConfig {
+        NamespaceConfig { nsid, volume, ana_group: 1, hosts: None }
+    }
+}
+
+/// An NVM subsystem and its namespaces.
+#[derive(Clone)]
+pub struct SubsystemConfig {
+    /// Subsystem NQN.
+    pub nqn: String,
+    /// Serial number: at most 20 ASCII characters.
+    pub serial: String,
+    /// Its namespaces.
+    pub namespaces: Vec<NamespaceConfig>,
+    /// The hosts that may connect; `None`: all.
+    pub hosts: Option<Vec<Nqn>>,
+    /// Hosts may connect, but the discovery log does not tell of it.
+    pub hidden: bool,
+}
+
+impl SubsystemConfig {
+    /// A subsystem without namespaces that every host may use.
+    pub fn new(nqn: impl Into<String>, serial: impl Into<String>) -> SubsystemConfig {
+        SubsystemConfig {
+            nqn: nqn.into(),
+            serial: serial.into(),
+            namespaces: Vec::new(),
+            hosts: None,
+            hidden: false,
+        }
+    }
+}
+
+/// What hosts may use up.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections (queues) of all hosts together.
+    pub connections: usize,
+    /// Connections (queues) of one host NQN.
+    pub connections_per_host: usize,
+    /// Connections of one peer address that have not come to a Connect command yet.
+    pub handshakes_per_peer: usize,
+    /// Controllers of all hosts together.
+    pub controllers: usize,
+    /// Controllers of one host NQN.
+    pub controllers_per_host: usize,
+    /// Admin commands that one host NQN may send in a second on average. Keep Alive and
+    /// Asynchronous Event Request are not counted.
+    pub admin_commands_per_second: u32,
+    /// Admin commands that one host NQN may send at once before the average counts.
+    pub admin_commands_burst: u32,
+    /// I/O queues of one controller.
+    pub io_queues: u16,
+    /// Entries of one I/O queue.
+    pub queue_entries: u16,
+    /// Largest transfer of one command in bytes; a power of two of 4 KiB pages.
+    pub transfer_bytes: u32,
+    /// Write payload taken along with an I/O command, in bytes; a multiple of 16.
+    pub in_capsule_bytes: u32,
+    /// Bytes that a host may send in one H2CData PDU; a multiple of 4, at least 4,096.
+    pub h2c_data_bytes: u32,
+    /// Buffer memory that the commands of one connection may hold, in bytes. One command is always
+    /// allowed, and no connection gets more than is left for the others of its core.
+    pub buffer_bytes_per_connection: usize,
+    /// How long a connection may take from accept to Connect.
+    pub handshake: Duration,
+    /// How long a change of the configuration is waited for; see [`ChangeError::StillDraining`].
+    pub change_wait: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 4096,
+            connections_per_host: 2048,
+            handshakes_per_peer: 512,
+            controllers: 1024,
+            controllers_per_host: 64,
+            admin_commands_per_second: 20_000,
+            admin_commands_burst: 65_536,
+            io_queues: 128,
+            queue_entries: 128,
+            transfer_bytes: 1 << 20,
+            in_capsule_bytes: 16 << 10,
+            h2c_data_bytes: 1 << 20,
+            buffer_bytes_per_connection: 8 << 20,
+            handshake: Duration::from_secs(10),
+            change_wait: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What was before this start, for the SMART / Health log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PowerHistory {
+    /// Starts, this one included.
+    pub power_cycles: u64,
+    /// Time in service before this start.
+    pub power_on: Duration,
+    /// Starts that did not end in order.
+    pub unsafe_shutdowns: u64,
+}
+
+/// All of a target's configuration.
+#[derive(Clone, Default)]
+pub struct TargetConfig {
+    /// What is served.
+    pub subsystems: Vec<SubsystemConfig>,
+    /// Where hosts connect.
+    pub ports: Vec<Port>,
+    /// Entries of other discovery subsystems, as they stand in the discovery log.
+    pub referrals: Vec<DiscoveryEntry>,
+    /// The discovery subsystem's own NQN, beside the well-known one.
+    pub discovery_nqn: Option<Nqn>,
+    /// Generation counter of the first discovery log. Must be larger than every one told before the
+    /// last restart; the clock is a good source.
+    pub discovery_generation: u64,
+    /// ANA states that are not optimized from the start: port, group, state.
+    pub ana: Vec<(u16, u32, AnaState)>,
+    /// Bounds.
+    pub limits: Limits,
+    /// What was before this start.
+    pub power: PowerHistory,
+}
+
+/// Why a target cannot be made.
+#[derive(Debug, Error)]
+pub enum SetupError {
+    /// No core was given.
+    #[error("a target needs at least one core")]
+    NoCore,
+    /// A namespace identifier is 0, FFFFFFFFh or used twice.
+    #[error(
+        "subsystem {nqn}: namespace identifier {nsid} is not allowed: each must be 1 to {max}, once",
+        max = u32::MAX - 1
+    )]
+    Nsid {
+        /// The subsystem.
+        nqn: String,
+        /// The identifier.
+        nsid: u32,
+    },
+    /// The subsystem's own description was refused.
+    #[error("subsystem {nqn}: {reason}")]
+    Subsystem {
+        /// The subsystem.
+        nqn: String,
+        /// Why.
+        reason: String,
+    },
+    /// A port identifier is 0 or used twice.
+    #[error("port identifier {0} is not allowed: each must be 1 or more, once")]
+    Port(u16),
+}
+
+/// Why a change of a running target was not made, or is not finished.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// No subsystem has this NQN.
+    #[error("there is no such subsystem")]
+    UnknownSubsystem,
+    /// The subsystem has no such namespace.
+    #[error("there is no such namespace")]
+    UnknownNamespace,
+    /// The NQN, namespace identifier or volume is taken.
+    #[error("it is in use already")]
+    InUse,
+    /// What was asked for is not possible; nothing was changed.
+    #[error("{0}")]
+    Invalid(String),
+    /// The change is in force and stays so, but I/O sent before it is still at a volume and may
+    /// land.
+    #[error("I/O of before the change is still on its way after {} s", waited.as_secs())]
+    StillDraining {
+        /// For how long was waited.
+        waited: Duration,
+    },
+    /// The volume could not be asked.
+    #[error("the volume cannot be read again")]
+    Volume(#[source] io::Error),
+}
+
+/// State of an ANA group on the controllers of one port (NVMe Base 2.0, Asymmetric Namespace
+/// Access state).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnaState {
+    /// Use this path.
+    Optimized = 1,
+    /// Use it when no optimized path is there.
+    NonOptimized = 2,
+    /// I/O is refused here for now.
+    Inaccessible = 3,
+    /// I/O is refused here for good.
+    PersistentLoss = 4,
+    /// The state is about to change.
+    Change = 0xf,
+}

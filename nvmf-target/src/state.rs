@@ -1,0 +1,99 @@
+//! What a running target tells of itself.
+
+use nvme::spec::Nqn;
+
+use crate::config::AnaState;
+use crate::counters::Totals;
+
+/// A target at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct TargetStatus {
+    /// What is served, by NQN.
+    pub subsystems: Vec<SubsystemStatus>,
+    /// Who is connected, by controller identifier.
+    pub controllers: Vec<ControllerStatus>,
+    /// Connections, those that have not come to a Connect command among them.
+    pub connections: usize,
+    /// How often hosts met a limit.
+    pub limits: LimitsHit,
+}
+
+/// A subsystem at one moment.
+#[derive(Clone, Debug)]
+pub struct SubsystemStatus {
+    /// Subsystem NQN.
+    pub nqn: String,
+    /// Its namespaces, by identifier.
+    pub namespaces: Vec<NamespaceStatus>,
+    /// The hosts that may connect; `None`: all.
+    pub hosts: Option<Vec<Nqn>>,
+    /// The discovery log does not tell of it.
+    pub hidden: bool,
+    /// ANA groups per port: port, group, state.
+    pub ana: Vec<(u16, u32, AnaState)>,
+    /// I/O of all its controllers, those of before among them.
+    pub totals: Totals,
+}
+
+/// A namespace at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceStatus {
+    /// Namespace identifier.
+    pub nsid: u32,
+    /// UUID, in the order it is written.
+    pub uuid: [u8; 16],
+    /// Size in logical blocks.
+    pub blocks: u64,
+    /// Logical block size in bytes.
+    pub block_bytes: u32,
+    /// The backing object is read-only.
+    pub read_only: bool,
+    /// Writes are refused on somebody's request.
+    pub write_protect: bool,
+    /// ANA group.
+    pub ana_group: u32,
+    /// The hosts that see it; `None`: all that may use the subsystem.
+    pub hosts: Option<Vec<Nqn>>,
+}
+
+/// A controller at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControllerStatus {
+    /// Controller identifier.
+    pub cntlid: u16,
+    /// Subsystem NQN; that of the discovery subsystem for a discovery controller.
+    pub subnqn: String,
+    /// Host NQN.
+    pub hostnqn: String,
+    /// Host identifier.
+    pub hostid: [u8; 16],
+    /// Port of its admin queue.
+    pub port: u16,
+    /// Address of the host's end of the admin queue.
+    pub peer: String,
+    /// I/O queues.
+    pub io_queues: usize,
+    /// It has ended, and I/O of it is still at a volume.
+    pub draining: bool,
+}
+
+/// How often hosts met a limit since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LimitsHit {
+    /// Connections closed at once: too many in all.
+    pub connections: u64,
+    /// Connections closed at once: too many of one peer before their Connect command.
+    pub handshakes: u64,
+    /// Queues refused: too many of one host.
+    pub connections_of_host: u64,
+    /// Controllers refused: too many in all.
+    pub controllers: u64,
+    /// Controllers refused: too many of one host.
+    pub controllers_of_host: u64,
+    /// Admin commands answered with Command Interrupted: too many of one host in a short time.
+    pub admin_commands: u64,
+    /// Commands beyond the size of their queue, which were taken all the same.
+    pub queue_overruns: u64,
+    /// Commands that waited because their connection held its share of the buffers.
+    pub buffers: u64,
+}
