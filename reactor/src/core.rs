@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use iobuf::Pool;
 
 use crate::error::SetupError;
+use crate::fd::{Fd, SharedFd};
 use crate::kernel::{Cqe, Kernel};
 use crate::mailbox::{CoreHandle, Mailbox};
 use crate::ops::Ops;
@@ -408,10 +410,10 @@ impl Shared {
         progressed
     }
 
-    /// Whether an operation waits for room or a buffer that is there.
+    /// Whether an operation waits for room or a buffer that is there, or the kernel for us.
     fn has_pending(&self) -> bool {
         let ops = self.ops.borrow();
-        ops.has_backlog() || ops.can_feed(&self.rx)
+        ops.has_backlog() || ops.can_feed(&self.rx) || ops.kernel.must_stay()
     }
 
     /// Lets go of what finished operations held. Holds run foreign code, so `ops` is not borrowed
@@ -487,6 +489,27 @@ impl Local {
     /// A new share of the ring.
     pub fn port(&self) -> Port {
         Port::new(self)
+    }
+
+    /// A new share of the ring whose reads and writes are polled: instead of an interrupt the core
+    /// asks the device, again and again, and does not sleep until it has answered. Everything else
+    /// of the port works as usual.
+    ///
+    /// Takes a system call for the first one of a core. Polled I/O works on files opened for direct
+    /// I/O whose device has polled queues; elsewhere it fails with
+    /// [`Errno::NOT_SUPPORTED`](crate::Errno::NOT_SUPPORTED). It is never cancelled.
+    pub fn polled_port(&self) -> io::Result<Port> {
+        self.0.ops.borrow_mut().kernel.enable_polling()?;
+        Ok(Port::polled(self))
+    }
+
+    /// A descriptor that the kernel has looked up already: cheaper to use than `Fd::from`, which
+    /// this falls back to when the core's table of files is full.
+    ///
+    /// The file stays open until the core's next turn after the last clone is gone. Takes a system
+    /// call.
+    pub fn register(&self, file: SharedFd) -> Fd {
+        self.0.ops.borrow_mut().kernel.register(file)
     }
 
     /// The handle for other threads.

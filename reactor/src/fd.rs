@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::registered::Registered;
 use crate::sim::{SimEvent, SimFile, SimSocket};
 use crate::sys;
 
@@ -23,54 +24,73 @@ pub(crate) enum Source {
 /// gone and no operation on it is in flight. Belongs to one core; [`Fd::share`] carries it to
 /// others.
 #[derive(Clone)]
-pub struct Fd(Rc<Source>);
+pub struct Fd(Rc<Inner>);
+
+struct Inner {
+    /// Given back before the file is closed.
+    registered: Option<Registered>,
+    source: Source,
+}
 
 impl Fd {
+    fn new(source: Source) -> Fd {
+        Fd(Rc::new(Inner { registered: None, source }))
+    }
+
+    pub(crate) fn registered_as(source: Source, registered: Registered) -> Fd {
+        Fd(Rc::new(Inner { registered: Some(registered), source }))
+    }
+
     /// A handle that may go to other threads, naming the same open file.
     pub fn share(&self) -> SharedFd {
-        SharedFd((*self.0).clone())
+        SharedFd(self.0.source.clone())
     }
 
     /// The real descriptor; `None` for a simulated file.
     pub fn as_os(&self) -> Option<BorrowedFd<'_>> {
-        match &*self.0 {
+        match &self.0.source {
             Source::Os(fd) => Some(fd.as_fd()),
             _ => None,
         }
     }
 
     pub(crate) fn source(&self) -> &Source {
-        &self.0
+        &self.0.source
+    }
+
+    /// The file's place in the core's table of registered files.
+    pub(crate) fn registered(&self) -> Option<&Registered> {
+        self.0.registered.as_ref()
     }
 }
 
 impl From<OwnedFd> for Fd {
     fn from(fd: OwnedFd) -> Fd {
-        Fd(Rc::new(Source::Os(Arc::new(fd))))
+        Fd::new(Source::Os(Arc::new(fd)))
     }
 }
 
 impl From<SharedFd> for Fd {
     fn from(shared: SharedFd) -> Fd {
-        Fd(Rc::new(shared.0))
+        Fd::new(shared.0)
     }
 }
 
 impl From<SimFile> for Fd {
     fn from(file: SimFile) -> Fd {
-        Fd(Rc::new(Source::File(file)))
+        Fd::new(Source::File(file))
     }
 }
 
 impl From<SimEvent> for Fd {
     fn from(event: SimEvent) -> Fd {
-        Fd(Rc::new(Source::Event(event)))
+        Fd::new(Source::Event(event))
     }
 }
 
 impl fmt::Debug for Fd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &*self.0 {
+        match &self.0.source {
             Source::Os(fd) => f.debug_tuple("Fd").field(fd).finish(),
             Source::File(file) => f.debug_tuple("Fd").field(file).finish(),
             Source::Socket(socket) => f.debug_tuple("Fd").field(socket).finish(),
@@ -81,7 +101,7 @@ impl fmt::Debug for Fd {
 
 /// An [`Fd`] on its way between threads. Each core makes its own `Fd` from it.
 #[derive(Clone)]
-pub struct SharedFd(Source);
+pub struct SharedFd(pub(crate) Source);
 
 impl From<OwnedFd> for SharedFd {
     fn from(fd: OwnedFd) -> SharedFd {
@@ -144,7 +164,7 @@ impl Socket {
     pub(crate) fn into_fd(self) -> Fd {
         match self.0 {
             SocketKind::Os(fd) => Fd::from(fd),
-            SocketKind::Sim(socket) => Fd(Rc::new(Source::Socket(Arc::new(socket)))),
+            SocketKind::Sim(socket) => Fd::new(Source::Socket(Arc::new(socket))),
         }
     }
 }

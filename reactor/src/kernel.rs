@@ -1,9 +1,10 @@
 //! The kernel below a core: the real ring, or the simulated one. Both take a slot and answer with
 //! completions, so everything above is the same code in production and in simulation.
 
+use std::io;
 use std::time::Duration;
 
-use crate::fd::Socket;
+use crate::fd::{Fd, SharedFd, Socket};
 use crate::ops::Slot;
 use crate::sim::SimKernel;
 use crate::uring::Uring;
@@ -60,6 +61,32 @@ impl Kernel {
         match self {
             Kernel::Uring(ring) => ring.push(user_data, slot, value),
             Kernel::Sim(sim) => sim.push(user_data, slot, value),
+        }
+    }
+
+    /// Sets up what polled reads and writes need, once.
+    pub(crate) fn enable_polling(&mut self) -> io::Result<()> {
+        match self {
+            Kernel::Uring(ring) => ring.enable_polling(),
+            // Simulated devices complete by themselves.
+            Kernel::Sim(_) => Ok(()),
+        }
+    }
+
+    /// Makes a descriptor that is cheaper to use, if the kernel has a place for it.
+    pub(crate) fn register(&mut self, file: SharedFd) -> Fd {
+        match self {
+            Kernel::Uring(ring) => ring.register(file),
+            Kernel::Sim(_) => Fd::from(file),
+        }
+    }
+
+    /// Whether the core has to stay awake: a device is polled, or a registered file is to be let
+    /// go.
+    pub(crate) fn must_stay(&self) -> bool {
+        match self {
+            Kernel::Uring(ring) => ring.must_stay(),
+            Kernel::Sim(_) => false,
         }
     }
 

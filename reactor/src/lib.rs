@@ -46,6 +46,7 @@ mod mailbox;
 pub mod net;
 mod ops;
 mod port;
+mod registered;
 mod rx;
 pub mod sim;
 mod sys;

@@ -29,9 +29,9 @@ pub(crate) enum Request {
     /// The slot is free.
     None,
     /// Read into the slot's segments.
-    Read { offset: u64 },
+    Read { offset: u64, polled: bool },
     /// Write the slot's segments.
-    Write { offset: u64, dsync: bool },
+    Write { offset: u64, dsync: bool, polled: bool },
     /// Make writes stable.
     Fsync { data_only: bool },
     /// Change a file's allocation.
@@ -44,6 +44,13 @@ pub(crate) enum Request {
     Recv { lent: Rc<Cell<bool>>, spare: Option<Spare> },
     /// Send the message that the queue has prepared.
     Send(Rc<Tx>),
+}
+
+impl Request {
+    /// Whether it goes through the ring that is polled.
+    pub(crate) fn is_polled(&self) -> bool {
+        matches!(self, Request::Read { polled: true, .. } | Request::Write { polled: true, .. })
+    }
 }
 
 pub(crate) struct Connect {
@@ -295,6 +302,8 @@ impl Ops {
             State::Queued | State::Starved | State::Parked => {
                 self.fail(op.index, Errno::CANCELED);
             }
+            // A device that is polled finishes what it has; there is no way to take it back.
+            State::Flying if slot.request.is_polled() => {}
             State::Flying => {
                 if self.kernel.cancel(op.user_data()).is_err() {
                     self.cancels.push_back(op);

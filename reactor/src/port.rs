@@ -48,16 +48,24 @@ pub struct Completion {
 pub struct Port {
     shared: Rc<Shared>,
     queue: Rc<Queue>,
+    /// Reads and writes go through the ring that is polled.
+    polled: bool,
 }
 
 impl Port {
     pub(crate) fn new(local: &Local) -> Port {
-        Port { shared: Rc::clone(&local.0), queue: Queue::new() }
+        Port { shared: Rc::clone(&local.0), queue: Queue::new(), polled: false }
+    }
+
+    pub(crate) fn polled(local: &Local) -> Port {
+        let mut port = Port::new(local);
+        port.polled = true;
+        port
     }
 
     /// Reads at byte `offset` of `file` into `sg`. Short reads are not continued here.
     pub fn readv(&mut self, file: &Fd, offset: u64, sg: &SgList, token: u64) -> Result<(), Busy> {
-        self.start_memory(Request::Read { offset }, file, sg, token)
+        self.start_memory(Request::Read { offset, polled: self.polled }, file, sg, token)
     }
 
     /// Writes `sg` at byte `offset` of `file`; with `dsync` the data is on stable media when it
@@ -70,7 +78,7 @@ impl Port {
         dsync: bool,
         token: u64,
     ) -> Result<(), Busy> {
-        self.start_memory(Request::Write { offset, dsync }, file, sg, token)
+        self.start_memory(Request::Write { offset, dsync, polled: self.polled }, file, sg, token)
     }
 
     /// Makes completed writes stable; `data_only` leaves out metadata that is not needed to read

@@ -17,10 +17,11 @@ use io_uring::{EnterFlags, IoUring, opcode, types};
 
 use crate::core::CoreConfig;
 use crate::error::SetupError;
-use crate::fd::Source;
+use crate::fd::{Fd, SharedFd, Source};
 use crate::kernel::{Cqe, PushError};
 use crate::mailbox::Mailbox;
 use crate::ops::{Request, Slot};
+use crate::registered::{PLACES, Places, Registered};
 use crate::rx::{RxPool, SPARE_BYTES};
 
 /// The only buffer group.
@@ -47,6 +48,22 @@ pub(crate) struct Uring {
     wake_value: Box<AtomicU64>,
     wake_armed: bool,
     closing: bool,
+    /// Made when first asked for.
+    polled: Option<Polled>,
+    /// Places in the tables of registered files, made when first asked for. `Err`: there is no
+    /// table, and nobody asks again.
+    places: Option<Result<Rc<Places>, ()>>,
+    entries: u32,
+}
+
+/// The ring for devices that are polled. It takes reads and writes only, and entering it asks the
+/// devices.
+struct Polled {
+    ring: IoUring,
+    /// Operations with the kernel.
+    flying: usize,
+    /// Whether registered files are registered here, too.
+    has_files: bool,
 }
 
 impl Uring {
@@ -90,7 +107,85 @@ impl Uring {
         check_operations(&ring)?;
         register_buffers(&ring, &rx, config.rx_incremental)?;
         let wake_value = Box::new(AtomicU64::new(0));
-        Ok(Uring { ring, _rx: rx, mailbox, wake_value, wake_armed: false, closing: false })
+        Ok(Uring {
+            ring,
+            _rx: rx,
+            mailbox,
+            wake_value,
+            wake_armed: false,
+            closing: false,
+            polled: None,
+            places: None,
+            entries: config.entries.min(SQ_ENTRIES_MAX),
+        })
+    }
+
+    pub(crate) fn enable_polling(&mut self) -> io::Result<()> {
+        if self.polled.is_some() {
+            return Ok(());
+        }
+        let mut builder = IoUring::builder();
+        builder.setup_iopoll().setup_single_issuer().setup_submit_all();
+        let ring = builder.build(self.entries)?;
+        // Files registered before this are used by their descriptors here.
+        let has_files =
+            self.places.is_none() && ring.submitter().register_files_sparse(PLACES).is_ok();
+        self.polled = Some(Polled { ring, flying: 0, has_files });
+        Ok(())
+    }
+
+    pub(crate) fn register(&mut self, file: SharedFd) -> Fd {
+        match self.try_register(&file) {
+            Some(registered) => Fd::registered_as(file.0, registered),
+            None => Fd::from(file),
+        }
+    }
+
+    fn try_register(&mut self, file: &SharedFd) -> Option<Registered> {
+        let Source::Os(fd) = &file.0 else { return None };
+        let ring = &self.ring;
+        let places = self.places.get_or_insert_with(|| {
+            let made = ring.submitter().register_files_sparse(PLACES);
+            made.map(|()| Places::new()).map_err(drop)
+        });
+        let registered = places.as_ref().ok()?.take()?;
+        // On failure the place is emptied like any other that is left, and is free again.
+        self.set_file(registered.index(), fd.as_raw_fd()).then_some(registered)
+    }
+
+    /// Puts a descriptor in a place of all tables; -1 empties it.
+    fn set_file(&self, index: u32, fd: RawFd) -> bool {
+        let set = |ring: &IoUring| ring.submitter().register_files_update(index, &[fd]).is_ok();
+        let polled = self.polled.as_ref().filter(|polled| polled.has_files);
+        set(&self.ring) && polled.is_none_or(|polled| set(&polled.ring))
+    }
+
+    /// Lets go of registered files that nobody uses any more.
+    fn empty_places(&mut self) {
+        let Some(Ok(places)) = &self.places else { return };
+        while let Some(index) = places.next_left() {
+            self.set_file(index, -1);
+            places.put(index);
+        }
+    }
+
+    /// What a submission names the slot's file by.
+    fn target(&self, slot: &Slot) -> Result<Target, PushError> {
+        let polled = self.polled.as_ref().filter(|_| slot.request.is_polled());
+        let has_table = polled.is_none_or(|polled| polled.has_files);
+        if let Some(Ok(places)) = &self.places
+            && let Some(registered) = slot.fd.as_ref().and_then(|fd| fd.registered())
+            && has_table
+            && registered.is_of(places)
+        {
+            return Ok(Target::Fixed(types::Fixed(registered.index())));
+        }
+        os_fd(slot).map(|fd| Target::Fd(types::Fd(fd)))
+    }
+
+    pub(crate) fn must_stay(&self) -> bool {
+        let has_left = matches!(&self.places, Some(Ok(places)) if places.has_left());
+        has_left || self.polled.as_ref().is_some_and(|polled| polled.flying > 0)
     }
 
     pub(crate) fn push(
@@ -110,9 +205,13 @@ impl Uring {
                     [start.user_data(user_data).flags(Flags::IO_LINK), timeout.user_data(IGNORE)];
                 return self.submit(&pair);
             }
-            _ => entry_of(slot, value)?,
+            _ => entry_of(self.target(slot)?, slot, value)?,
         };
-        self.submit(&[entry.user_data(user_data)])
+        let entry = entry.user_data(user_data);
+        if slot.request.is_polled() {
+            return self.submit_polled(&entry);
+        }
+        self.submit(&[entry])
     }
 
     pub(crate) fn cancel(&mut self, user_data: u64) -> Result<(), PushError> {
@@ -127,6 +226,19 @@ impl Uring {
         // The queue is full: an extra enter in this turn makes room.
         self.enter_now();
         if self.try_submit(entries) { Ok(()) } else { Err(PushError::NoRoom) }
+    }
+
+    fn submit_polled(&mut self, entry: &squeue::Entry) -> Result<(), PushError> {
+        let Some(polled) = &mut self.polled else { return Err(PushError::Unfit) };
+        // SAFETY: as in `try_submit`: the slot owns what the entry names until its completion is
+        // reaped.
+        let pushed = unsafe { polled.ring.submission().push(entry) }.is_ok();
+        if pushed {
+            polled.flying += 1;
+            return Ok(());
+        }
+        // The next enter makes room.
+        Err(PushError::NoRoom)
     }
 
     fn try_submit(&mut self, entries: &[squeue::Entry]) -> bool {
@@ -149,6 +261,10 @@ impl Uring {
         if wanted {
             self.enter_now();
         }
+        if let Some(polled) = &mut self.polled {
+            polled.enter();
+        }
+        self.empty_places();
     }
 
     fn enter_now(&mut self) {
@@ -191,6 +307,9 @@ impl Uring {
                 }
             }
         }
+        if let Some(polled) = &mut self.polled {
+            polled.reap(into);
+        }
         woken || !into.is_empty()
     }
 
@@ -208,8 +327,38 @@ impl Uring {
     }
 }
 
+impl Polled {
+    /// Submits, and asks the devices what they have finished.
+    fn enter(&mut self) {
+        if self.flying == 0 {
+            return;
+        }
+        let pending = self.ring.submission().len() as u32;
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: the count is that of the queue, and there is no argument.
+        let result =
+            unsafe { self.ring.submitter().enter::<libc::sigset_t>(pending, 0, flags, None) };
+        check_enter(result);
+    }
+
+    fn reap(&mut self, into: &mut Vec<Cqe>) {
+        for cqe in self.ring.completion() {
+            self.flying -= 1;
+            into.push(Cqe { user_data: cqe.user_data(), res: cqe.result(), flags: cqe.flags() });
+        }
+    }
+}
+
 impl Drop for Uring {
     fn drop(&mut self) {
+        // The kernel takes rings apart some time after they are closed; files that are still
+        // registered would be open, and locked, until then.
+        if let Some(Ok(_)) = &self.places {
+            let _ = self.ring.submitter().unregister_files();
+        }
+        if let Some(polled) = self.polled.as_ref().filter(|polled| polled.has_files) {
+            let _ = polled.ring.submitter().unregister_files();
+        }
         // Not strictly needed, as closing the ring does it, but that may happen later. Failure
         // leaves the pages pinned by the kernel, not by us.
         let _ = self.ring.submitter().unregister_buf_ring(GROUP);
@@ -224,46 +373,65 @@ fn os_fd(slot: &Slot) -> Result<RawFd, PushError> {
     }
 }
 
-fn entry_of(slot: &Slot, value: *mut u64) -> Result<squeue::Entry, PushError> {
-    let fd = types::Fd(os_fd(slot)?);
+/// What names a file: its descriptor, or its place in the table.
+#[derive(Clone, Copy)]
+enum Target {
+    Fd(types::Fd),
+    Fixed(types::Fixed),
+}
+
+/// Builds an entry for either kind of target.
+macro_rules! on {
+    ($target:expr, |$fd:ident| $build:expr) => {
+        match $target {
+            Target::Fd($fd) => $build,
+            Target::Fixed($fd) => $build,
+        }
+    };
+}
+
+fn entry_of(target: Target, slot: &Slot, value: *mut u64) -> Result<squeue::Entry, PushError> {
     // A segment is laid out as an iovec (asserted in `iobuf`).
     let iovecs = slot.segments.as_ptr().cast::<libc::iovec>();
     let count = slot.segments.len() as u32;
     Ok(match &slot.request {
-        Request::Read { offset } => match slot.segments.as_slice() {
+        Request::Read { offset, .. } => match slot.segments.as_slice() {
             [one] if let Ok(len) = u32::try_from(one.len()) => {
-                opcode::Read::new(fd, one.as_ptr(), len).offset(*offset).build()
+                let at = one.as_ptr();
+                on!(target, |fd| opcode::Read::new(fd, at, len).offset(*offset).build())
             }
-            _ => opcode::Readv::new(fd, iovecs, count).offset(*offset).build(),
+            _ => on!(target, |fd| opcode::Readv::new(fd, iovecs, count).offset(*offset).build()),
         },
-        Request::Write { offset, dsync } => {
+        Request::Write { offset, dsync, .. } => {
             let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
             match slot.segments.as_slice() {
-                [one] if let Ok(len) = u32::try_from(one.len()) => {
+                [one] if let Ok(len) = u32::try_from(one.len()) => on!(target, |fd| {
                     let write = opcode::Write::new(fd, one.as_ptr(), len);
                     write.offset(*offset).rw_flags(flags).build()
-                }
-                _ => {
+                }),
+                _ => on!(target, |fd| {
                     let write = opcode::Writev::new(fd, iovecs, count);
                     write.offset(*offset).rw_flags(flags).build()
-                }
+                }),
             }
         }
         Request::Fsync { data_only } => {
             let flags = if *data_only { FsyncFlags::DATASYNC } else { FsyncFlags::empty() };
-            opcode::Fsync::new(fd).flags(flags).build()
+            on!(target, |fd| opcode::Fsync::new(fd).flags(flags).build())
         }
         Request::Fallocate { mode, offset, len } => {
-            opcode::Fallocate::new(fd, *len).offset(*offset).mode(*mode).build()
+            on!(target, |fd| opcode::Fallocate::new(fd, *len).offset(*offset).mode(*mode).build())
         }
-        Request::Watch => opcode::Read::new(fd, value.cast(), 8).build(),
+        Request::Watch => on!(target, |fd| opcode::Read::new(fd, value.cast(), 8).build()),
         Request::Recv { spare: Some(spare), .. } => {
-            opcode::Recv::new(fd, spare.as_ptr(), SPARE_BYTES as u32).build()
+            on!(target, |fd| opcode::Recv::new(fd, spare.as_ptr(), SPARE_BYTES as u32).build())
         }
-        Request::Recv { spare: None, .. } => opcode::RecvMulti::new(fd, GROUP).build(),
+        Request::Recv { spare: None, .. } => {
+            on!(target, |fd| opcode::RecvMulti::new(fd, GROUP).build())
+        }
         Request::Send(tx) => {
             let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
-            opcode::SendMsg::new(fd, tx.message()).flags(flags).build()
+            on!(target, |fd| opcode::SendMsg::new(fd, tx.message()).flags(flags).build())
         }
         Request::None | Request::Connect(_) => return Err(PushError::Unfit),
     })

@@ -522,3 +522,76 @@ fn a_core_can_be_bound_to_its_processor() {
     .join()
     .unwrap();
 }
+
+#[test]
+fn registered_files_work_like_others_and_are_let_go() {
+    let mut core = core();
+    let local = core.local();
+    let mut port = local.port();
+    let (file, plain) = file();
+    let out = list(&local, &pattern(8192, 1));
+    // More users, one after the other and at a time, than there are places.
+    let many: Vec<Fd> = (0..300).map(|_| local.register(plain.share())).collect();
+    for (i, fd) in many.iter().enumerate() {
+        port.writev(fd, 8192 * i as u64, &out, true, 1).unwrap();
+        assert_eq!(bytes(next(&mut core, &mut port)), (1, 8192));
+    }
+    assert_eq!(file.metadata().unwrap().len(), 300 * 8192);
+    port.fsync(&many[0], true, 2).unwrap();
+    assert_eq!(next(&mut core, &mut port).token, 2);
+
+    file.try_lock().unwrap();
+    let path = std::path::PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let rival = File::open(path).unwrap();
+    assert!(rival.try_lock().is_err());
+    drop((many, plain, file));
+    // The turn in which nobody has the file any more closes it.
+    core.turn(false);
+    rival.try_lock().unwrap();
+}
+
+#[test]
+fn a_core_that_ends_lets_go_of_registered_files() {
+    let (file, plain) = file();
+    file.try_lock().unwrap();
+    let path = std::path::PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let rival = File::open(path).unwrap();
+    let core = core();
+    let kept = core.local().register(plain.share());
+    drop((plain, file));
+    assert!(rival.try_lock().is_err());
+    drop(core);
+    drop(kept);
+    rival.try_lock().unwrap();
+}
+
+/// Most file systems have no device to poll: then it is refused, not lost.
+#[test]
+fn a_polled_port_does_or_refuses_everything() {
+    let mut core = core();
+    let local = core.local();
+    let mut port = local.polled_port().unwrap();
+    let (_file, fd) = file();
+    let fd = local.register(fd.share());
+    let out = list(&local, &pattern(4096, 1));
+    for token in 0..20 {
+        port.writev(&fd, 4096 * token, &out, false, token).unwrap();
+    }
+    port.fsync(&fd, true, 20).unwrap();
+    let mut seen: Vec<u64> = Vec::new();
+    while seen.len() < 21 {
+        let completion = next(&mut core, &mut port);
+        match (completion.token, completion.result) {
+            // Not opened for direct I/O.
+            (0..20, result) => assert_eq!(result.unwrap_err(), Errno::NOT_SUPPORTED),
+            (_, result) => assert!(result.is_ok(), "everything else goes the usual way"),
+        }
+        seen.push(completion.token);
+    }
+    seen.sort_unstable();
+    assert!(seen.into_iter().eq(0..21));
+    let before = Instant::now();
+    core.local().handle().wake();
+    core.turn(true);
+    assert!(before.elapsed() < LIMIT);
+}

@@ -144,8 +144,10 @@ impl SimKernel {
                 epoch = state.files[file].epoch;
                 let memory = slot.segments.clone();
                 match *request {
-                    Request::Read { offset } => Work::Read { file, offset, memory },
-                    Request::Write { offset, dsync } => Work::Write { file, offset, memory, dsync },
+                    Request::Read { offset, .. } => Work::Read { file, offset, memory },
+                    Request::Write { offset, dsync, .. } => {
+                        Work::Write { file, offset, memory, dsync }
+                    }
                     Request::Fsync { .. } => Work::Fsync { file, mark: state.files[file].mark() },
                     Request::Fallocate { mode, offset, len } => {
                         Work::Fallocate { file, mode, offset, len }
