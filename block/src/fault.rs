@@ -185,6 +185,10 @@ impl Volume for FaultVolume {
         self.inner.refresh()
     }
 
+    fn used_bytes(&self) -> Option<u64> {
+        self.inner.used_bytes()
+    }
+
     fn notices(&self) -> Vec<String> {
         let mut notices = self.inner.notices();
         notices.push("a fault layer is in place: I/O may fail or stall on purpose".to_owned());

@@ -175,6 +175,7 @@ mod tests {
             write_zeroes: true,
             deallocate_granularity_bytes: 4096,
             deallocated_reads_zero: true,
+            optimal_io_bytes: 0,
         }
     }
 

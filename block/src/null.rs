@@ -30,6 +30,7 @@ impl NullVolume {
             write_zeroes: true,
             deallocate_granularity_bytes: block_bytes,
             deallocated_reads_zero: true,
+            optimal_io_bytes: 0,
         };
         NullVolume { geometry, identity }
     }

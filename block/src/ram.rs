@@ -43,6 +43,7 @@ impl RamVolume {
             write_zeroes: true,
             deallocate_granularity_bytes: 4096,
             deallocated_reads_zero: true,
+            optimal_io_bytes: 0,
         };
         let len = usize::try_from(geometry.bytes())
             .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;

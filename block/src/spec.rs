@@ -18,13 +18,15 @@ const BYTES_MAX: u64 = i64::MAX as u64 & !4095;
 ///
 /// | text | meaning |
 /// |---|---|
-/// | `file:PATH[,size=SIZE][,block=512\|4096][,ro]` | a file; made with `SIZE` if there is none |
-/// | `blockdev:PATH[,block=512\|4096][,ro]` | a block device that nobody else uses |
+/// | `file:PATH[,size=SIZE][,block=512\|4096][,ro][,poll]` | a file; made with `SIZE` if there is none |
+/// | `blockdev:PATH[,block=512\|4096][,ro][,poll]` | a block device that nobody else uses |
 /// | `ram:SIZE[,block=512\|4096]` | memory, lost at exit |
 /// | `null:SIZE[,block=512\|4096]` | nothing: writes are dropped, reads give zeros |
 ///
 /// `SIZE` is a number of bytes, or a number with `K`, `M`, `G`, `T` or `P` (powers of 1024; `KiB`
-/// to `PiB` mean the same). A comma in `PATH` is written twice.
+/// to `PiB` mean the same). A comma in `PATH` is written twice. `poll` asks the device for finished
+/// reads and writes instead of waiting for its interrupts; a device without queues for that is
+/// refused.
 ///
 /// ```
 /// let spec: block::VolumeSpec = "file:/srv/db0.img,size=64GiB".parse()?;
@@ -38,6 +40,7 @@ pub struct VolumeSpec {
     kind: Kind,
     block_bytes: Option<u32>,
     read_only: bool,
+    poll: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +94,7 @@ impl VolumeSpec {
             size_bytes: None,
             block_bytes: self.block_bytes,
             read_only: self.read_only,
+            poll: self.poll,
             ..FileOptions::default()
         };
         Ok(match &self.kind {
@@ -123,7 +127,7 @@ impl VolumeSpec {
     }
 
     fn new(kind: Kind) -> VolumeSpec {
-        VolumeSpec { kind, block_bytes: None, read_only: false }
+        VolumeSpec { kind, block_bytes: None, read_only: false, poll: false }
     }
 }
 
@@ -173,10 +177,11 @@ impl FromStr for VolumeSpec {
                 ("ro", None, Kind::File { .. } | Kind::BlockDevice { .. }) => {
                     spec.read_only = true;
                 }
+                ("poll", None, Kind::File { .. } | Kind::BlockDevice { .. }) => spec.poll = true,
                 (_, _, kind) => {
                     let allowed = match kind {
-                        Kind::File { .. } => "size=SIZE, block=512|4096 and ro",
-                        Kind::BlockDevice { .. } => "block=512|4096 and ro",
+                        Kind::File { .. } => "size=SIZE, block=512|4096, ro and poll",
+                        Kind::BlockDevice { .. } => "block=512|4096, ro and poll",
                         Kind::Ram { .. } | Kind::Null { .. } => "block=512|4096",
                     };
                     return Err(SpecError(format!(
@@ -284,6 +289,9 @@ impl fmt::Display for VolumeSpec {
         if self.read_only {
             f.write_str(",ro")?;
         }
+        if self.poll {
+            f.write_str(",poll")?;
+        }
         Ok(())
     }
 }
@@ -311,9 +319,9 @@ mod tests {
         ] {
             assert_eq!(spec(text), VolumeSpec::new(kind), "{text}");
         }
-        let full = spec("file:/a,size=8K,block=4096,ro");
-        assert_eq!((full.block_bytes, full.read_only), (Some(4096), true));
-        assert_eq!(full.to_string(), "file:/a,size=8K,block=4096,ro");
+        let full = spec("file:/a,size=8K,block=4096,ro,poll");
+        assert_eq!((full.block_bytes, full.read_only, full.poll), (Some(4096), true, true));
+        assert_eq!(full.to_string(), "file:/a,size=8K,block=4096,ro,poll");
     }
 
     #[test]
@@ -338,6 +346,8 @@ mod tests {
             ("null:99999999999999999999", "is too large"),
             ("ram:1M,size=2M", "unknown option `size=2M`; allowed here: block=512|4096"),
             ("ram:1M,ro", "unknown option `ro`"),
+            ("ram:1M,poll", "unknown option `poll`"),
+            ("file:/a,poll=1", "unknown option `poll=1`"),
             ("file:/a,siz=1M", "unknown option `siz=1M`; allowed here: size=SIZE"),
             ("file:/a,size=1M,size=1M", "option `size` is given twice"),
             ("file:/a,block=1024", "`block=1024` is not a block size; allowed are block=512"),
@@ -362,9 +372,9 @@ mod tests {
             size().prop_map(|bytes| Kind::Null { bytes }),
         ];
         let block = prop_oneof![Just(None), Just(Some(512)), Just(Some(4096))];
-        (kind, block, any::<bool>()).prop_map(|(kind, block_bytes, ro)| {
-            let read_only = ro && matches!(kind, Kind::File { .. } | Kind::BlockDevice { .. });
-            VolumeSpec { kind, block_bytes, read_only }
+        (kind, block, any::<(bool, bool)>()).prop_map(|(kind, block_bytes, (ro, poll))| {
+            let is_path = matches!(kind, Kind::File { .. } | Kind::BlockDevice { .. });
+            VolumeSpec { kind, block_bytes, read_only: ro && is_path, poll: poll && is_path }
         })
     }
 

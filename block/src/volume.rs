@@ -54,6 +54,9 @@ pub struct Geometry {
     pub deallocate_granularity_bytes: u32,
     /// Deallocated blocks read as zeros.
     pub deallocated_reads_zero: bool,
+    /// Writes of multiples of this are the fastest (a stripe of an array, an erase block);
+    /// 0: nothing is known.
+    pub optimal_io_bytes: u32,
 }
 
 impl Geometry {
@@ -86,6 +89,13 @@ pub trait Volume: Send + Sync {
     /// plane only.
     fn refresh(&self) -> io::Result<Geometry> {
         Ok(self.geometry())
+    }
+
+    /// Bytes that the backing object takes now, where it may be fewer than its size and asking is
+    /// cheap; `None` where nobody knows, or all are taken. For the control plane: may make a system
+    /// call.
+    fn used_bytes(&self) -> Option<u64> {
+        None
     }
 
     /// What an operator should know about how the volume was opened, one sentence each.
@@ -156,6 +166,7 @@ mod tests {
             write_zeroes: false,
             deallocate_granularity_bytes: 0,
             deallocated_reads_zero: false,
+            optimal_io_bytes: 0,
         };
         assert_eq!(geometry.bytes(), u64::MAX);
     }

@@ -47,6 +47,7 @@ fn device() -> Device {
         write_zeroes: true,
         deallocate_granularity_bytes: 4096,
         deallocated_reads_zero: true,
+        optimal_io_bytes: 0,
     };
     let options = DeviceOptions { queues: 3, serial: String::new(), read_only: false };
     Device::new(&geometry, &Identity::from_uuid([1; 16]), &options)

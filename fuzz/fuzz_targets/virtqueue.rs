@@ -31,6 +31,7 @@ const GEOMETRY: Geometry = Geometry {
     write_zeroes: true,
     deallocate_granularity_bytes: 512,
     deallocated_reads_zero: true,
+    optimal_io_bytes: 0,
 };
 
 /// A volume that looks at what it is asked and completes when told.

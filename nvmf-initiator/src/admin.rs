@@ -465,6 +465,7 @@ fn geometry(info: &ReadyInfo) -> Geometry {
             bytes => bytes,
         },
         deallocated_reads_zero: namespace.deallocated_reads_zero,
+        optimal_io_bytes: 0,
     }
 }
 

@@ -88,6 +88,7 @@ impl RemoteState {
                 write_zeroes: false,
                 deallocate_granularity_bytes: 0,
                 deallocated_reads_zero: false,
+                optimal_io_bytes: 0,
             },
             identity: Identity { uuid: [0; 16], nguid: [0; 16], serial: [b' '; 20] },
             last_error: None,

@@ -82,6 +82,7 @@ pub(crate) fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity
         deallocated_reads_zero: geometry.deallocated_reads_zero,
         write_granularity_bytes: geometry.physical_block_bytes,
         deallocate_granularity_bytes: geometry.deallocate_granularity_bytes,
+        optimal_write_bytes: geometry.optimal_io_bytes,
         ..NamespaceInfo::new(nsid, geometry.block_bytes, geometry.blocks)
     }
 }

@@ -65,6 +65,7 @@ fn measure(indirect: bool, depth: usize) -> (f64, f64) {
         write_zeroes: true,
         deallocate_granularity_bytes: 4096,
         deallocated_reads_zero: true,
+        optimal_io_bytes: 0,
     };
     let options = DeviceOptions { queues: 1, serial: String::new(), read_only: false };
     let device = Device::new(&geometry, &Identity::from_uuid([1; 16]), &options);

@@ -1,6 +1,7 @@
 //! One core's channel: a slot per I/O, each with at most one operation in the kernel.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -96,18 +97,23 @@ pub(super) struct FileChannel {
 }
 
 impl FileChannel {
-    pub(super) fn new(local: &Local, fd: SharedFd, shared: Arc<Shared>, depth: u32) -> FileChannel {
+    pub(super) fn new(
+        local: &Local,
+        fd: SharedFd,
+        shared: Arc<Shared>,
+        depth: u32,
+    ) -> io::Result<FileChannel> {
         let room = depth as usize;
-        let engine =
-            Engine { local: local.clone(), port: local.port(), file: Fd::from(fd), shared };
-        FileChannel {
+        let port = if shared.layout.poll { local.polled_port()? } else { local.port() };
+        let engine = Engine { local: local.clone(), port, file: local.register(fd), shared };
+        Ok(FileChannel {
             engine,
             slots: (0..depth).map(|_| Slot::new()).collect(),
             free: (0..depth).rev().collect(),
             stalled: VecDeque::with_capacity(room),
             done: VecDeque::with_capacity(room),
             in_flight: 0,
-        }
+        })
     }
 
     /// Goes on with a slot; false if it has to wait.
@@ -268,6 +274,9 @@ impl Engine {
     fn on_success(&self, slot: &mut Slot, outcome: &Outcome) -> Option<Result<(), IoError>> {
         let io = slot.io.as_ref()?;
         match slot.stage {
+            Stage::Sync if self.shared.lost_writes.load(Relaxed) => {
+                return Some(Err(IoError::Medium));
+            }
             Stage::Sync => return Some(Ok(())),
             Stage::Allocate(_) => slot.done += slot.piece,
             Stage::Transfer | Stage::ZeroFill => {
@@ -288,6 +297,9 @@ impl Engine {
         }
         if slot.done < io.len {
             return None;
+        }
+        if io.fua && self.shared.lost_writes.load(Relaxed) {
+            return Some(Err(IoError::Medium));
         }
         if io.fua && matches!(io.op, Op::WriteZeroes | Op::Deallocate) {
             // Zeros and holes become durable in one go.
@@ -313,6 +325,15 @@ impl Engine {
                     }
                     None => Some(Err(IoError::NotSupported)),
                 }
+            }
+            // The error may be that of any write before.
+            Stage::Sync | Stage::Transfer | Stage::ZeroFill
+                if !self.shared.layout.is_direct()
+                    && (slot.stage == Stage::Sync || io.fua)
+                    && from_errno(errno) == IoError::Medium =>
+            {
+                self.shared.lost_writes.store(true, Relaxed);
+                Some(Err(IoError::Medium))
             }
             _ => Some(Err(from_errno(errno))),
         }
@@ -444,6 +465,8 @@ mod tests {
             deallocate_granularity_bytes: 4096,
             read_only: false,
             can_punch: true,
+            optimal_io_bytes: 0,
+            poll: false,
         }
     }
 
@@ -502,6 +525,7 @@ mod tests {
             blocks: 8.into(),
             can_punch: std::sync::atomic::AtomicBool::new(can_punch),
             can_zero: std::sync::atomic::AtomicBool::new(can_zero),
+            lost_writes: Default::default(),
         };
         let first = |punch, zero, op, no_unmap| {
             first_stage(&shared(punch, zero), &Io { no_unmap, ..Io::new(op, 0, 512) })

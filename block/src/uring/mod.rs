@@ -9,7 +9,8 @@
 //!
 //! | operation | in the kernel |
 //! |---|---|
-//! | read, write | `READV`, `WRITEV`, in pieces; short ones are continued |
+//! | read, write | `READV`, `WRITEV`, in pieces; short ones are continued. With `poll` through a
+//! ring that asks the device instead of waiting for its interrupt |
 //! | FUA | `RWF_DSYNC`, or `fdatasync` after a `fallocate` |
 //! | flush | `fdatasync` |
 //! | deallocate | `fallocate(PUNCH_HOLE)` |
@@ -18,6 +19,11 @@
 //!
 //! # Limits
 //!
+//! - Acknowledged as durable means: in the hands of the device, past its cache. A process that is
+//!   killed loses nothing that completed, durable or not, as the kernel has it; a machine that
+//!   loses power loses what was not flushed.
+//! - A file that is cut behind our back is noticed by [`Volume::refresh`]. Until then reads beyond
+//!   its new end fail, and writes there make it longer again.
 //! - I/O in the kernel is not taken back: `abort` returns only what waits for memory or a ring
 //!   slot.
 //! - Memory that does not suit direct I/O is copied through the core's pool, 128 KiB per I/O at a
@@ -31,6 +37,7 @@ mod open;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -50,6 +57,10 @@ pub struct FileOptions {
     pub block_bytes: Option<u32>,
     /// Refuse changes; the volume can then be shared with other readers.
     pub read_only: bool,
+    /// Poll the device for reads and writes instead of waiting for its interrupts: shorter latency,
+    /// at the price of a core that does not sleep while I/O is in flight. Refused where the device
+    /// has no queues for it.
+    pub poll: bool,
     /// How long to wait for another process to let go: one that was just killed still has I/O in
     /// the kernel, which must not land on top of ours.
     pub lock_wait: Duration,
@@ -61,6 +72,7 @@ impl Default for FileOptions {
             size_bytes: None,
             block_bytes: None,
             read_only: false,
+            poll: false,
             lock_wait: Duration::from_secs(5),
         }
     }
@@ -82,6 +94,17 @@ pub struct Layout {
     pub read_only: bool,
     /// Whether to begin with `fallocate(PUNCH_HOLE)`.
     pub can_punch: bool,
+    /// The storage's preferred unit of writes; 0 if it has none.
+    pub optimal_io_bytes: u32,
+    /// Reads and writes are polled.
+    pub poll: bool,
+}
+
+impl Layout {
+    /// Whether reads and writes go past the page cache.
+    fn is_direct(&self) -> bool {
+        self.memory_align > 1
+    }
 }
 
 /// What all channels of a volume know. Relaxed throughout: each value stands for itself, and one
@@ -94,6 +117,9 @@ struct Shared {
     can_punch: AtomicBool,
     /// `fallocate(ZERO_RANGE)` works, as far as known.
     can_zero: AtomicBool,
+    /// A flush of the page cache failed. The kernel says so once and then takes the lost pages for
+    /// clean; we go on saying it.
+    lost_writes: AtomicBool,
 }
 
 impl Shared {
@@ -111,6 +137,7 @@ impl Shared {
             write_zeroes: true,
             deallocate_granularity_bytes: self.layout.deallocate_granularity_bytes,
             deallocated_reads_zero: can_punch,
+            optimal_io_bytes: self.layout.optimal_io_bytes,
         }
     }
 }
@@ -179,6 +206,7 @@ impl FileVolume {
             blocks: AtomicU64::new(bytes / u64::from(layout.block_bytes)),
             can_punch: AtomicBool::new(layout.can_punch),
             can_zero: AtomicBool::new(true),
+            lost_writes: AtomicBool::new(false),
         };
         let path = PathBuf::new();
         FileVolume {
@@ -229,7 +257,8 @@ impl Volume for FileVolume {
 
     fn open(&self, local: &Local, depth: u32) -> io::Result<Box<dyn Channel>> {
         let shared = Arc::clone(&self.shared);
-        Ok(Box::new(channel::FileChannel::new(local, self.fd.clone(), shared, depth)))
+        let channel = channel::FileChannel::new(local, self.fd.clone(), shared, depth)?;
+        Ok(Box::new(channel))
     }
 
     fn refresh(&self) -> io::Result<Geometry> {
@@ -238,6 +267,13 @@ impl Volume for FileVolume {
             self.shared.blocks.store(bytes / u64::from(self.shared.layout.block_bytes), Relaxed);
         }
         Ok(self.geometry())
+    }
+
+    fn used_bytes(&self) -> Option<u64> {
+        // A device has no count of what is in use on it.
+        let meta = self.control.as_ref()?.metadata().ok().filter(|meta| meta.is_file())?;
+        // `st_blocks` counts units of 512 bytes on every file system, also metadata on some.
+        Some(meta.blocks().saturating_mul(512).min(self.geometry().bytes()))
     }
 
     fn notices(&self) -> Vec<String> {

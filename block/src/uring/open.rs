@@ -2,15 +2,19 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use iobuf::SgList;
+use reactor::{Core, CoreConfig, Fd};
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags};
 
 use super::{FileOptions, Layout};
 use crate::spec::OpenError;
+use crate::volume::IO_BYTES_MAX;
 
 /// An opened object and what was learned about it.
 #[derive(Debug)]
@@ -36,13 +40,17 @@ pub(super) fn file(path: &Path, options: &FileOptions) -> Result<Found, OpenErro
         Err(e) if e.kind() == io::ErrorKind::NotFound => (create(path, options)?, true),
         Err(e) => return Err(OpenError::io("cannot look at the path", e)),
     };
-    let ready = prepare_file(path, &file, options);
+    let ready = examine(path, file, options);
     if ready.is_err() && is_new {
         // Nobody has used it: leave nothing half made. If this fails, the next open completes it.
         let _ = fs::remove_file(path);
     }
-    let (bytes, mut notices) = ready?;
+    ready
+}
 
+/// Locks a file, gives it its size if it has none, and finds out what it can do.
+fn examine(path: &Path, file: File, options: &FileOptions) -> Result<Found, OpenError> {
+    let (bytes, mut notices) = prepare_file(path, &file, options)?;
     let meta = file.metadata().map_err(|e| OpenError::io("cannot look at the file", e))?;
     let storage_block = power_of_two(meta.blksize(), 4096);
     let direct = direct_io(&file, None, &mut notices);
@@ -51,7 +59,13 @@ pub(super) fn file(path: &Path, options: &FileOptions) -> Result<Found, OpenErro
         buffered(&file, &notices)?;
     }
     let can_punch = !options.read_only && punches_holes(&file, bytes);
-    finish(file, bytes, direct, block_bytes, storage_block, can_punch, options, notices)
+    let found =
+        finish(file, bytes, direct, block_bytes, storage_block, can_punch, options, notices)?;
+    if options.poll {
+        // A file system passes polling on to the one device it is on, if it does at all.
+        check_poll(&found, direct, meta.dev())?;
+    }
+    Ok(found)
 }
 
 pub(super) fn device(path: &Path, options: &FileOptions) -> Result<Found, OpenError> {
@@ -102,6 +116,11 @@ pub(super) fn device(path: &Path, options: &FileOptions) -> Result<Found, OpenEr
         let layout = &mut found.layout;
         layout.deallocate_granularity_bytes = granularity.max(layout.block_bytes);
     }
+    found.layout.optimal_io_bytes =
+        optimal(queue_limit(meta.rdev(), "optimal_io_size"), block_bytes);
+    if options.poll {
+        check_poll(&found, direct, meta.rdev())?;
+    }
     Ok(found)
 }
 
@@ -135,6 +154,8 @@ fn finish(
         deallocate_granularity_bytes: storage_block.max(block_bytes),
         read_only: options.read_only,
         can_punch,
+        optimal_io_bytes: 0,
+        poll: options.poll,
     };
     Ok(Found { file, bytes, layout, notices })
 }
@@ -331,6 +352,58 @@ fn queue_limit(device: u64, name: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("{base}/queue/{name}"))
         .or_else(|_| fs::read_to_string(format!("{base}/../queue/{name}")));
     text.ok()?.trim().parse().ok()
+}
+
+/// The preferred unit of writes, if it is whole blocks and believable.
+fn optimal(limit: Option<u64>, block_bytes: u32) -> u32 {
+    let limit = limit.and_then(|limit| u32::try_from(limit).ok());
+    limit.filter(|bytes| bytes.is_multiple_of(block_bytes) && *bytes <= IO_BYTES_MAX).unwrap_or(0)
+}
+
+/// Refuses what cannot be polled, and says why not.
+fn check_poll(found: &Found, direct: Option<Direct>, device: u64) -> Result<(), OpenError> {
+    if direct.is_none() {
+        return Err(OpenError::new("poll is not possible without direct I/O; leave poll out"));
+    }
+    if queue_limit(device, "io_poll") != Some(1) {
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        return Err(OpenError::new(format!(
+            "poll is not possible: the device {major}:{minor} below has no polled queues \
+             (/sys/dev/block/{major}:{minor}/queue/io_poll is not 1); set them up where its driver \
+             has them (nvme.poll_queues=N) or leave poll out"
+        )));
+    }
+    match read_polled(found) {
+        Ok(()) => Ok(()),
+        Err(e) => Err(OpenError::io("poll is not possible: a polled read failed", e)),
+    }
+}
+
+/// Reads the first block through a polled ring of its own: what the device's settings promise, the
+/// file system may still refuse.
+fn read_polled(found: &Found) -> io::Result<()> {
+    let config = CoreConfig {
+        entries: 1,
+        rx_buffers: 1,
+        rx_buffer_bytes: 64,
+        pool_bytes: 128 << 10,
+        ..CoreConfig::default()
+    };
+    let mut core = Core::new(config).map_err(io::Error::other)?;
+    let local = core.local();
+    let mut port = local.polled_port()?;
+    let file = Fd::from(OwnedFd::from(found.file.try_clone()?));
+    let mut page = SgList::default();
+    let len = found.layout.block_bytes.max(found.layout.memory_align) as usize;
+    let len = len.min(usize::try_from(found.bytes).unwrap_or(len));
+    local.pool().alloc(len, &mut page).map_err(io::Error::other)?;
+    port.readv(&file, 0, &page, 0).map_err(io::Error::other)?;
+    loop {
+        core.turn(true);
+        if let Some(completion) = port.next() {
+            return completion.result.map(drop).map_err(io::Error::from);
+        }
+    }
 }
 
 fn power_of_two(value: u64, otherwise: u32) -> u32 {

@@ -1,12 +1,13 @@
 //! Block devices, with a loop device as the disk. Needs root and a free loop device.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use block::uring::{FileOptions, FileVolume};
-use block::{OpenError, Volume, VolumeSpec};
+use block::{Io, IoError, Op, OpenError, Volume, VolumeSpec};
 use tempfile::TempDir;
 
 use crate::harness::{Bench, identity};
@@ -35,6 +36,18 @@ impl Loop {
 
     fn contents(&self) -> Vec<u8> {
         fs::read(self.dir.path().join("backing")).unwrap()
+    }
+
+    /// What the backing file takes.
+    fn used(&self) -> u64 {
+        fs::metadata(self.dir.path().join("backing")).unwrap().blocks() * 512
+    }
+
+    fn resize(&self, bytes: u64) {
+        let file = fs::File::options().write(true).open(self.dir.path().join("backing"));
+        file.unwrap().set_len(bytes).unwrap();
+        let status = Command::new("losetup").arg("--set-capacity").arg(&self.device).status();
+        assert!(status.unwrap().success());
     }
 }
 
@@ -92,4 +105,60 @@ fn a_device_is_not_a_file() {
     let spec: VolumeSpec = format!("blockdev:{},ro", disk.device.display()).parse().unwrap();
     let volume = spec.open(identity()).unwrap();
     assert!(volume.geometry().read_only);
+}
+
+#[test]
+#[ignore = "needs root and a loop device"]
+fn a_device_says_what_it_can_and_does_it() {
+    let disk = Loop::new();
+    let volume = open(&disk.device, &options()).unwrap();
+    let geometry = volume.geometry();
+    assert!(geometry.deallocate && geometry.write_zeroes && geometry.deallocated_reads_zero);
+    assert!(geometry.deallocate_granularity_bytes >= 512);
+    assert_eq!(volume.used_bytes(), None, "a device does not count");
+    let mut bench = Bench::real(&volume, 4);
+    bench.write(0, &[7; 1 << 20], false).unwrap();
+    bench.range(Op::Flush, 0, 0, false).unwrap();
+    let full = disk.used();
+    bench.range(Op::Deallocate, 0, 512 << 10, true).unwrap();
+    assert_eq!(bench.read(0, 512 << 10), Ok(vec![0; 512 << 10]));
+    assert!(disk.used() < full, "deallocated blocks are given back");
+    bench.write(0, &[7; 512 << 10], true).unwrap();
+    let mut keep = Io::new(Op::WriteZeroes, 0, 1 << 20);
+    keep.no_unmap = true;
+    assert_eq!(bench.run(keep).result, Ok(()));
+    bench.range(Op::Flush, 0, 0, false).unwrap();
+    assert_eq!(bench.read(0, 1 << 20), Ok(vec![0; 1 << 20]));
+    assert!(disk.used() >= full, "zeros that stay allocated");
+}
+
+#[test]
+#[ignore = "needs root and a loop device"]
+fn a_device_that_changes_its_size_is_followed() {
+    let disk = Loop::new();
+    let volume = open(&disk.device, &options()).unwrap();
+    let mut bench = Bench::real(&volume, 4);
+    let at = BYTES as u64;
+    assert_eq!(bench.write(at, &[1; 4096], true), Err(IoError::OutOfRange));
+    disk.resize(2 * at);
+    assert_eq!(volume.refresh().unwrap().bytes(), 2 * at);
+    assert_eq!(bench.write(at, &[1; 4096], true), Ok(()));
+    assert_eq!(bench.read(at, 4096), Ok(vec![1; 4096]));
+    disk.resize(at);
+    // Nobody has told us yet: the device itself refuses, or has no data there.
+    assert!(bench.read(at, 4096).is_err());
+    assert!(bench.write(at, &[2; 4096], true).is_err());
+    assert_eq!(volume.refresh().unwrap().bytes(), at);
+    assert_eq!(bench.read(at, 4096), Err(IoError::OutOfRange));
+}
+
+#[test]
+#[ignore = "needs root and a loop device"]
+fn a_device_without_polled_queues_is_not_polled() {
+    let disk = Loop::new();
+    let poll = FileOptions { poll: true, ..options() };
+    let Err(error) = open(&disk.device, &poll) else { panic!("should be refused") };
+    assert!(error.reason.contains("poll is not possible"), "{error}");
+    assert!(error.reason.contains("queue/io_poll is not 1"), "{error}");
+    assert!(open(&disk.device, &options()).is_ok(), "and nothing keeps it open");
 }

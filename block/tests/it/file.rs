@@ -232,3 +232,90 @@ fn waiting_for_a_lock_is_bounded() {
     assert!(open(&path, &FileOptions { lock_wait: wait, ..options(8192) }).is_err());
     assert!(before.elapsed() >= wait);
 }
+
+#[test]
+fn what_a_sparse_file_takes_is_counted() {
+    let dir = TempDir::new().unwrap();
+    let volume = open(&dir.path().join("disk"), &options(64 << 20)).unwrap();
+    let empty = volume.used_bytes().unwrap();
+    assert!(empty < 1 << 20, "{empty} bytes of nothing");
+    let mut bench = Bench::real(&volume, 4);
+    bench.write(8 << 20, &[1; 1 << 20], true).unwrap();
+    let used = volume.used_bytes().unwrap();
+    assert!((1 << 20..2 << 20).contains(&(used - empty)), "{empty} {used}");
+    if volume.geometry().deallocate {
+        bench.range(Op::Deallocate, 8 << 20, 1 << 20, true).unwrap();
+        assert!(volume.used_bytes().unwrap() < used);
+        bench.range(Op::WriteZeroes, 0, 1 << 20, true).unwrap();
+        assert!(volume.used_bytes().unwrap() < used, "zeros take nothing");
+    }
+    let whole = open(&dir.path().join("full"), &options(8192)).unwrap();
+    Bench::real(&whole, 1).write(0, &[1; 8192], true).unwrap();
+    assert_eq!(whole.used_bytes(), Some(8192), "never more than the size");
+    let ram: VolumeSpec = "ram:1M".parse().unwrap();
+    assert_eq!(ram.open(identity()).unwrap().used_bytes(), None);
+}
+
+#[test]
+fn nothing_is_done_beyond_the_end_of_a_file_that_shrank() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("disk");
+    let volume = open(&path, &options(1 << 20)).unwrap();
+    let mut bench = Bench::real(&volume, 4);
+    File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    assert_eq!(volume.refresh().unwrap().blocks, 0);
+    for offset in [0, 4096, (1 << 20) - 4096, u64::MAX - 4095] {
+        assert_eq!(bench.read(offset, 4096), Err(IoError::OutOfRange));
+        assert_eq!(bench.write(offset, &[1; 4096], true), Err(IoError::OutOfRange));
+        for op in [Op::WriteZeroes, Op::Deallocate] {
+            assert_eq!(bench.range(op, offset, 4096, false), Err(IoError::OutOfRange));
+        }
+    }
+    assert_eq!(bench.range(Op::Flush, 0, 0, false), Ok(()));
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0);
+    assert_eq!(volume.used_bytes(), Some(0));
+}
+
+/// A file system in memory has no device to poll. One on a disk has, if the disk does: then it
+/// must work.
+#[test]
+fn what_cannot_be_polled_is_refused() {
+    let poll = FileOptions { poll: true, ..options(1 << 20) };
+    let dir = TempDir::new_in("/dev/shm").expect("every Linux has /dev/shm");
+    let why = reason(open(&dir.path().join("disk"), &poll));
+    assert!(why.contains("poll is not possible"), "{why}");
+    assert!(!dir.path().join("disk").exists(), "nothing is left behind");
+
+    let dir = TempDir::new().unwrap();
+    match open(&dir.path().join("disk"), &poll) {
+        Ok(volume) => {
+            let mut bench = Bench::real(&volume, 16);
+            let run = Options { len_max: 300_000, ..Options::new(4, 300) };
+            model::run(&mut bench, &volume, vec![0; 1 << 20], &run);
+        }
+        Err(e) => assert!(e.reason.contains("poll is not possible"), "{e}"),
+    }
+}
+
+/// The successor of a volume finds it free, although the kernel takes rings apart in its own time.
+#[test]
+fn a_file_is_let_go_with_its_last_channel() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("disk");
+    let one = open(&path, &options(1 << 20)).unwrap();
+    let other = open(&dir.path().join("other"), &options(1 << 20)).unwrap();
+    let mut bench = Bench::real(&other, 4);
+    for round in 1..300 {
+        // More often than a core has places for files.
+        drop(one.open(&bench.local(), 4).unwrap());
+        if round % 100 == 0 {
+            bench.write(0, &[1; 512], false).unwrap();
+        }
+    }
+    drop(one);
+    bench.write(0, &[1; 512], false).unwrap();
+    let mut again = Bench::real(&open(&path, &options(1 << 20)).unwrap(), 4);
+    again.write(0, &[1; 512], false).unwrap();
+    drop(again);
+    assert!(open(&path, &options(1 << 20)).is_ok(), "the core is gone, and so is the lock");
+}

@@ -5,6 +5,7 @@
 
 mod allocations;
 mod device;
+mod durable;
 mod fault;
 mod file;
 mod harness;

@@ -21,6 +21,8 @@ fn layout(read_only: bool) -> Layout {
         deallocate_granularity_bytes: 4096,
         read_only,
         can_punch: true,
+        optimal_io_bytes: 0,
+        poll: false,
     }
 }
 

@@ -21,6 +21,8 @@ fn layout() -> Layout {
         deallocate_granularity_bytes: 4096,
         read_only: false,
         can_punch: true,
+        optimal_io_bytes: 0,
+        poll: false,
     }
 }
 
@@ -192,4 +194,36 @@ fn without_punching_there_is_no_deallocate_but_there_are_zeros() {
     assert_eq!(bench.range(Op::WriteZeroes, 0, 4096, false), Ok(()));
     assert_eq!(bench.read(0, 4096), Ok(vec![0; 4096]));
     assert_eq!(bench.read(4096, 4096), Ok(vec![5; 4096]));
+}
+
+#[test]
+fn a_polled_volume_is_an_array_of_bytes() {
+    let world = World::new(91);
+    world.set_file_faults(FileFaults {
+        delay_max: Duration::from_micros(300),
+        short_per_million: 100_000,
+        ..FileFaults::default()
+    });
+    let volume = file(&world, Layout { poll: true, ..layout() });
+    let mut bench = Bench::simulated(&world, &volume, 16);
+    model::run(&mut bench, &volume, vec![0; BYTES], &Options::new(91, 800));
+}
+
+#[test]
+fn what_the_page_cache_lost_stays_lost() {
+    let broken = FileFaults { error_per_million: 1_000_000, ..FileFaults::default() };
+    for (memory_align, afterwards) in [(512, Ok(())), (1, Err(IoError::Medium))] {
+        let world = World::new(92);
+        let volume = file(&world, Layout { memory_align, ..layout() });
+        let mut bench = Bench::simulated(&world, &volume, 4);
+        assert_eq!(bench.range(Op::Flush, 0, 0, false), Ok(()));
+        world.set_file_faults(broken);
+        assert_eq!(bench.range(Op::Flush, 0, 0, false), Err(IoError::Medium));
+        world.set_file_faults(FileFaults::default());
+        // The kernel would say that all is well now.
+        assert_eq!(bench.range(Op::Flush, 0, 0, false), afterwards);
+        assert_eq!(bench.write(0, &[1; 512], true), afterwards);
+        assert_eq!(bench.write(0, &[2; 512], false), Ok(()));
+        assert_eq!(bench.read(0, 512), Ok(vec![2; 512]));
+    }
 }

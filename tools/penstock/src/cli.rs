@@ -85,7 +85,8 @@ const TARGET_AFTER: &str = "SPEC is one of
   blockdev:PATH           a block device
   ram:SIZE                memory, lost at the end
   null:SIZE               nothing: reads give zeros, writes are dropped (for measurements)
-each with ,block=512|4096 for the logical block size (bytes); the first two with ,ro to refuse
+each with ,block=512|4096 for the logical block size (bytes); the first two with ,poll to
+poll the device's queues instead of waiting for interrupts, and with ,ro to refuse
 writes. SIZE: bytes, or with K, M, G, T, P (powers of 1024; KiB and so on are the same). A comma in
 PATH is written twice.
 
