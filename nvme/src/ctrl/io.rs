@@ -414,8 +414,8 @@ fn lba_range(sqe: &Sqe, ns: &NamespaceInfo) -> Result<(u64, u64), Status> {
     byte_range(sqe.cdw10_11(), u64::from(cdw12 & 0xffff) + 1, ns)
 }
 
-/// [`lba_range`] of a command without data, of at most `max` bytes: "If the size exceeds the limit
-/// (VSL, WZSL, WUSL), the controller shall abort the command with Invalid Field in Command".
+/// [`lba_range`] of a command without data, of at most `max` bytes, which is what VSL, WZSL or WUSL
+/// says.
 fn limited_range(
     sqe: &Sqe,
     subsys: &SubsystemInfo,
@@ -610,8 +610,7 @@ fn reservation_acquire(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, S
         2 => AcquireAction::PreemptAndAbort,
         _ => return Err(INVALID_FIELD),
     };
-    // "If [IEKEY] is set to '1', then the controller shall return an error of Invalid Field in
-    // Command": here and in Release.
+    // The key is always looked at: IEKEY is an error, here and in Release.
     let (false, Some(rtype)) = (ignores_key(sqe), rtype(sqe)) else { return Err(INVALID_FIELD) };
     expect_structure(sqe, subsys, 16)?;
     Ok(IoCommand::ReservationAcquire { nsid: ns.nsid, action, rtype })

@@ -483,7 +483,7 @@ impl Reservations {
         }
     }
 
-    /// "If the host is not a registrant, or CRKEY does not match its key: Reservation Conflict."
+    /// Acquire and Release are for registrants that know their key.
     fn must_be_registered(&self, host: &HostId, crkey: u64) -> Result<(), Status> {
         if self.key_of(host) == Some(crkey) { Ok(()) } else { Err(CONFLICT) }
     }
@@ -505,7 +505,7 @@ impl Reservations {
         }
         match (action, key) {
             (RegisterAction::Register, None) => self.add(host, nrkey)?,
-            // "Register with the key it has: no effect"; another key takes Replace.
+            // The key it has, again, is no error; another one takes Replace.
             (RegisterAction::Register, Some(key)) if key == nrkey => {}
             (RegisterAction::Register, Some(_)) => return Err(CONFLICT),
             (RegisterAction::Replace, None) if iekey => self.add(host, nrkey)?,
@@ -521,7 +521,7 @@ impl Reservations {
                 } else {
                     let before = self.state.rtype;
                     self.remove(host);
-                    // "Registrants Only, and the holder unregisters": the others are told.
+                    // The holder of a Registrants Only reservation leaves: the others are told.
                     if before != self.state.rtype {
                         self.tell_released(before, host, &mut effect);
                     }
@@ -605,7 +605,7 @@ impl Reservations {
         rtype: Option<ReservationType>,
     ) -> Result<ReservationEffect, Status> {
         let mut effect = ReservationEffect::default();
-        // Nothing to release for this host: "shall complete successfully, but no effect".
+        // Nothing to release for this host, which is no error.
         if !self.is_holder(host) {
             return Ok(effect);
         }
@@ -650,8 +650,7 @@ impl Reservations {
         self.state.holder = if rtype.is_all_registrants() { None } else { Some(*host) };
     }
 
-    /// Generation: "a 32-bit wrapping counter that is incremented any time" a Register, a Clear, a
-    /// Preempt or a Preempt and Abort completes successfully.
+    /// The generation counts each Register, Clear, Preempt and Preempt and Abort that succeeds.
     fn next_generation(&mut self) {
         self.state.generation = self.state.generation.wrapping_add(1);
     }

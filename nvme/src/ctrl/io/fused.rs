@@ -173,7 +173,7 @@ fn pair(
     second: IoCommand,
     subsys: &SubsystemInfo,
 ) -> Result<(), Status> {
-    // "The LBA range, if used, shall be the same for the two commands."
+    // The two commands are about the same blocks.
     if !matches!(second, IoCommand::Write { nsid: n, offset: o, len: l, .. }
         if (n, o, l) == (nsid, offset, len))
     {
