@@ -4,7 +4,7 @@
 //! a Transport SGL Data Block (NVMe/TCP Transport 1.0, "Data Transfers"). Everything else,
 //! PRPs included, is refused with the status the base specification gives.
 
-use crate::spec::{SglDescriptor, Sqe, Status};
+use crate::spec::{Direction, SglDescriptor, Sqe, Status};
 
 /// A checked data pointer. Lengths are in bytes and at most the limit passed to [`parse_data`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,8 +50,11 @@ impl DataPtr {
 ///
 /// # Errors
 /// - Invalid Field in Command: PSDT says PRP ("PSDT shall be 01b or 10b" in fabrics).
-/// - SGL Descriptor Type Invalid: a descriptor NVMe/TCP does not use.
-/// - SGL Offset Invalid: in-capsule data outside the capsule.
+/// - SGL Descriptor Type Invalid: a descriptor NVMe/TCP does not use (segments, keyed blocks and
+///   bit buckets among them: a capsule holds one descriptor), or in-capsule data for a command
+///   whose data goes to the host: response capsules have none.
+/// - SGL Offset Invalid: in-capsule data that begins outside the capsule.
+/// - Data SGL Length Invalid: in-capsule data that begins in the capsule and ends outside.
 #[inline]
 pub fn parse_data(sqe: &Sqe, in_capsule_bytes: u32) -> Result<DataPtr, Status> {
     let sgl = &sqe.dptr;
@@ -64,15 +67,19 @@ pub fn parse_data(sqe: &Sqe, in_capsule_bytes: u32) -> Result<DataPtr, Status> {
         return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
     }
     match sgl.identifier {
-        _ if len == 0 => Ok(DataPtr::None),
+        SglDescriptor::TRANSPORT_DATA_BLOCK if len == 0 => Ok(DataPtr::None),
         SglDescriptor::TRANSPORT_DATA_BLOCK => Ok(DataPtr::Transport { len }),
-        SglDescriptor::DATA_BLOCK_OFFSET => {
+        // A descriptor of zeros with PSDT set says "no data" as well.
+        SglDescriptor::DATA_BLOCK_OFFSET | 0 if len == 0 => Ok(DataPtr::None),
+        SglDescriptor::DATA_BLOCK_OFFSET if sqe.direction() != Direction::ToHost => {
             let offset = sgl.address.get();
-            match offset.checked_add(u64::from(len)) {
-                Some(end) if end <= u64::from(in_capsule_bytes) => {
-                    Ok(DataPtr::InCapsule { offset: offset as u32, len })
-                }
-                _ => Err(Status::SGL_OFFSET_INVALID.dnr()),
+            let limit = u64::from(in_capsule_bytes);
+            if offset >= limit {
+                Err(Status::SGL_OFFSET_INVALID.dnr())
+            } else if u64::from(len) > limit - offset {
+                Err(Status::DATA_SGL_LENGTH_INVALID.dnr())
+            } else {
+                Ok(DataPtr::InCapsule { offset: offset as u32, len })
             }
         }
         _ => Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr()),
@@ -83,43 +90,72 @@ pub fn parse_data(sqe: &Sqe, in_capsule_bytes: u32) -> Result<DataPtr, Status> {
 mod tests {
     use super::*;
 
-    fn sqe(dptr: SglDescriptor) -> Sqe {
-        Sqe { dptr, ..Sqe::new(1) }
+    const NONE: u8 = 0;
+    const WRITE: u8 = 1;
+    const READ: u8 = 2;
+
+    fn sqe(opcode: u8, dptr: SglDescriptor) -> Sqe {
+        Sqe { dptr, ..Sqe::new(opcode) }
+    }
+
+    /// Every type and subtype, with and without a length, for each direction.
+    #[test]
+    fn descriptors() {
+        for (opcode, identifier, len) in [NONE, WRITE, READ]
+            .into_iter()
+            .flat_map(|opcode| (0..=u8::MAX).map(move |identifier| (opcode, identifier)))
+            .flat_map(|(opcode, identifier)| [0, 1, 4096].map(|len| (opcode, identifier, len)))
+        {
+            let dptr = SglDescriptor { identifier, ..SglDescriptor::transport(len) };
+            let want = match (identifier, len) {
+                (0x00 | 0x01 | 0x5a, 0) => Ok(DataPtr::None),
+                (0x5a, len) => Ok(DataPtr::Transport { len }),
+                (0x01, len) if opcode != READ => Ok(DataPtr::InCapsule { offset: 0, len }),
+                _ => Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr()),
+            };
+            let got = parse_data(&sqe(opcode, dptr), 4096);
+            assert_eq!(got, want, "opcode {opcode} descriptor {identifier:02x} length {len}");
+        }
     }
 
     #[test]
-    fn the_two_descriptors_of_tcp() {
-        assert_eq!(
-            parse_data(&sqe(SglDescriptor::transport(512)), 0),
-            Ok(DataPtr::Transport { len: 512 })
-        );
-        assert_eq!(
-            parse_data(&sqe(SglDescriptor::in_capsule(0, 4096)), 4096),
-            Ok(DataPtr::InCapsule { offset: 0, len: 4096 })
-        );
-        assert_eq!(parse_data(&sqe(SglDescriptor::transport(0)), 0), Ok(DataPtr::None));
-        assert_eq!(
-            parse_data(&Sqe { flags: 0, ..sqe(SglDescriptor::default()) }, 0),
-            Ok(DataPtr::None)
-        );
-    }
-
-    #[test]
-    fn refusals() {
+    fn in_capsule_offsets() {
         let offset_invalid = Err(Status::SGL_OFFSET_INVALID.dnr());
-        assert_eq!(parse_data(&sqe(SglDescriptor::in_capsule(1, 4096)), 4096), offset_invalid);
-        assert_eq!(parse_data(&sqe(SglDescriptor::in_capsule(u64::MAX, 1)), 4096), offset_invalid);
-        for identifier in [0x00, 0x40, 0x4f, 0x20, 0x5b, 0xf0] {
-            let dptr = SglDescriptor { identifier, ..SglDescriptor::transport(8) };
-            assert_eq!(
-                parse_data(&sqe(dptr), 4096),
-                Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr()),
-                "{identifier:02x}"
-            );
+        let length_invalid = Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+        for (offset, len, capsule, want) in [
+            (0, 4096, 4096, Ok(DataPtr::InCapsule { offset: 0, len: 4096 })),
+            (512, 4096, 8192, Ok(DataPtr::InCapsule { offset: 512, len: 4096 })),
+            (4095, 1, 4096, Ok(DataPtr::InCapsule { offset: 4095, len: 1 })),
+            (0, 4097, 4096, length_invalid),
+            (1, 4096, 4096, length_invalid),
+            (4095, u32::MAX, 4096, length_invalid),
+            (4096, 1, 4096, offset_invalid),
+            (u64::MAX, 1, 4096, offset_invalid),
+            (u64::MAX, u32::MAX, u32::MAX, offset_invalid),
+            // The driver asks with what really came: nothing.
+            (0, 1, 0, offset_invalid),
+        ] {
+            let got = parse_data(&sqe(WRITE, SglDescriptor::in_capsule(offset, len)), capsule);
+            assert_eq!(got, want, "{len} bytes at {offset} of {capsule}");
         }
-        for flags in [0, 0b11 << 6] {
-            let sqe = Sqe { flags, ..sqe(SglDescriptor::transport(512)) };
-            assert_eq!(parse_data(&sqe, 0), Err(Status::INVALID_FIELD_IN_COMMAND.dnr()));
+        assert_eq!(
+            parse_data(&sqe(WRITE, SglDescriptor::transport(u32::MAX)), 0),
+            Ok(DataPtr::Transport { len: u32::MAX })
+        );
+    }
+
+    #[test]
+    fn psdt() {
+        for psdt in 0..4u8 {
+            let sqe = Sqe { flags: psdt << 6, ..sqe(WRITE, SglDescriptor::transport(512)) };
+            let want = match psdt {
+                1 | 2 => Ok(DataPtr::Transport { len: 512 }),
+                _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
+            };
+            assert_eq!(parse_data(&sqe, 0), want, "PSDT {psdt:02b}");
         }
+        // Commands without data may leave it all 0.
+        let empty = Sqe { flags: 0, ..sqe(NONE, SglDescriptor::default()) };
+        assert_eq!(parse_data(&empty, 0), Ok(DataPtr::None));
     }
 }

@@ -66,7 +66,7 @@ fn read_and_write_refusals() {
     refused(sqe, Status::INVALID_FIELD_IN_COMMAND);
     sqe = rw(Op::WRITE, 1, 0, 16, 8192);
     sqe.dptr = SglDescriptor::in_capsule(0, 8192);
-    refused(sqe, Status::SGL_OFFSET_INVALID);
+    refused(sqe, Status::DATA_SGL_LENGTH_INVALID);
     let known = [
         Op::READ,
         Op::WRITE,
