@@ -201,7 +201,7 @@ impl Conn {
         let cntlid = association.cntlid;
         let admin = Box::new(Admin { controller, out: Vec::new(), input: Vec::new() });
         self.become_queue(Role::Admin(admin), association, request, None);
-        self.respond(slot, Status::SUCCESS, cntlid.into(), env);
+        self.respond_connected(slot, cntlid, env);
     }
 
     fn connect_io(
@@ -227,7 +227,7 @@ impl Conn {
         let cntlid = association.cntlid;
         let in_capsule = env.shared.subsystems[subsystem].info.limits().in_capsule_bytes;
         self.become_queue(Role::Io { subsystem, epoch }, association, request, Some(in_capsule));
-        self.respond(slot, Status::SUCCESS, cntlid.into(), env);
+        self.respond_connected(slot, cntlid, env);
     }
 
     /// An admin command with all its data.

@@ -370,6 +370,10 @@ impl Conn {
     fn on_command(&mut self, slot: u16, sqe: Sqe, in_capsule_len: u32, env: &mut Env<'_>) {
         self.sq_head = if self.sq_head + 1 >= self.sq_entries { 0 } else { self.sq_head + 1 };
         let (work, data) = match self.classify(&sqe, in_capsule_len, env) {
+            // Data in the capsule, and a descriptor that says it is elsewhere.
+            Ok((_, DataPtr::Transport { .. })) if in_capsule_len > 0 => {
+                (Work::Refuse(Status::INVALID_FIELD_IN_COMMAND.dnr()), DataPtr::None)
+            }
             Ok(found) => found,
             Err(status) => (Work::Refuse(status), DataPtr::None),
         };
@@ -501,6 +505,17 @@ impl Conn {
         let mut cqe = Cqe::new(self.machine.cid(slot), status, result);
         cqe.sqhd.set(sqhd);
         cqe.to_bytes()
+    }
+
+    /// Ends the Connect command that made this connection a queue.
+    pub(crate) fn respond_connected(&mut self, slot: u16, cntlid: u16, env: &mut Env<'_>) {
+        let mut cqe = Cqe::new(self.machine.cid(slot), Status::SUCCESS, cntlid.into());
+        // FFFFh is how a host learns that submission queue flow control is off (NVMe Base 2.0,
+        // Connect Response); hosts that did not ask see the head.
+        cqe.sqhd.set(if self.no_flow_control { u16::MAX } else { self.sq_head });
+        let response = self.machine.response(slot, &cqe.to_bytes());
+        self.push(response.as_ref(), None);
+        self.free(slot, env);
     }
 
     /// Ends a command without data.
