@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bare;
+pub mod faults;
 pub mod load;
 pub mod process;
 pub mod rig;
+pub mod wire;

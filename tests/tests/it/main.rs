@@ -2,6 +2,7 @@
 
 mod allocation;
 mod counting;
+mod faults;
 mod junk;
 mod sim;
 mod yardstick;
