@@ -24,6 +24,7 @@ pub mod discover;
 mod flush;
 pub mod identity;
 mod listen;
+pub mod mdns;
 mod run;
 pub mod selfcheck;
 pub mod size;
