@@ -244,6 +244,7 @@ impl Conn {
         let mut input = std::mem::take(&mut admin.input);
         self.slot_data(slot, &mut input);
         if sqe.opcode == AdminOpcode::GET_LOG_PAGE.0 {
+            association.letters.take_errors(|record| admin.controller.record_error(record));
             admin.controller.set_health(health(env.shared, association.served));
         }
         let outcome = admin.controller.admin(slot, &sqe, &input, &mut admin.out, env.now);

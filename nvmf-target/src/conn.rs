@@ -15,6 +15,7 @@ use reactor::net::{Rx, RxChunk, Stream};
 use crate::admin::Admin;
 use crate::config::{Limits, Port};
 use crate::core::Env;
+use crate::pieces::{self, Pieces};
 use crate::registry::Association;
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
@@ -73,8 +74,10 @@ pub(crate) struct Slot {
     pub(crate) len: u32,
     /// In-capsule data begins this far into the capsule's data.
     pub(crate) skip: u32,
-    /// Next range of a deallocate, or next namespace of a flush to all.
+    /// Next range of a deallocate or copy, or next namespace of a flush to all.
     pub(crate) step: u32,
+    /// What a command of several pieces needs beside that.
+    pub(crate) pieces: Pieces,
 }
 
 impl Slot {
@@ -87,6 +90,7 @@ impl Slot {
             len: 0,
             skip: 0,
             step: 0,
+            pieces: Pieces::default(),
         }
     }
 }
@@ -109,7 +113,7 @@ pub(crate) struct Conn {
     port: Port,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
-    qid: u16,
+    pub(crate) qid: u16,
     pub(crate) slots: Vec<Slot>,
     sq_head: u16,
     sq_entries: u16,
@@ -420,9 +424,6 @@ impl Conn {
                 if Fuse::of(sqe) != Fuse::None {
                     return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
                 }
-                if !crate::io::executes(&command) {
-                    return Err(Status::INVALID_COMMAND_OPCODE.dnr());
-                }
                 return if command.takes_data() {
                     Ok((Work::Io(command), xfer::parse_data(sqe, in_capsule_len)?))
                 } else {
@@ -441,7 +442,14 @@ impl Conn {
     fn take_buffer(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
         let entry = &mut self.slots[slot as usize];
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
-        let got = env.pool.alloc(entry.len as usize, &mut io.data).is_ok();
+        let mut got = env.pool.alloc(entry.len as usize, &mut io.data).is_ok();
+        if got && let Work::Io(command) = &entry.work {
+            // All at once: who has one buffer and waits for another holds up others for nothing.
+            got = entry.pieces.take_store(pieces::store_len(command), env);
+            if !got {
+                io.data.clear();
+            }
+        }
         entry.io = Some(io);
         got
     }
@@ -516,6 +524,10 @@ impl Conn {
         let response = self.machine.response(slot, &cqe.to_bytes());
         self.push(response.as_ref(), None);
         self.free(slot, env);
+    }
+
+    pub(crate) fn cid(&self, slot: u16) -> u16 {
+        self.machine.cid(slot)
     }
 
     /// Ends a command without data.
@@ -604,6 +616,7 @@ impl Conn {
         if let Some(io) = entry.io.take() {
             env.ios.give(io);
         }
+        entry.pieces.clear(env);
         self.machine.release(slot);
     }
 
@@ -715,6 +728,7 @@ impl Conn {
             if let Some(io) = self.slots[slot].io.take() {
                 env.ios.give(io);
             }
+            self.slots[slot].pieces.clear(env);
         }
         if let Some(association) = self.association.take() {
             env.shared.registry.leave(&association, self.qid);

@@ -15,11 +15,11 @@ pub(crate) struct Counters {
 /// Sums over all cores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Read commands completed.
+    /// Read and Compare commands completed.
     pub reads: u64,
     /// Write commands completed.
     pub writes: u64,
-    /// Bytes read by hosts.
+    /// Bytes read, compared or verified by hosts.
     pub read_bytes: u64,
     /// Bytes written by hosts.
     pub written_bytes: u64,
@@ -34,6 +34,16 @@ fn bump(counter: &AtomicU64, by: u64) {
 impl Counters {
     pub(crate) fn read(&self, bytes: u64) {
         bump(&self.reads, 1);
+        bump(&self.read_bytes, bytes);
+    }
+
+    /// A Compare is a read command, and what it compared was read.
+    pub(crate) fn compare(&self, bytes: u64) {
+        self.read(bytes);
+    }
+
+    /// What a Verify looked at counts as read; the command itself is no read command.
+    pub(crate) fn verify(&self, bytes: u64) {
         bump(&self.read_bytes, bytes);
     }
 

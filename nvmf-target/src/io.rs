@@ -1,140 +1,198 @@
 //! I/O commands of a qpair: from a decoded command to the volume and back.
 
 use block::{Io, IoError, Op};
+use nvme::ctrl::ErrorRecord;
 use nvme::ctrl::io::IoCommand;
 use nvme::spec::{NSID_ALL, Status};
+use nvme::subsys::NamespaceInfo;
 
 use crate::conn::{Conn, Held, Life, Phase, Role, Work};
 use crate::core::{Env, Refused};
+use crate::counters::Counters;
+use crate::pieces;
 use crate::status;
+use crate::target::Shared;
 
 /// Slot number of I/O that belongs to no command.
 const OWN_SLOT: u16 = u16::MAX;
 
-/// Whether this target carries the command out; it refuses the others as unknown.
-pub(crate) const fn executes(command: &IoCommand) -> bool {
-    matches!(
-        command,
-        IoCommand::Read { .. }
-            | IoCommand::Write { .. }
-            | IoCommand::Flush { .. }
-            | IoCommand::WriteZeroes { .. }
-            | IoCommand::Deallocate { .. }
-            | IoCommand::Advisory { .. }
-    )
+/// What is to be known of an I/O that failed.
+#[derive(Clone, Copy)]
+pub(crate) struct Failed {
+    pub(crate) error: IoError,
+    pub(crate) op: Op,
+    /// First byte of the range.
+    pub(crate) offset: u64,
+}
+
+impl Failed {
+    fn of(io: &Io) -> Failed {
+        let error = io.result.err().unwrap_or(IoError::Gone);
+        Failed { error, op: io.op, offset: io.offset }
+    }
 }
 
 impl Conn {
-    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits.
+    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits in `env.waiting`.
     pub(crate) fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        let Role::Io { subsystem, .. } = self.role else {
-            debug_assert!(false, "I/O commands come on I/O queues");
-            return true;
-        };
-        let served = &env.shared.subsystems[subsystem];
+        let Work::Io(command) = self.slots[slot as usize].work else { return true };
+        match command {
+            IoCommand::Read { .. }
+            | IoCommand::Write { .. }
+            | IoCommand::WriteZeroes { .. }
+            | IoCommand::Flush { .. }
+            | IoCommand::Deallocate { .. } => self.submit_plain(slot, command, env),
+            IoCommand::Compare { .. } | IoCommand::Verify { .. } | IoCommand::Copy { .. } => {
+                self.submit_piece(slot, command, env)
+            }
+            IoCommand::Advisory { .. } => {
+                self.respond(slot, Status::SUCCESS, 0, env);
+                true
+            }
+            // Neither is told of in Identify, so that `decode` refuses them.
+            IoCommand::WriteUncorrectable { .. }
+            | IoCommand::ReservationRegister { .. }
+            | IoCommand::ReservationAcquire { .. }
+            | IoCommand::ReservationRelease { .. }
+            | IoCommand::ReservationReport { .. } => {
+                self.respond(slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0, env);
+                true
+            }
+        }
+    }
+
+    /// A command whose data, if it has any, is the volume's as it is the host's.
+    fn submit_plain(&mut self, slot: u16, command: IoCommand, env: &mut Env<'_>) -> bool {
         let entry = &mut self.slots[slot as usize];
-        let Work::Io(command) = entry.work else { return true };
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
         io.fua = false;
         io.no_unmap = false;
-        let nsid = match command {
-            IoCommand::Read { nsid, offset, len, fua } => {
+        match command {
+            IoCommand::Read { offset, len, fua, .. } => {
                 if io.data.is_empty() && env.pool.alloc(len as usize, &mut io.data).is_err() {
                     entry.io = Some(io);
-                    entry.phase = Phase::WaitSubmit;
-                    env.waiting.push_back((self.index, slot));
-                    return false;
+                    return self.wait(slot, env);
                 }
                 (io.op, io.offset, io.len, io.fua) = (Op::Read, offset, u64::from(len), fua);
-                nsid
             }
-            IoCommand::Write { nsid, offset, len, fua } => {
+            IoCommand::Write { offset, len, fua, .. } => {
                 (io.op, io.offset, io.len, io.fua) = (Op::Write, offset, u64::from(len), fua);
-                nsid
             }
-            IoCommand::WriteZeroes { nsid, offset, len, no_unmap, fua } => {
+            IoCommand::WriteZeroes { offset, len, no_unmap, fua, .. } => {
                 (io.op, io.offset, io.len, io.fua) = (Op::WriteZeroes, offset, len, fua);
                 io.no_unmap = no_unmap;
-                nsid
-            }
-            IoCommand::Flush { nsid } => {
-                (io.op, io.offset, io.len) = (Op::Flush, 0, 0);
-                nsid
             }
             IoCommand::Deallocate { nsid, .. } => {
                 let mut range = [0; 16];
                 let copied = io.data.copy_to_slice(entry.step as usize * 16, &mut range);
-                let info = served.info.namespace(nsid);
-                let range = match (copied, info) {
-                    (Ok(()), Some(info)) => nvme::ctrl::io::dsm_range(&range, info),
+                let range = match (copied, self.namespace(nsid, env)) {
+                    (Ok(()), Some(ns)) => nvme::ctrl::io::dsm_range(&range, ns),
                     _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
                 };
                 match range {
                     Ok((offset, len)) => (io.op, io.offset, io.len) = (Op::Deallocate, offset, len),
                     Err(status) => {
-                        entry.io = Some(io);
+                        self.slots[slot as usize].io = Some(io);
                         self.respond(slot, status, 0, env);
                         return true;
                     }
                 }
-                nsid
+                if io.len == 0 {
+                    // A range of no blocks: done, without a word to the volume.
+                    self.slots[slot as usize].io = Some(io);
+                    return self.step_done(slot, env);
+                }
             }
-            IoCommand::Advisory { .. } => {
-                entry.io = Some(io);
-                self.respond(slot, Status::SUCCESS, 0, env);
-                return true;
-            }
-            IoCommand::Compare { .. }
-            | IoCommand::Verify { .. }
-            | IoCommand::Copy { .. }
-            | IoCommand::WriteUncorrectable { .. }
-            | IoCommand::ReservationRegister { .. }
-            | IoCommand::ReservationAcquire { .. }
-            | IoCommand::ReservationRelease { .. }
-            | IoCommand::ReservationReport { .. } => {
-                debug_assert!(!executes(&command));
-                entry.io = Some(io);
-                self.respond(slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0, env);
-                return true;
-            }
-        };
-        let namespace = if nsid == NSID_ALL {
-            entry.step as usize
-        } else {
-            served.info.namespace_index(nsid).unwrap_or(usize::MAX)
-        };
-        if io.op == Op::Deallocate && io.len == 0 {
-            // A range of no blocks: done, without a word to the volume.
-            entry.io = Some(io);
-            return self.step_done(slot, env);
+            _ => (io.op, io.offset, io.len) = (Op::Flush, 0, 0),
         }
-        let Some(volume) = served.volumes.get(namespace) else {
+        let nsid = command.nsid();
+        let step = self.slots[slot as usize].step;
+        let Some(volume) = self.volume(nsid, step, env) else {
             // A flush of all namespaces where there are none.
-            entry.io = Some(io);
+            self.slots[slot as usize].io = Some(io);
             self.respond(slot, Status::SUCCESS, 0, env);
             return true;
         };
+        self.launch(slot, volume, io, env)
+    }
+
+    /// The description of a namespace.
+    pub(crate) fn namespace<'e>(&self, nsid: u32, env: &Env<'e>) -> Option<&'e NamespaceInfo> {
+        let Role::Io { subsystem, .. } = self.role else { return None };
+        let shared: &'e Shared = env.shared;
+        shared.subsystems[subsystem].info.namespace(nsid)
+    }
+
+    /// The volume of a namespace, or of namespace number `step` if all are meant.
+    pub(crate) fn volume(&self, nsid: u32, step: u32, env: &Env<'_>) -> Option<usize> {
+        let Role::Io { subsystem, .. } = self.role else { return None };
+        let served = &env.shared.subsystems[subsystem];
+        let index =
+            if nsid == NSID_ALL { step as usize } else { served.info.namespace_index(nsid)? };
+        served.volumes.get(index).copied()
+    }
+
+    /// Queues the command for memory or room in a channel.
+    pub(crate) fn wait(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        self.slots[slot as usize].phase = Phase::WaitSubmit;
+        env.waiting.push_back((self.index, slot));
+        false
+    }
+
+    /// Submits an I/O of a command; `false`: it waits in `env.waiting`.
+    pub(crate) fn launch(
+        &mut self,
+        slot: u16,
+        volume: usize,
+        mut io: Box<Io>,
+        env: &mut Env<'_>,
+    ) -> bool {
         io.tag = u64::from(self.index) << 16 | u64::from(slot);
-        match env.volumes.submit(env.shared, *volume, io) {
+        match env.volumes.submit(env.shared, volume, io) {
             Ok(()) => {
-                entry.phase = Phase::Submitted;
+                self.slots[slot as usize].phase = Phase::Submitted;
                 self.at_volume += 1;
                 true
             }
             Err(Refused::Busy(io)) => {
-                entry.io = Some(io);
-                entry.phase = Phase::WaitSubmit;
-                env.waiting.push_back((self.index, slot));
-                false
+                self.keep_io(slot, io);
+                self.wait(slot, env)
             }
             Err(Refused::Failed(io)) => {
-                let error = io.result.err().unwrap_or(IoError::Gone);
-                let op = io.op;
-                entry.io = Some(io);
-                self.respond(slot, status::of(error, op), 0, env);
+                let failed = Failed::of(&io);
+                self.keep_io(slot, io);
+                self.fail(slot, failed, env);
                 true
             }
         }
+    }
+
+    /// Puts an I/O back where its command keeps it.
+    fn keep_io(&mut self, slot: u16, io: Box<Io>) {
+        let entry = &mut self.slots[slot as usize];
+        match &entry.work {
+            Work::Io(command) if pieces::is_piecewise(command) => entry.pieces.io = Some(io),
+            _ => entry.io = Some(io),
+        }
+    }
+
+    /// Ends a command that the volume failed.
+    pub(crate) fn fail(&mut self, slot: u16, failed: Failed, env: &mut Env<'_>) {
+        let status = status::of(failed.error, failed.op);
+        let entry = &self.slots[slot as usize];
+        let result = match entry.work {
+            // "Dword 0 contains the number of the lowest numbered source range that was not
+            // successfully copied" (NVM Command Set 1.0, "Copy command").
+            Work::Io(IoCommand::Copy { .. }) => u64::from(entry.step),
+            _ => 0,
+        };
+        if failed.error == IoError::Medium {
+            self.count(env, Counters::media_error);
+        }
+        if matches!(failed.error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
+            self.record_error(slot, status, failed.offset, env);
+        }
+        self.respond(slot, status, result, env);
     }
 
     /// Tries a waiting command again; `false`: it was queued anew.
@@ -149,6 +207,23 @@ impl Conn {
         }
     }
 
+    /// Puts a failed command into the controller's error log.
+    #[cold]
+    fn record_error(&self, slot: u16, status: Status, offset: u64, env: &Env<'_>) {
+        let Some(association) = &self.association else { return };
+        let sqe = &self.slots[slot as usize].sqe;
+        let nsid = sqe.nsid.get();
+        let block_bytes = self.namespace(nsid, env).map_or(1, |ns| ns.block_bytes);
+        association.letters.post_error(ErrorRecord {
+            sqid: self.qid,
+            cid: self.cid(slot),
+            status,
+            opcode: sqe.opcode,
+            nsid,
+            lba: offset / u64::from(block_bytes),
+        });
+    }
+
     /// A volume gave an I/O back.
     pub(crate) fn complete(&mut self, slot: u16, io: Box<Io>, env: &mut Env<'_>) {
         self.at_volume -= 1;
@@ -156,28 +231,43 @@ impl Conn {
             self.own_done(io, env);
             return;
         }
-        let entry = &mut self.slots[slot as usize];
         let (op, len, result) = (io.op, io.len, io.result);
-        entry.io = Some(io);
+        let failed = Failed::of(&io);
+        self.keep_io(slot, io);
         if self.life != Life::Open {
             self.free(slot, env);
             return;
         }
-        if let Role::Io { subsystem, .. } = self.role {
-            let counters = &env.shared.subsystems[subsystem].counters[env.core];
-            match (op, result) {
-                (Op::Read, Ok(())) => counters.read(len),
-                (Op::Write, Ok(())) => counters.write(len),
-                (_, Err(IoError::Medium)) => counters.media_error(),
-                _ => {}
-            }
+        if result.is_err() {
+            self.fail(slot, failed, env);
+            return;
         }
-        match result {
-            Ok(()) if op == Op::Read => self.respond_data(slot, len as u32, 0),
-            Ok(()) => {
+        let Work::Io(command) = self.slots[slot as usize].work else {
+            debug_assert!(false, "only I/O commands have I/O");
+            return;
+        };
+        if pieces::is_piecewise(&command) {
+            self.piece_done(slot, command, env);
+            return;
+        }
+        match op {
+            Op::Read => {
+                self.count(env, |counters| counters.read(len));
+                self.respond_data(slot, len as u32, 0);
+            }
+            _ => {
+                if op == Op::Write {
+                    self.count(env, |counters| counters.write(len));
+                }
                 self.step_done(slot, env);
             }
-            Err(error) => self.respond(slot, status::of(error, op), 0, env),
+        }
+    }
+
+    /// Adds to the subsystem's counters of this core.
+    pub(crate) fn count(&self, env: &Env<'_>, add: impl FnOnce(&Counters)) {
+        if let Role::Io { subsystem, .. } = self.role {
+            add(&env.shared.subsystems[subsystem].counters[env.core]);
         }
     }
 

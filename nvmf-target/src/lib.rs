@@ -21,11 +21,14 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod compare;
 mod config;
 mod conn;
 mod core;
 mod counters;
 mod io;
+mod letters;
+mod pieces;
 mod registry;
 mod state;
 mod status;

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvme::ctrl::Instance;
 
+use crate::letters::Letters;
+
 /// Which subsystem an association is with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Served {
@@ -61,6 +63,8 @@ pub(crate) struct Association {
     queues: AtomicUsize,
     io_queues: AtomicUsize,
     connected: Mutex<Vec<u16>>,
+    /// What is to be told to the controller.
+    pub(crate) letters: Letters,
 }
 
 impl Association {
@@ -176,6 +180,7 @@ impl Registry {
             queues: AtomicUsize::new(1),
             io_queues: AtomicUsize::new(0),
             connected: Mutex::new(Vec::new()),
+            letters: Letters::default(),
         });
         table.by_cntlid.insert(cntlid, Arc::clone(&association));
         Ok(association)

@@ -1,0 +1,241 @@
+//! A host that sends what it is told to: one queue per connection, no opinion of its own.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use iobuf::SgList;
+use nvme::spec::{Cqe, Sqe};
+use nvme::tcp::{self, HostEvent, Transfer};
+use reactor::net::{Rx, Stream, StreamConfig};
+use reactor::{Core, CoreHandle, Local, Progress, Socket, Task};
+
+/// Commands that one queue has outstanding at most.
+pub(crate) const DEPTH: u16 = 32;
+
+/// The data that goes with a command.
+#[derive(Clone, Debug)]
+pub(crate) enum Data {
+    None,
+    /// Sent in the capsule.
+    Capsule(Vec<u8>),
+    /// Sent when the controller asks for it.
+    Fetched(Vec<u8>),
+    /// So many bytes are received.
+    Reply(usize),
+}
+
+/// A command that is over.
+#[derive(Clone, Debug)]
+pub(crate) struct Done {
+    pub(crate) cqe: Cqe,
+    pub(crate) reply: Vec<u8>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<(u64, Sqe, Data)>,
+    done: BTreeMap<u64, Done>,
+    next: u64,
+    outstanding: usize,
+    cut: bool,
+    is_over: bool,
+}
+
+/// A queue, from the test's side.
+#[derive(Clone)]
+pub(crate) struct Queue {
+    state: Rc<RefCell<State>>,
+    core: CoreHandle,
+}
+
+impl Queue {
+    /// Opens a connection; its first command is to be Connect.
+    pub(crate) fn open(core: &mut Core, socket: Socket) -> Queue {
+        let local = core.local();
+        // Each of the commands may be asked for all of its data in the smallest pieces.
+        let config = StreamConfig { tx_entries_max: 8192, ..StreamConfig::default() };
+        let stream = Stream::new(&local, socket, config).expect("a stream");
+        let state = Rc::new(RefCell::new(State::default()));
+        let machine =
+            tcp::Host::new(tcp::HostConfig { queue_depth: DEPTH, ..tcp::HostConfig::default() });
+        let mut driver = Driver {
+            stream,
+            machine,
+            local,
+            state: Rc::clone(&state),
+            commands: (0..DEPTH).map(|_| None).collect(),
+        };
+        let hello = driver.machine.icreq();
+        driver.stream.push(hello.as_ref(), None, None, None).expect("room for the first PDU");
+        driver.stream.flush();
+        core.spawn(Box::new(driver));
+        Queue { state, core: core.handle() }
+    }
+
+    /// Sends a command as soon as there is a free identifier; returns what it is known by.
+    pub(crate) fn send(&self, sqe: Sqe, data: Data) -> u64 {
+        let mut state = self.state.borrow_mut();
+        let id = state.next;
+        state.next += 1;
+        state.waiting.push_back((id, sqe, data));
+        self.core.wake();
+        id
+    }
+
+    /// The outcome of a command, once.
+    pub(crate) fn take(&self, id: u64) -> Option<Done> {
+        self.state.borrow_mut().done.remove(&id)
+    }
+
+    pub(crate) fn is_done(&self, id: u64) -> bool {
+        self.state.borrow().done.contains_key(&id)
+    }
+
+    /// Breaks the connection.
+    pub(crate) fn cut(&self) {
+        self.state.borrow_mut().cut = true;
+        self.core.wake();
+    }
+
+    /// The connection has ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.state.borrow().is_over
+    }
+}
+
+struct Command {
+    id: u64,
+    data: SgList,
+    reply: Vec<u8>,
+}
+
+struct Driver {
+    stream: Stream,
+    machine: tcp::Host,
+    local: Local,
+    state: Rc<RefCell<State>>,
+    commands: Vec<Option<Command>>,
+}
+
+impl Driver {
+    fn start(&mut self, cid: u16, id: u64, sqe: &Sqe, data: Data) {
+        let mut command = Command { id, data: SgList::default(), reply: Vec::new() };
+        let mut fill = |bytes: &[u8]| {
+            self.local.pool().alloc(bytes.len(), &mut command.data).expect("memory for a test");
+            command.data.copy_from_slice(0, bytes).expect("as long as the bytes");
+            bytes.len() as u32
+        };
+        let transfer = match data {
+            Data::None => Transfer::None,
+            Data::Capsule(bytes) => Transfer::Write { len: fill(&bytes), in_capsule: true },
+            Data::Fetched(bytes) => Transfer::Write { len: fill(&bytes), in_capsule: false },
+            Data::Reply(len) => {
+                command.reply = vec![0; len];
+                Transfer::Read { len: len as u32 }
+            }
+        };
+        let head = self.machine.command(cid, &sqe.to_bytes(), transfer);
+        let payload = match transfer {
+            Transfer::Write { in_capsule: true, .. } => {
+                Some((&command.data, 0, command.data.len()))
+            }
+            _ => None,
+        };
+        self.stream.push(head.as_ref(), payload, None, None).expect("room for a queue's PDUs");
+        self.commands[cid as usize] = Some(command);
+        self.state.borrow_mut().outstanding += 1;
+    }
+
+    fn on_event(&mut self, event: HostEvent<'_>) {
+        let command = |commands: &mut Vec<Option<Command>>, cid: u16| {
+            commands[cid as usize].take().expect("the machine knows its commands")
+        };
+        match event {
+            HostEvent::Initialized => {}
+            HostEvent::Data { cid, offset, bytes } => {
+                let mut found = command(&mut self.commands, cid);
+                found.reply[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
+                self.commands[cid as usize] = Some(found);
+            }
+            HostEvent::R2t { cid, ttag, offset, len } => {
+                let found = command(&mut self.commands, cid);
+                let mut at = offset;
+                while at < offset + len {
+                    let part = (offset + len - at).min(self.machine.max_h2c_data());
+                    let is_last = at + part == offset + len;
+                    let head = self.machine.h2c_data(cid, ttag, at, part, is_last);
+                    let payload = Some((&found.data, at as usize, part as usize));
+                    self.stream.push(head.as_ref(), payload, None, None).expect("room");
+                    at += part;
+                }
+                self.commands[cid as usize] = Some(found);
+            }
+            HostEvent::Complete { cid, cqe } => {
+                let found = command(&mut self.commands, cid);
+                let mut state = self.state.borrow_mut();
+                state.outstanding -= 1;
+                let done = Done { cqe: Cqe::from_bytes(&cqe), reply: found.reply };
+                state.done.insert(found.id, done);
+            }
+            HostEvent::Terminated { fes } => panic!("the controller found a fault: {fes}"),
+        }
+    }
+}
+
+impl Task for Driver {
+    fn poll(&mut self, _now: Duration) -> Progress {
+        if self.state.borrow().is_over {
+            self.stream.poll();
+            return if self.stream.is_quiet() { Progress::Done } else { Progress::Idle };
+        }
+        let mut worked = self.stream.poll();
+        loop {
+            match self.stream.recv() {
+                Rx::Empty => break,
+                Rx::Data(chunk) => {
+                    worked = true;
+                    let mut input: &[u8] = &chunk;
+                    // The events borrow the input, the handler the driver: bytes are copied out.
+                    while let Some(event) = self.machine.next(&mut input).expect("sound PDUs") {
+                        let event = match event {
+                            HostEvent::Data { cid, offset, bytes } => {
+                                let bytes = bytes.to_vec();
+                                self.on_event(HostEvent::Data { cid, offset, bytes: &bytes });
+                                continue;
+                            }
+                            HostEvent::Initialized => HostEvent::Initialized,
+                            HostEvent::R2t { cid, ttag, offset, len } => {
+                                HostEvent::R2t { cid, ttag, offset, len }
+                            }
+                            HostEvent::Complete { cid, cqe } => HostEvent::Complete { cid, cqe },
+                            HostEvent::Terminated { fes } => HostEvent::Terminated { fes },
+                        };
+                        self.on_event(event);
+                    }
+                }
+                Rx::Eof | Rx::Failed(_) => self.state.borrow_mut().cut = true,
+            }
+            if self.state.borrow().cut {
+                break;
+            }
+        }
+        if self.state.borrow().cut {
+            self.state.borrow_mut().is_over = true;
+            self.stream.shutdown();
+            return Progress::Worked;
+        }
+        while self.machine.is_initialized() {
+            let free = (0..DEPTH).find(|cid| self.commands[*cid as usize].is_none());
+            let Some(cid) = free else { break };
+            let next = self.state.borrow_mut().waiting.pop_front();
+            let Some((id, sqe, data)) = next else { break };
+            self.start(cid, id, &sqe, data);
+            worked = true;
+        }
+        self.stream.flush();
+        while self.stream.sent().is_some() {}
+        if worked { Progress::Worked } else { Progress::Idle }
+    }
+}

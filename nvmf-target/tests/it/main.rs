@@ -1,0 +1,6 @@
+//! The target against a host that is written out here, in a simulated world.
+
+mod commands;
+mod health;
+mod host;
+mod rig;
