@@ -9,6 +9,10 @@ use reactor::{Core, CoreConfig, CoreHandle, SetupError, Spawner};
 /// not a reservation: its memory is taken when it is first used.
 const POOL_BYTES: usize = 256 << 20;
 
+/// What each core of a target takes of its pool at once, for the kernel to keep in place: I/O of 128
+/// KiB at a depth of 128. Counts against the limit on locked memory (LimitMEMLOCK=).
+const POOL_REGISTERED_BYTES: usize = 16 << 20;
+
 /// Operations in flight on a core: two for each connection, and what its volumes have under way.
 const RING_ENTRIES: u32 = 4096;
 
@@ -22,6 +26,12 @@ pub fn default_count(roles: usize) -> u16 {
 /// The usual configuration of a core.
 pub fn core_config() -> CoreConfig {
     CoreConfig { entries: RING_ENTRIES, pool_bytes: POOL_BYTES, ..CoreConfig::default() }
+}
+
+/// The configuration of a core that serves volumes: files and block devices read and write a little
+/// of its pool at less cost.
+pub fn target_config() -> CoreConfig {
+    CoreConfig { pool_registered_bytes: POOL_REGISTERED_BYTES, ..core_config() }
 }
 
 /// Why the cores could not be had.

@@ -459,7 +459,7 @@ fn start_target(parts: TargetParts<'_>) -> anyhow::Result<RunningTarget> {
     };
 
     let count = settings.cores.unwrap_or_else(|| cores::default_count(roles));
-    let cores = Cores::start("target", count, &cores::core_config(), ended(failed))?;
+    let cores = Cores::start("target", count, &cores::target_config(), ended(failed))?;
     let target = Target::new(config, cores.handles().to_vec())?;
     for index in 0..cores.handles().len() {
         let target = target.clone();

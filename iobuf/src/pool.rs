@@ -84,6 +84,12 @@ impl Pool {
         self.0.state.borrow().available
     }
 
+    /// The whole arena, to be registered with a kernel. It stays in place as long as the pool or any
+    /// list filled from it.
+    pub fn arena(&self) -> Segment {
+        Segment::new(self.0.map.base(), self.0.map.len())
+    }
+
     /// Bytes in the arena.
     pub fn capacity(&self) -> usize {
         self.0.map.len()

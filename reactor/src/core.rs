@@ -41,6 +41,11 @@ pub struct CoreConfig {
     pub rx_incremental: bool,
     /// Bound of the core's buffer pool, in bytes. Memory is taken when first used.
     pub pool_bytes: usize,
+    /// Bytes of the pool to register with the kernel: reads into them and writes from them skip the
+    /// walk over their pages. They take memory at once and for ever, out of what the process may
+    /// lock; without the right to lock as much the core goes on unregistered. The pool hands out
+    /// its first bytes first, so a part of it serves all but bursts.
+    pub pool_registered_bytes: usize,
     /// Processor to bind the calling thread to.
     pub pin_to: Option<usize>,
     /// Messages that may wait in the mailbox: at least 1.
@@ -56,6 +61,7 @@ impl Default for CoreConfig {
             rx_buffer_bytes: 256 << 10,
             rx_incremental: false,
             pool_bytes: 64 << 20,
+            pool_registered_bytes: 0,
             pin_to: None,
             mailbox_depth: 1024,
         }
@@ -175,6 +181,10 @@ impl Core {
     ) -> Result<Core, SetupError> {
         let pool = Pool::new(config.pool_bytes)
             .map_err(|e| SetupError::other("the buffer pool of a core", e))?;
+        let mut kernel = kernel;
+        if config.pool_registered_bytes > 0 {
+            kernel.register_pool(&pool, config.pool_registered_bytes);
+        }
         let shared = Rc::new(Shared {
             ops: RefCell::new(Ops::new(kernel, config.entries)),
             rx,

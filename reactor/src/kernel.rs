@@ -4,6 +4,8 @@
 use std::io;
 use std::time::Duration;
 
+use iobuf::Pool;
+
 use crate::fd::{Fd, SharedFd, Socket};
 use crate::ops::Slot;
 use crate::sim::SimKernel;
@@ -78,6 +80,13 @@ impl Kernel {
         match self {
             Kernel::Uring(ring) => ring.register(file),
             Kernel::Sim(_) => Fd::from(file),
+        }
+    }
+
+    /// Makes the first bytes of the pool cheaper to use, if the process may lock as many.
+    pub(crate) fn register_pool(&mut self, pool: &Pool, bytes: usize) {
+        if let Kernel::Uring(ring) = self {
+            ring.register_pool(pool, bytes);
         }
     }
 

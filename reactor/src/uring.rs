@@ -14,6 +14,7 @@ use std::time::Duration;
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, opcode, types};
+use iobuf::{Pool, Segment};
 
 use crate::core::CoreConfig;
 use crate::error::SetupError;
@@ -24,6 +25,8 @@ use crate::ops::{Request, Slot};
 use crate::registered::{PLACES, Places, Registered};
 use crate::rx::{RxPool, SPARE_BYTES};
 
+/// The registered buffer that is a part of the pool.
+const POOL: u16 = 0;
 /// The only buffer group.
 const GROUP: u16 = 0;
 /// User data of the read that wakes the core. No slot has the index `u32::MAX`.
@@ -54,6 +57,8 @@ pub(crate) struct Uring {
     /// table, and nobody asks again.
     places: Option<Result<Rc<Places>, ()>>,
     entries: u32,
+    /// The part of the pool that is registered.
+    arena: Option<Segment>,
 }
 
 /// The ring for devices that are polled. It takes reads and writes only, and entering it asks the
@@ -64,6 +69,8 @@ struct Polled {
     flying: usize,
     /// Whether registered files are registered here, too.
     has_files: bool,
+    /// Whether the pool is registered here, too.
+    has_pool: bool,
 }
 
 impl Uring {
@@ -117,6 +124,7 @@ impl Uring {
             polled: None,
             places: None,
             entries: config.entries.min(SQ_ENTRIES_MAX),
+            arena: None,
         })
     }
 
@@ -130,8 +138,29 @@ impl Uring {
         // Files registered before this are used by their descriptors here.
         let has_files =
             self.places.is_none() && ring.submitter().register_files_sparse(PLACES).is_ok();
-        self.polled = Some(Polled { ring, flying: 0, has_files });
+        let has_pool =
+            self.arena.as_ref().is_some_and(|arena| register_arena(&ring, *arena).is_ok());
+        self.polled = Some(Polled { ring, flying: 0, has_files, has_pool });
         Ok(())
+    }
+
+    pub(crate) fn register_pool(&mut self, pool: &Pool, bytes: usize) {
+        let whole = pool.arena();
+        let arena = Segment::new(whole.as_ptr(), whole.len().min(bytes));
+        if register_arena(&self.ring, arena).is_ok() {
+            self.arena = Some(arena);
+        }
+    }
+
+    /// Whether a slot's memory is a part of the registered pool.
+    fn is_registered(&self, slot: &Slot) -> bool {
+        let (Some(arena), [one]) = (&self.arena, slot.segments.as_slice()) else { return false };
+        let has_pool = match &self.polled {
+            Some(polled) if slot.request.is_polled() => polled.has_pool,
+            _ => true,
+        };
+        let start = one.as_ptr().addr().wrapping_sub(arena.as_ptr().addr());
+        has_pool && start < arena.len() && one.len() <= arena.len() - start
     }
 
     pub(crate) fn register(&mut self, file: SharedFd) -> Fd {
@@ -205,7 +234,7 @@ impl Uring {
                     [start.user_data(user_data).flags(Flags::IO_LINK), timeout.user_data(IGNORE)];
                 return self.submit(&pair);
             }
-            _ => entry_of(self.target(slot)?, slot, value)?,
+            _ => entry_of(self.target(slot)?, slot, value, self.is_registered(slot))?,
         };
         let entry = entry.user_data(user_data);
         if slot.request.is_polled() {
@@ -390,7 +419,13 @@ macro_rules! on {
     };
 }
 
-fn entry_of(target: Target, slot: &Slot, value: *mut u64) -> Result<squeue::Entry, PushError> {
+/// `is_registered`: the slot's one segment lies in the registered pool.
+fn entry_of(
+    target: Target,
+    slot: &Slot,
+    value: *mut u64,
+    is_registered: bool,
+) -> Result<squeue::Entry, PushError> {
     // A segment is laid out as an iovec (asserted in `iobuf`).
     let iovecs = slot.segments.as_ptr().cast::<libc::iovec>();
     let count = slot.segments.len() as u32;
@@ -398,6 +433,11 @@ fn entry_of(target: Target, slot: &Slot, value: *mut u64) -> Result<squeue::Entr
         Request::Read { offset, .. } => match slot.segments.as_slice() {
             [one] if let Ok(len) = u32::try_from(one.len()) => {
                 let at = one.as_ptr();
+                if is_registered {
+                    return Ok(on!(target, |fd| {
+                        opcode::ReadFixed::new(fd, at, len, POOL).offset(*offset).build()
+                    }));
+                }
                 on!(target, |fd| opcode::Read::new(fd, at, len).offset(*offset).build())
             }
             _ => on!(target, |fd| opcode::Readv::new(fd, iovecs, count).offset(*offset).build()),
@@ -405,6 +445,12 @@ fn entry_of(target: Target, slot: &Slot, value: *mut u64) -> Result<squeue::Entr
         Request::Write { offset, dsync, .. } => {
             let flags = if *dsync { libc::RWF_DSYNC } else { 0 };
             match slot.segments.as_slice() {
+                [one] if is_registered && let Ok(len) = u32::try_from(one.len()) => {
+                    on!(target, |fd| {
+                        let write = opcode::WriteFixed::new(fd, one.as_ptr(), len, POOL);
+                        write.offset(*offset).rw_flags(flags).build()
+                    })
+                }
                 [one] if let Ok(len) = u32::try_from(one.len()) => on!(target, |fd| {
                     let write = opcode::Write::new(fd, one.as_ptr(), len);
                     write.offset(*offset).rw_flags(flags).build()
@@ -435,6 +481,14 @@ fn entry_of(target: Target, slot: &Slot, value: *mut u64) -> Result<squeue::Entr
         }
         Request::None | Request::Connect(_) => return Err(PushError::Unfit),
     })
+}
+
+/// Registers the pool's memory as buffer [`POOL`].
+fn register_arena(ring: &IoUring, arena: Segment) -> io::Result<()> {
+    let whole = libc::iovec { iov_base: arena.as_ptr().cast(), iov_len: arena.len() };
+    // SAFETY: the range is one mapping, and the kernel keeps its pages for itself: what it does
+    // with them later goes through slots, which hold the memory.
+    unsafe { ring.submitter().register_buffers(&[whole]) }
 }
 
 fn timespec(duration: Duration) -> Timespec {

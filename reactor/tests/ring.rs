@@ -595,3 +595,42 @@ fn a_polled_port_does_or_refuses_everything() {
     core.turn(true);
     assert!(before.elapsed() < LIMIT);
 }
+
+#[test]
+fn a_registered_pool_is_used_where_memory_lies_in_it() {
+    let mut core = core_with(CoreConfig { pool_registered_bytes: 256 << 10, ..small() });
+    let local = core.local();
+    let other = core_with(small());
+    let theirs = other.local();
+    let mut port = local.port();
+    let (_file, fd) = file();
+    let registered = local.register(fd.share());
+    let mut offset = 0;
+    // One segment, several, and memory of somebody else's pool.
+    for (len, foreign) in [(512, false), (131_072, false), (900_000, false), (4096, true)] {
+        let data = pattern(len, len as u64);
+        let memory = |bytes: &[u8]| list(if foreign { &theirs } else { &local }, bytes);
+        for fd in [&fd, &registered] {
+            for dsync in [false, true] {
+                port.writev(fd, offset, &memory(&data), dsync, 1).unwrap();
+                assert_eq!(bytes(next(&mut core, &mut port)), (1, len as u32));
+                let back = memory(&vec![0; len]);
+                port.readv(fd, offset, &back, 2).unwrap();
+                assert_eq!(bytes(next(&mut core, &mut port)), (2, len as u32));
+                assert_eq!(content(&back), data);
+                offset += len as u64;
+            }
+        }
+    }
+    // A part of a segment is in it, too.
+    let whole = list(&local, &pattern(8192, 9));
+    let mut part = SgList::default();
+    part.append_range(&whole, 100, 1000).unwrap();
+    port.writev(&fd, 0, &part, false, 3).unwrap();
+    drop((whole, part));
+    assert_eq!(bytes(next(&mut core, &mut port)), (3, 1000));
+    let back = list(&local, &[0; 1000]);
+    port.readv(&fd, 0, &back, 4).unwrap();
+    assert_eq!(bytes(next(&mut core, &mut port)), (4, 1000));
+    assert_eq!(content(&back), pattern(8192, 9)[100..1100]);
+}
