@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use anyhow::Context;
 use nvme::spec::Nqn;
 use nvme::spec::discovery::{AddressFamily, SubsystemType, TransportType};
 use nvme::subsys::discovery::DiscoveryEntry;
@@ -38,6 +39,10 @@ pub struct Record {
     pub treq: u8,
     /// Port ID.
     pub portid: u16,
+    /// Controller ID; 65535 for controllers that are made on demand.
+    pub cntlid: u16,
+    /// Largest admin queue, in entries.
+    pub asqsz: u16,
     /// Transport service identifier: the port.
     pub trsvcid: String,
     /// Subsystem NQN.
@@ -50,13 +55,25 @@ pub struct Record {
     pub sectype: u8,
 }
 
-/// Asks the discovery controller at `address`. Blocks for at most `timeout`.
-pub fn discover(address: SocketAddr, timeout: Duration) -> anyhow::Result<Discovery> {
+/// Asks discovery subsystem `subnqn` (the well-known one if `None`) at `address`, as host `hostnqn`
+/// (this machine's own if `None`): a target may tell each host something else. Blocks for at most
+/// `timeout`.
+pub fn discover(
+    address: SocketAddr,
+    subnqn: Option<&str>,
+    hostnqn: Option<&str>,
+    timeout: Duration,
+) -> anyhow::Result<Discovery> {
+    let parse = |flag: &str, text: &str| {
+        text.parse::<Nqn>().with_context(|| format!("{flag} {text:?} is no NQN"))
+    };
+    let subnqn = subnqn.map(|text| parse("--subnqn", text)).transpose()?;
+    let hostnqn = hostnqn.map(|text| parse("--hostnqn", text)).transpose()?;
     let host = identity::derive_host();
     let found = nvmf_initiator::discover(&DiscoverConfig {
         addr: address,
-        subnqn: Nqn::discovery(),
-        hostnqn: host.nqn,
+        subnqn: subnqn.unwrap_or_else(Nqn::discovery),
+        hostnqn: hostnqn.unwrap_or(host.nqn),
         hostid: host.id,
         timeout,
     })?;
@@ -97,6 +114,8 @@ impl From<&DiscoveryEntry> for Record {
             },
             treq: entry.treq,
             portid: entry.portid,
+            cntlid: entry.cntlid,
+            asqsz: entry.asqsz,
             trsvcid: entry.trsvcid.clone(),
             subnqn: entry.subnqn.to_string(),
             traddr: entry.traddr.clone(),
@@ -104,6 +123,21 @@ impl From<&DiscoveryEntry> for Record {
             sectype: entry.sectype,
         }
     }
+}
+
+/// Entry flags in words (NVMe Base 2.0, "Discovery Log Page", EFLAGS).
+fn flags(eflags: u16) -> String {
+    const NAMES: [&str; 3] = [
+        "duplicate returned information",
+        "explicit persistent connection supported",
+        "no CDC connectivity",
+    ];
+    let known = NAMES.iter().enumerate().filter(|(bit, _)| eflags & 1 << bit != 0);
+    let mut words: Vec<String> = known.map(|(_, name)| (*name).to_owned()).collect();
+    if eflags >> NAMES.len() != 0 {
+        words.push(format!("other flags {:#x}", eflags >> NAMES.len() << NAMES.len()));
+    }
+    words.join(", ")
 }
 
 impl fmt::Display for Discovery {
@@ -128,6 +162,9 @@ impl fmt::Display for Discovery {
                 record.portid,
                 if record.sectype == 0 { "" } else { ", TLS" }
             )?;
+            if record.eflags != 0 {
+                write!(f, ", {}", flags(record.eflags))?;
+            }
             if record.subtype != "nvme subsystem" {
                 write!(f, ", {}", record.subtype)?;
             }
@@ -163,5 +200,13 @@ mod tests {
         let json = serde_json::to_value(&discovery).unwrap();
         assert_eq!(json["records"][0]["traddr"], "fd00::1");
         assert_eq!(json["records"][0]["subtype"], "nvme subsystem");
+        assert_eq!(json["records"][0]["cntlid"], 0xffff);
+        assert_eq!(json["records"][0]["asqsz"], 32);
+    }
+
+    #[test]
+    fn entry_flags_in_words() {
+        assert_eq!(flags(1), "duplicate returned information");
+        assert_eq!(flags(0x82), "explicit persistent connection supported, other flags 0x80");
     }
 }

@@ -99,7 +99,7 @@ fn a_second_start_finds_the_data_again() {
 
     // The scratch volume is in nobody's discovery log.
     let discovery = up.daemon.discovery_addresses()[0];
-    let found = crate::discover::discover(discovery, Duration::from_secs(10)).unwrap();
+    let found = crate::discover::discover(discovery, None, None, Duration::from_secs(10)).unwrap();
     let subsystem = up.daemon.subsystem().unwrap().clone();
     assert_eq!(found.problems, [""; 0]);
     let records: Vec<_> =

@@ -165,7 +165,8 @@ pub(crate) struct EmulateArgs {
 
 const DISCOVER_AFTER: &str = "Examples:
   penstock discover -a 127.0.0.1
-  penstock discover -a 192.0.2.7 -s 8009 --json";
+  penstock discover -a 192.0.2.7 -s 8009 --json
+  penstock discover -a 192.0.2.7 --hostnqn nqn.2014-08.com.example:host-a";
 
 #[derive(Debug, Args)]
 pub(crate) struct DiscoverArgs {
@@ -176,6 +177,12 @@ pub(crate) struct DiscoverArgs {
     #[arg(short = 's', long = "trsvcid", value_name = "PORT", default_value_t = 8009,
           value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) port: u16,
+    /// Discovery subsystem to ask [default: the well-known nqn.2014-08.org.nvmexpress.discovery]
+    #[arg(short = 'n', long, value_name = "NQN")]
+    pub(crate) subnqn: Option<String>,
+    /// Ask as this host: a target may show each host something else [default: this machine's]
+    #[arg(short = 'q', long, value_name = "NQN")]
+    pub(crate) hostnqn: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -8,7 +8,13 @@ use crate::cli::DiscoverArgs;
 
 pub(crate) fn run(args: &DiscoverArgs) -> anyhow::Result<ExitCode> {
     let address = SocketAddr::new(args.addr, args.port);
-    let found = daemon::discover::discover(address, Duration::from_secs(args.timeout))?;
+    let timeout = Duration::from_secs(args.timeout);
+    let found = daemon::discover::discover(
+        address,
+        args.subnqn.as_deref(),
+        args.hostnqn.as_deref(),
+        timeout,
+    )?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&found)?);
     } else {
