@@ -8,6 +8,7 @@ use std::time::Duration;
 use block::Volume;
 use nvme::spec::Nqn;
 use nvme::subsys::discovery::DiscoveryEntry;
+use nvme::subsys::reservation::ReservationState;
 use thiserror::Error;
 
 /// Which controllers a port leads to.
@@ -149,6 +150,23 @@ pub struct PowerHistory {
     pub unsafe_shutdowns: u64,
 }
 
+/// Keeps reservations through power loss, by volume.
+///
+/// Both calls may block; they come from a thread that is no core, one at a time per volume.
+pub trait ReservationStore: Send + Sync {
+    /// What was saved last for the volume with this UUID.
+    ///
+    /// # Errors
+    /// It cannot be read. The volume is not served then.
+    fn load(&self, uuid: &[u8; 16]) -> io::Result<Option<ReservationState>>;
+
+    /// Replaces what is kept, all of it or nothing; it is durable when this returns.
+    ///
+    /// # Errors
+    /// It could not be made durable. The command that asked for it fails.
+    fn save(&self, uuid: &[u8; 16], state: &ReservationState) -> io::Result<()>;
+}
+
 /// All of a target's configuration.
 #[derive(Clone, Default)]
 pub struct TargetConfig {
@@ -167,6 +185,8 @@ pub struct TargetConfig {
     pub ana: Vec<(u16, u32, AnaState)>,
     /// Bounds.
     pub limits: Limits,
+    /// Where reservations are kept through power loss; `None`: hosts are told that they are not.
+    pub store: Option<Arc<dyn ReservationStore>>,
     /// What was before this start.
     pub power: PowerHistory,
 }

@@ -21,22 +21,30 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+#[allow(dead_code, reason = "taken into use with fences")]
+mod busy;
 mod compare;
 mod config;
 mod conn;
 mod core;
 mod counters;
+#[allow(dead_code, reason = "taken into use with fences")]
+mod home;
 mod io;
 mod letters;
+#[allow(dead_code, reason = "taken into use with fences")]
+mod locks;
 mod pieces;
 mod registry;
 mod state;
 mod status;
 mod target;
+#[allow(dead_code, reason = "taken into use with fences")]
+mod temperature;
 
 pub use config::{
-    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, SetupError,
-    SubsystemConfig, TargetConfig,
+    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory,
+    ReservationStore, SetupError, SubsystemConfig, TargetConfig,
 };
 pub use counters::Totals;
 pub use state::{ControllerStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus};
