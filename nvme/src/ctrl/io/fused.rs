@@ -185,3 +185,140 @@ fn pair(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::subsys::tests::sample;
+
+    const FIELD: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
+    const MISSING: Status = Status::ABORTED_MISSING_FUSED.dnr();
+    const FAILED: Status = Status::ABORTED_FAILED_FUSED.dnr();
+
+    fn compare(nsid: u32, offset: u64, len: u32) -> Result<IoCommand, Status> {
+        Ok(IoCommand::Compare { nsid, offset, len, fua: false })
+    }
+
+    fn write(nsid: u32, offset: u64, len: u32) -> Result<IoCommand, Status> {
+        Ok(IoCommand::Write { nsid, offset, len, fua: true })
+    }
+
+    struct Queue {
+        pairing: FusedPairing,
+        slot: u16,
+    }
+
+    impl Queue {
+        fn new() -> Queue {
+            Queue { pairing: FusedPairing::new(), slot: 0 }
+        }
+
+        /// The next command; slots count from 1.
+        fn next(&mut self, fuse: Fuse, command: Result<IoCommand, Status>) -> Pairing {
+            self.slot += 1;
+            self.pairing.accept(self.slot, fuse, command, &sample())
+        }
+    }
+
+    fn alone(command: Paired) -> Pairing {
+        Pairing { orphan: None, command }
+    }
+
+    #[test]
+    fn a_pair() {
+        let mut queue = Queue::new();
+        assert!(queue.pairing.is_idle(Fuse::None) && !queue.pairing.is_idle(Fuse::First));
+        assert_eq!(queue.next(Fuse::None, write(1, 0, 4096)), alone(Paired::Alone));
+        assert_eq!(queue.next(Fuse::First, compare(1, 512, 512)), alone(Paired::Held));
+        assert!(!queue.pairing.is_idle(Fuse::None));
+        let second = queue.next(Fuse::Second, write(1, 512, 512));
+        assert_eq!(second, alone(Paired::Both { first: 2 }));
+        assert!(queue.pairing.is_idle(Fuse::None));
+        // On a namespace of 4096-byte blocks one block is more bytes.
+        queue.next(Fuse::First, compare(3, 0, 4096));
+        let second = queue.next(Fuse::Second, write(3, 0, 4096));
+        assert_eq!(second, alone(Paired::Both { first: 4 }));
+    }
+
+    #[test]
+    fn halves_are_aborted() {
+        let mut queue = Queue::new();
+        let second = queue.next(Fuse::Second, write(1, 0, 512));
+        assert_eq!(second, alone(Paired::Refused(MISSING)));
+        // A first, then something else.
+        queue.next(Fuse::First, compare(1, 0, 512));
+        let other = queue.next(Fuse::None, write(1, 0, 512));
+        assert_eq!(other, Pairing { orphan: Some((2, MISSING)), command: Paired::Alone });
+        // A first, then a first.
+        queue.next(Fuse::First, compare(1, 0, 512));
+        let again = queue.next(Fuse::First, compare(1, 0, 512));
+        assert_eq!(again, Pairing { orphan: Some((4, MISSING)), command: Paired::Held });
+        let second = queue.next(Fuse::Second, write(1, 0, 512));
+        assert_eq!(second, alone(Paired::Both { first: 5 }));
+        // A refused command in between is one, too.
+        queue.next(Fuse::First, compare(1, 0, 512));
+        let refused = queue.next(Fuse::None, Err(FIELD));
+        assert_eq!(
+            refused,
+            Pairing { orphan: Some((7, MISSING)), command: Paired::Refused(FIELD) }
+        );
+        assert_eq!(
+            queue.next(Fuse::Second, write(1, 0, 512)),
+            alone(Paired::Refused(MISSING)),
+            "its pair was broken"
+        );
+    }
+
+    #[test]
+    fn a_failed_half_fails_the_other() {
+        let mut queue = Queue::new();
+        let range = Status::LBA_OUT_OF_RANGE.dnr();
+        assert_eq!(queue.next(Fuse::First, Err(range)), alone(Paired::Refused(range)));
+        let second = queue.next(Fuse::Second, write(1, 0, 512));
+        assert_eq!(second, alone(Paired::Refused(FAILED)));
+        // And nothing is left of it.
+        queue.next(Fuse::First, Err(range));
+        assert_eq!(queue.next(Fuse::None, write(1, 0, 512)), alone(Paired::Alone));
+        let second = queue.next(Fuse::Second, write(1, 0, 512));
+        assert_eq!(second, alone(Paired::Refused(MISSING)));
+
+        queue.next(Fuse::First, compare(1, 0, 512));
+        let second = queue.next(Fuse::Second, Err(range));
+        let first = queue.slot - 1;
+        assert_eq!(
+            second,
+            alone(Paired::BothRefused { first, first_status: FAILED, status: range })
+        );
+    }
+
+    #[test]
+    fn pairs_that_do_not_fit() {
+        let mut queue = Queue::new();
+        let unit = Status::ATOMIC_WRITE_UNIT_EXCEEDED.dnr();
+        for (first, second, status) in [
+            (compare(1, 0, 512), write(1, 512, 512), FIELD),
+            (compare(1, 0, 512), write(9, 0, 512), FIELD),
+            (compare(1, 0, 512), write(1, 0, 1024), FIELD),
+            (compare(1, 0, 512), compare(1, 0, 512), FIELD),
+            (compare(1, 0, 1024), write(1, 0, 1024), unit),
+        ] {
+            queue.next(Fuse::First, first);
+            let second = queue.next(Fuse::Second, second);
+            let first = queue.slot - 1;
+            assert_eq!(second, alone(Paired::BothRefused { first, first_status: status, status }));
+        }
+        // Nothing but a Compare is a first, whatever the caller says.
+        assert_eq!(queue.next(Fuse::First, write(1, 0, 512)), alone(Paired::Refused(FIELD)));
+    }
+
+    #[test]
+    fn an_aborted_first_aborts_its_second() {
+        let mut queue = Queue::new();
+        assert_eq!(queue.pairing.abandon(), None);
+        queue.next(Fuse::First, compare(1, 0, 512));
+        assert_eq!(queue.pairing.abandon(), Some(1));
+        assert_eq!(queue.pairing.abandon(), None);
+        let second = queue.next(Fuse::Second, write(1, 0, 512));
+        assert_eq!(second, alone(Paired::Refused(FAILED)));
+    }
+}
