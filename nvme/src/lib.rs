@@ -21,7 +21,8 @@
 //! - [`tcp`]: NVMe/TCP PDUs and the queue pair machine of each side.
 //! - [`xfer`]: where a command's data is (SGL descriptor of a fabrics SQE).
 //! - [`fabrics`]: the Connect command and its refusals.
-//! - [`subsys`]: subsystem, namespaces and limits as plain data; the discovery log of both sides.
+//! - [`subsys`]: subsystem, namespaces and limits as plain data; ANA groups, reservations; the
+//!   discovery log of both sides.
 //! - [`ctrl`]: the controller behind a property set and an admin queue; I/O command decoding.
 //! - [`host`]: bring-up of an association, I/O encoding, discovery, reconnect delays.
 //!

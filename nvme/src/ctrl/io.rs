@@ -285,15 +285,16 @@ pub fn decode(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
     let opcode = NvmOpcode(sqe.opcode);
     match opcode {
         NvmOpcode::READ | NvmOpcode::WRITE => read_write(sqe, subsys, opcode == NvmOpcode::WRITE),
+        NvmOpcode::FLUSH => flush(sqe, subsys),
+        NvmOpcode::WRITE_ZEROES => write_zeroes(sqe, subsys),
+        NvmOpcode::DATASET_MANAGEMENT => dataset_management(sqe, subsys),
         _ => decode_other(sqe, subsys),
     }
 }
 
+/// The commands that a host in normal operation does not send.
 fn decode_other(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
     match NvmOpcode(sqe.opcode) {
-        NvmOpcode::FLUSH => flush(sqe, subsys),
-        NvmOpcode::WRITE_ZEROES => write_zeroes(sqe, subsys),
-        NvmOpcode::DATASET_MANAGEMENT => dataset_management(sqe, subsys),
         NvmOpcode::COMPARE => compare(sqe, subsys),
         NvmOpcode::VERIFY => verify(sqe, subsys),
         NvmOpcode::COPY => copy(sqe, subsys),
@@ -416,6 +417,7 @@ fn lba_range(sqe: &Sqe, ns: &NamespaceInfo) -> Result<(u64, u64), Status> {
 
 /// [`lba_range`] of a command without data, of at most `max` bytes, which is what VSL, WZSL or WUSL
 /// says.
+#[inline]
 fn limited_range(
     sqe: &Sqe,
     subsys: &SubsystemInfo,
@@ -657,6 +659,7 @@ fn expect_structure(sqe: &Sqe, subsys: &SubsystemInfo, min: u32) -> Result<(), S
     }
 }
 
+#[inline]
 fn expect_no_data(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<(), Status> {
     if xfer::parse_data(sqe, subsys.limits().in_capsule_bytes)?.is_empty() {
         Ok(())
