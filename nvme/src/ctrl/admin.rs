@@ -97,9 +97,12 @@ pub const CROSS_RESET_IMMEDIATE: u64 = 1;
 pub(crate) const ADMIN_IN_CAPSULE_BYTES: u32 = 8192;
 
 /// Successful reply.
-enum Reply {
+pub(crate) enum Reply {
+    /// Dword 0 (and 1).
     Result(u64),
+    /// An event request is held.
     Pending,
+    /// Close the I/O queues.
     Close(Ending),
     /// Something for the driver.
     Driver(AdminOutcome),
@@ -187,12 +190,15 @@ impl Controller {
             return Err(Status::COMMAND_SEQUENCE_ERROR.dnr());
         }
         let transfer = xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES)?.len();
+        if !self.has_admin_command(AdminOpcode(sqe.opcode)) {
+            return Err(Status::INVALID_COMMAND_OPCODE.dnr());
+        }
         let nothing = Reply::Result(0);
         match AdminOpcode(sqe.opcode) {
             AdminOpcode::IDENTIFY => self.identify(sqe, transfer, out).map(|()| nothing),
             AdminOpcode::GET_LOG_PAGE => self.get_log_page(sqe, transfer, out).map(|()| nothing),
             AdminOpcode::GET_FEATURES => {
-                let result = self.get_features(sqe, out, now)?;
+                let reply = self.get_features(sqe, out, now)?;
                 if out.len() > transfer as usize {
                     return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
                 }
@@ -201,18 +207,32 @@ impl Controller {
                 if !out.is_empty() {
                     out.resize(transfer.min(ADMIN_DATA_MAX) as usize, 0);
                 }
-                Ok(Reply::Result(u64::from(result)))
+                Ok(reply)
             }
-            AdminOpcode::SET_FEATURES => {
-                self.set_features(sqe, data, now).map(|result| Reply::Result(u64::from(result)))
-            }
+            AdminOpcode::SET_FEATURES => self.set_features(sqe, data, now),
             AdminOpcode::ASYNC_EVENT_REQUEST => {
                 self.aer.hold(slot, sqe.cid.get()).map(|()| Reply::Pending)
             }
             AdminOpcode::KEEP_ALIVE => Ok(nothing),
-            AdminOpcode::CROSS_CONTROLLER_RESET if self.instance.is_some() => self.cross_reset(sqe),
-            AdminOpcode::ABORT if !self.is_discovery() => self.abort(sqe),
+            AdminOpcode::CROSS_CONTROLLER_RESET => self.cross_reset(sqe),
+            AdminOpcode::ABORT => self.abort(sqe),
             _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+        }
+    }
+
+    /// Whether this opcode is supported, as the Commands Supported log page tells it.
+    pub(crate) fn has_admin_command(&self, opcode: AdminOpcode) -> bool {
+        match opcode {
+            AdminOpcode::GET_LOG_PAGE
+            | AdminOpcode::IDENTIFY
+            | AdminOpcode::SET_FEATURES
+            | AdminOpcode::GET_FEATURES
+            | AdminOpcode::ASYNC_EVENT_REQUEST
+            | AdminOpcode::KEEP_ALIVE
+            | AdminOpcode::FABRICS => true,
+            AdminOpcode::ABORT => !self.is_discovery(),
+            AdminOpcode::CROSS_CONTROLLER_RESET => self.instance.is_some(),
+            _ => false,
         }
     }
 

@@ -2,13 +2,101 @@
 //!
 //! "Once an event of a type is reported, further ones are masked until the host clears it by
 //! reading the log page with Retain Asynchronous Event cleared" (NVMe Base 2.0, "Asynchronous
-//! Event Request command").
+//! Event Request command"). Each information of a type is masked by itself, so that a host that is
+//! slow with one log page does not miss the others.
+//!
+//! ```text
+//!   Idle ──raise──► Raised ──poll, a request is held──► Reported ──log read, RAE clear──► Idle
+//!                     ▲                                    │
+//!                     └── log read, but it says more than the host has seen ──┘
+//! ```
 
 use std::collections::VecDeque;
 
 use super::AER_MAX;
-use crate::spec::{CHANGED_NAMESPACES_MAX, IdentifyController, LogPage, NSID_ALL, Status, event};
+use crate::spec::{
+    CHANGED_NAMESPACES_MAX, IdentifyController, LogPage, NSID_ALL, Status, critical_warning, event,
+};
 use crate::subsys::SubsystemInfo;
+
+/// What can be reported.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    /// Error: Persistent Internal Error.
+    PersistentError,
+    /// Error: Transient Internal Error.
+    TransientError,
+    /// SMART: NVM Subsystem Reliability.
+    Reliability,
+    /// SMART: Temperature Threshold.
+    Temperature,
+    /// SMART: Spare Below Threshold.
+    Spare,
+    /// I/O command set: Reservation Log Page Available.
+    ReservationLog,
+    /// Notice: Asymmetric Namespace Access Change.
+    Ana,
+    /// Notice: Namespace Attribute Changed.
+    Namespaces,
+    /// Notice: Discovery Log Page Change.
+    Discovery,
+}
+
+/// All of them, in the order in which they are reported.
+pub(crate) const KINDS: [Kind; 9] = [
+    Kind::PersistentError,
+    Kind::TransientError,
+    Kind::Reliability,
+    Kind::Temperature,
+    Kind::Spare,
+    Kind::ReservationLog,
+    Kind::Ana,
+    Kind::Namespaces,
+    Kind::Discovery,
+];
+
+impl Kind {
+    /// Event type and information.
+    pub(crate) fn code(self) -> (u32, u32) {
+        match self {
+            Kind::PersistentError => (event::TYPE_ERROR, event::ERROR_PERSISTENT),
+            Kind::TransientError => (event::TYPE_ERROR, event::ERROR_TRANSIENT),
+            Kind::Reliability => (event::TYPE_SMART, event::SMART_RELIABILITY),
+            Kind::Temperature => (event::TYPE_SMART, event::SMART_TEMPERATURE),
+            Kind::Spare => (event::TYPE_SMART, event::SMART_SPARE),
+            Kind::ReservationLog => (event::TYPE_IO_COMMAND, event::IO_COMMAND_RESERVATION_LOG),
+            Kind::Ana => (event::TYPE_NOTICE, event::NOTICE_ANA),
+            Kind::Namespaces => (event::TYPE_NOTICE, event::NOTICE_NAMESPACE_ATTRIBUTE),
+            Kind::Discovery => (event::TYPE_NOTICE, event::NOTICE_DISCOVERY_LOG),
+        }
+    }
+
+    /// The log page that tells more and whose reading clears the event.
+    pub(crate) fn log_page(self) -> LogPage {
+        match self {
+            Kind::PersistentError | Kind::TransientError => LogPage::ERROR_INFORMATION,
+            Kind::Reliability | Kind::Temperature | Kind::Spare => LogPage::SMART,
+            Kind::ReservationLog => LogPage::RESERVATION_NOTIFICATION,
+            Kind::Ana => LogPage::ANA,
+            Kind::Namespaces => LogPage::CHANGED_NAMESPACES,
+            Kind::Discovery => LogPage::DISCOVERY,
+        }
+    }
+
+    /// Bits of the Asynchronous Event Configuration, any of which enables it; 0: always enabled
+    /// (reservation notices have a feature of their own, the Reservation Notification Mask).
+    fn enabled_by(self) -> u32 {
+        match self {
+            Kind::PersistentError | Kind::TransientError | Kind::ReservationLog => 0,
+            Kind::Reliability => u32::from(critical_warning::RELIABILITY),
+            Kind::Temperature => u32::from(critical_warning::TEMPERATURE),
+            Kind::Spare => u32::from(critical_warning::SPARE),
+            Kind::Ana => IdentifyController::OAES_ANA,
+            Kind::Namespaces => IdentifyController::OAES_NAMESPACE_ATTRIBUTE,
+            Kind::Discovery => IdentifyController::OAES_DISCOVERY_LOG,
+        }
+    }
+}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Event {
@@ -38,12 +126,19 @@ pub(crate) struct AsyncEvents {
     held: VecDeque<Held>,
     /// Requests ended without an event (abort, reset); at most `AER_MAX`, drained by `poll`.
     ended: VecDeque<u16>,
-    namespaces: Event,
-    discovery: Event,
+    /// By [`Kind`].
+    events: [Event; KINDS.len()],
+    /// Asynchronous Event Configuration (feature 0Bh) in force.
+    config: u32,
+    /// Critical Warning bits as they were last.
+    warning: u8,
     /// Changed Namespace List: ascending, unique.
     changed: Vec<u32>,
     /// More changed than the list holds.
     overflowed: bool,
+    /// Version (generation counter, change count) of the ANA and discovery log pages whose head
+    /// the host has read last.
+    seen: [Option<u64>; 2],
 }
 
 impl AsyncEvents {
@@ -63,31 +158,57 @@ impl AsyncEvents {
         true
     }
 
-    /// Namespaces changed. `enabled` is the Asynchronous Event Configuration.
-    pub(crate) fn namespaces_changed(&mut self, nsids: &[u32], enabled: u32) {
+    /// The Asynchronous Event Configuration.
+    pub(crate) fn config(&self) -> u32 {
+        self.config
+    }
+
+    /// Sets the Asynchronous Event Configuration. A critical warning that is there already is told
+    /// as soon as its bit is enabled.
+    pub(crate) fn configure(&mut self, config: u32) {
+        let newly_enabled = config & !self.config;
+        self.config = config;
+        self.warn(self.warning & newly_enabled as u8);
+    }
+
+    /// Something happened; nothing is told if the host did not enable it.
+    pub(crate) fn raise(&mut self, kind: Kind) {
+        let is_enabled = kind.enabled_by() == 0 || self.config & kind.enabled_by() != 0;
+        let event = &mut self.events[kind as usize];
+        if is_enabled && *event == Event::Idle {
+            *event = Event::Raised;
+        }
+    }
+
+    /// The Critical Warning bits are these now. Only what is new is told.
+    pub(crate) fn critical_warning(&mut self, warning: u8) {
+        let new = warning & !self.warning;
+        self.warning = warning;
+        self.warn(new & self.config as u8);
+    }
+
+    fn warn(&mut self, bits: u8) {
+        for kind in [Kind::Reliability, Kind::Temperature, Kind::Spare] {
+            if u32::from(bits) & kind.enabled_by() != 0 {
+                self.raise(kind);
+            }
+        }
+    }
+
+    /// Namespaces changed.
+    pub(crate) fn namespaces_changed(&mut self, nsids: &[u32]) {
         for &nsid in nsids {
             if let Err(at) = self.changed.binary_search(&nsid) {
                 self.changed.insert(at, nsid);
             }
         }
         if self.changed.len() > CHANGED_NAMESPACES_MAX {
-            self.changed.clear();
             self.overflowed = true;
         }
         if self.overflowed {
             self.changed.clear();
         }
-        if enabled & IdentifyController::OAES_NAMESPACE_ATTRIBUTE != 0
-            && self.namespaces == Event::Idle
-        {
-            self.namespaces = Event::Raised;
-        }
-    }
-
-    pub(crate) fn discovery_changed(&mut self, enabled: u32) {
-        if enabled & IdentifyController::OAES_DISCOVERY_LOG != 0 && self.discovery == Event::Idle {
-            self.discovery = Event::Raised;
-        }
+        self.raise(Kind::Namespaces);
     }
 
     /// The Changed Namespace List as it is read now: "If more than 1,024 namespaces changed, the
@@ -96,16 +217,28 @@ impl AsyncEvents {
         if self.overflowed { vec![NSID_ALL] } else { self.changed.clone() }
     }
 
-    /// A log page was read without Retain Asynchronous Event.
-    pub(crate) fn log_read(&mut self, lid: LogPage) {
-        match lid {
-            LogPage::CHANGED_NAMESPACES => {
-                self.namespaces = Event::Idle;
-                self.changed.clear();
-                self.overflowed = false;
+    /// The head of a log page of this version was read.
+    pub(crate) fn version_read(&mut self, lid: LogPage, version: u64) {
+        if let Some(seen) = seen_index(lid) {
+            self.seen[seen] = Some(version);
+        }
+    }
+
+    /// A log page was read without Retain Asynchronous Event. `version` is that of the page now,
+    /// for those that have one; `has_more` says that there is another page to read.
+    pub(crate) fn log_read(&mut self, lid: LogPage, version: u64, has_more: bool) {
+        // Hosts read long pages in pieces, and say only with the last one that they are done. If
+        // the page has changed since they read its head, they have to be told again.
+        let is_stale = seen_index(lid).is_some_and(|seen| self.seen[seen] != Some(version));
+        for kind in KINDS.into_iter().filter(|kind| kind.log_page() == lid) {
+            let was_told = core::mem::take(&mut self.events[kind as usize]) != Event::Idle;
+            if was_told && (is_stale || has_more) {
+                self.raise(kind);
             }
-            LogPage::DISCOVERY => self.discovery = Event::Idle,
-            _ => {}
+        }
+        if lid == LogPage::CHANGED_NAMESPACES {
+            self.changed.clear();
+            self.overflowed = false;
         }
     }
 
@@ -113,29 +246,29 @@ impl AsyncEvents {
         if let Some(slot) = self.ended.pop_front() {
             return Some((slot, Status::COMMAND_ABORT_REQUESTED, 0));
         }
-        let (info, lid) = if self.namespaces == Event::Raised {
-            (event::NOTICE_NAMESPACE_ATTRIBUTE, LogPage::CHANGED_NAMESPACES)
-        } else if self.discovery == Event::Raised {
-            (event::NOTICE_DISCOVERY_LOG, LogPage::DISCOVERY)
-        } else {
-            return None;
-        };
+        let kind = KINDS.into_iter().find(|&kind| self.events[kind as usize] == Event::Raised)?;
         let held = self.held.pop_front()?;
-        match lid {
-            LogPage::DISCOVERY => self.discovery = Event::Reported,
-            _ => self.namespaces = Event::Reported,
-        }
-        Some((held.slot, Status::SUCCESS, u64::from(event::dw0(event::TYPE_NOTICE, info, lid.0))))
+        self.events[kind as usize] = Event::Reported;
+        let (event_type, info) = kind.code();
+        let dw0 = event::dw0(event_type, info, kind.log_page().0);
+        Some((held.slot, Status::SUCCESS, u64::from(dw0)))
     }
 
-    /// Controller reset or shutdown: held requests end, events are forgotten.
+    /// Controller reset or shutdown: held requests end, events are forgotten, and everything is
+    /// disabled. What is wrong stays known, to be told when the host enables it.
     pub(crate) fn reset(&mut self) {
-        let held = self.held.drain(..).map(|held| held.slot);
-        self.ended.extend(held);
-        self.namespaces = Event::Idle;
-        self.discovery = Event::Idle;
-        self.changed.clear();
-        self.overflowed = false;
+        let slots = self.held.drain(..).map(|held| held.slot);
+        self.ended.extend(slots);
+        let ended = core::mem::take(&mut self.ended);
+        *self = AsyncEvents { ended, warning: self.warning, ..AsyncEvents::default() };
+    }
+}
+
+fn seen_index(lid: LogPage) -> Option<usize> {
+    match lid {
+        LogPage::ANA => Some(0),
+        LogPage::DISCOVERY => Some(1),
+        _ => None,
     }
 }
 
@@ -144,9 +277,11 @@ pub(crate) fn changed_namespaces(old: &SubsystemInfo, new: &SubsystemInfo) -> Ve
     let mut changed: Vec<u32> = Vec::new();
     for ns in old.namespaces() {
         let same = new.namespace(ns.nsid).is_some_and(|new_ns| {
-            // Utilization changes by itself and is not an attribute.
+            // Utilization changes by itself and is not an attribute; the ANA group has an event
+            // of its own.
             let mut new_ns = new_ns.clone();
             new_ns.used_bytes = ns.used_bytes;
+            new_ns.ana_group = ns.ana_group;
             new_ns == *ns
         });
         if !same {
@@ -165,63 +300,143 @@ mod tests {
     use crate::subsys::tests::sample;
 
     const NS: u32 = IdentifyController::OAES_NAMESPACE_ATTRIBUTE;
+    const DISCOVERY: u32 = IdentifyController::OAES_DISCOVERY_LOG;
+
+    fn events(config: u32, requests: u16) -> AsyncEvents {
+        let mut events = AsyncEvents::default();
+        events.configure(config);
+        for slot in 0..requests {
+            events.hold(slot, slot + 100).unwrap();
+        }
+        events
+    }
+
+    fn told(events: &mut AsyncEvents) -> Vec<u64> {
+        core::iter::from_fn(|| events.poll()).map(|(_, _, dw0)| dw0).collect()
+    }
 
     #[test]
     fn one_event_until_the_log_is_read() {
-        let mut events = AsyncEvents::default();
-        events.namespaces_changed(&[3], NS);
+        let mut events = events(NS, 0);
+        events.namespaces_changed(&[3]);
         assert_eq!(events.poll(), None, "no request is held");
         events.hold(7, 0x70).unwrap();
         events.hold(8, 0x80).unwrap();
         assert_eq!(events.poll(), Some((7, Status::SUCCESS, 0x0004_0002)));
-        events.namespaces_changed(&[1, 3], NS);
+        events.namespaces_changed(&[1, 3]);
         assert_eq!(events.poll(), None, "masked");
         assert_eq!(events.changed_list(), [1, 3]);
-        events.log_read(LogPage::CHANGED_NAMESPACES);
+        events.log_read(LogPage::CHANGED_NAMESPACES, 0, false);
         assert_eq!(events.changed_list(), []);
         assert_eq!(events.poll(), None);
-        events.namespaces_changed(&[2], NS);
+        events.namespaces_changed(&[2]);
         assert_eq!(events.poll(), Some((8, Status::SUCCESS, 0x0004_0002)));
     }
 
     #[test]
+    fn every_event_has_its_code_and_log_page() {
+        let mut events = events(u32::MAX, 4);
+        for kind in KINDS {
+            events.raise(kind);
+        }
+        let mut dw0 = told(&mut events);
+        for slot in 0..4 {
+            events.hold(slot, slot).unwrap();
+        }
+        dw0.extend(told(&mut events));
+        events.hold(9, 9).unwrap();
+        dw0.extend(told(&mut events));
+        assert_eq!(
+            dw0,
+            [
+                0x0001_0300,
+                0x0001_0400,
+                0x0002_0001,
+                0x0002_0101,
+                0x0002_0201,
+                0x0080_0006,
+                0x000c_0302,
+                0x0004_0002,
+                0x0070_f002,
+            ]
+        );
+    }
+
+    #[test]
     fn disabled_events_are_not_sent_but_listed() {
-        let mut events = AsyncEvents::default();
-        events.hold(0, 0).unwrap();
-        events.namespaces_changed(&[3], 0);
-        events.discovery_changed(0);
+        let mut events = events(0, 1);
+        events.namespaces_changed(&[3]);
+        events.raise(Kind::Discovery);
         assert_eq!(events.poll(), None);
         assert_eq!(events.changed_list(), [3]);
-        events.discovery_changed(IdentifyController::OAES_DISCOVERY_LOG);
+        events.configure(DISCOVERY);
+        events.raise(Kind::Discovery);
         assert_eq!(events.poll(), Some((0, Status::SUCCESS, 0x0070_f002)));
     }
 
     #[test]
+    fn critical_warnings_are_told_by_mask_when_they_appear() {
+        let mut events = events(0b0000_1000, 4);
+        events.critical_warning(0b0000_0101);
+        assert_eq!(told(&mut events), [], "spare and reliability are not enabled");
+        events.critical_warning(0b0000_1101);
+        assert_eq!(told(&mut events), [0x0002_0001], "media is read-only");
+        events.log_read(LogPage::SMART, 0, false);
+        events.critical_warning(0b0000_1101);
+        assert_eq!(told(&mut events), [], "nothing new");
+        events.configure(0b0000_1001);
+        assert_eq!(told(&mut events), [0x0002_0201], "enabled while the condition is there");
+        events.critical_warning(0);
+        events.log_read(LogPage::SMART, 0, false);
+        events.critical_warning(0b0000_0001);
+        assert_eq!(told(&mut events), [0x0002_0201], "it went and came back");
+    }
+
+    #[test]
+    fn a_log_that_changed_while_it_was_read_is_told_again() {
+        let mut events = events(DISCOVERY, 4);
+        events.raise(Kind::Discovery);
+        assert_eq!(told(&mut events).len(), 1);
+        events.version_read(LogPage::DISCOVERY, 5);
+        events.raise(Kind::Discovery);
+        assert_eq!(told(&mut events), [], "masked: the log is not read to its end");
+        events.log_read(LogPage::DISCOVERY, 6, false);
+        assert_eq!(told(&mut events), [0x0070_f002], "the host has read the head of version 5");
+        events.version_read(LogPage::DISCOVERY, 6);
+        events.log_read(LogPage::DISCOVERY, 6, false);
+        assert_eq!(told(&mut events), []);
+        events.log_read(LogPage::DISCOVERY, 7, false);
+        assert_eq!(told(&mut events), [], "nothing was raised");
+    }
+
+    #[test]
     fn requests_are_bounded_abortable_and_end_at_reset() {
-        let mut events = AsyncEvents::default();
-        for slot in 0..AER_MAX as u16 {
-            events.hold(slot, slot + 100).unwrap();
-        }
+        let mut events = events(0, AER_MAX as u16);
         let limit = Status::ASYNC_EVENT_REQUEST_LIMIT_EXCEEDED.dnr();
         assert_eq!(events.hold(9, 109), Err(limit));
         assert!(!events.abort(99));
         assert!(events.abort(101));
         assert_eq!(events.hold(9, 109), Err(limit), "its completion is still due");
         assert_eq!(events.poll(), Some((1, Status::COMMAND_ABORT_REQUESTED, 0)));
+        events.critical_warning(1);
+        events.configure(1);
         events.reset();
-        let slots: Vec<u16> =
-            core::iter::from_fn(|| events.poll()).map(|(slot, ..)| slot).collect();
-        assert_eq!(slots, [0, 2, 3]);
+        let ends: Vec<_> = core::iter::from_fn(|| events.poll()).collect();
+        let ended = [0, 2, 3].map(|slot| (slot, Status::COMMAND_ABORT_REQUESTED, 0));
+        assert_eq!(ends, ended, "and no event");
+        events.hold(0, 0).unwrap();
+        events.configure(1);
+        assert_eq!(told(&mut events), [0x0002_0201], "what is wrong is still known");
     }
 
     #[test]
     fn a_list_that_overflows_says_so() {
-        let mut events = AsyncEvents::default();
+        let mut events = events(NS, 0);
         let many: Vec<u32> = (1..=1024).collect();
-        events.namespaces_changed(&many, NS);
+        events.namespaces_changed(&many);
         assert_eq!(events.changed_list(), many);
-        events.namespaces_changed(&[2000], NS);
-        events.namespaces_changed(&[5], NS);
+        events.namespaces_changed(&[2000]);
+        events.namespaces_changed(&[5]);
         assert_eq!(events.changed_list(), [NSID_ALL]);
     }
 

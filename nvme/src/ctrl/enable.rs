@@ -110,7 +110,7 @@ impl Registers {
             Property::VS => (u64::from(VERSION_2_0), false),
             Property::CC => (u64::from(self.cc.0), false),
             Property::CSTS => (u64::from(self.csts().0), false),
-            // "A read of this property returns 0h."
+            // Written only; reads as zero.
             Property::NSSR if !self.is_discovery => (0, false),
             // CRIMT 31:16 is 0 (CRMS bit 1 is clear), CRWMT 15:0 in units of 500 ms.
             Property::CRTO => (READY_TIMEOUT, false),

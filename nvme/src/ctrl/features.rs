@@ -1,12 +1,24 @@
 //! Get Features and Set Features. None is saveable: a controller lives as long as its
-//! association.
+//! association, and what outlives it (write protection, persistence of reservations) is kept by
+//! the driver without being asked to.
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 
+use super::admin::{AdminOutcome, Reply};
+use super::log::Thresholds;
 use super::{Controller, keep_alive};
-use crate::spec::{Feature, IdentifyController, NSID_ALL, Select, Sqe, Status};
+use crate::spec::{
+    Feature, IdentifyController, NSID_ALL, Select, Sqe, Status, WriteProtectState, effects,
+};
+use crate::subsys::NamespaceInfo;
+use crate::subsys::reservation::NoticeKind;
 
 const INVALID_FIELD: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
+const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT.dnr();
+
+/// Reservation Notification Mask: REGPRE, RESREL and RESPRE, the bits of the notice kinds 1 to 3.
+const NOTICE_MASK: u8 = 0b1110;
 
 /// Length of the Host Behavior Support data.
 const HOST_BEHAVIOR_LEN: usize = 512;
@@ -22,9 +34,11 @@ const OVER_TEMPERATURE_DEFAULT: u16 = 0xffff;
 #[derive(Debug)]
 pub(crate) struct Features {
     arbitration: u32,
+    /// Error Recovery of the namespaces that have no value of their own.
     error_recovery: u32,
     write_atomicity: u32,
-    async_events: u32,
+    /// Values of single namespaces; only active ones are here.
+    namespaces: BTreeMap<u32, PerNamespace>,
     /// Composite temperature thresholds, kelvin: over, under.
     thresholds: [u16; 2],
     /// ACRE: Advanced Command Retry Enable.
@@ -33,20 +47,29 @@ pub(crate) struct Features {
     io_queues_granted: u16,
     /// Milliseconds, when they were so, and whether a host said so.
     timestamp: (u64, Duration, bool),
+    /// Keep alive timeout that Connect asked for.
+    kato_default: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct PerNamespace {
+    error_recovery: Option<u32>,
+    notice_mask: u8,
 }
 
 impl Features {
-    pub(crate) fn new(io_queues_max: u16, now: Duration) -> Features {
+    pub(crate) fn new(io_queues_max: u16, kato_default: Duration, now: Duration) -> Features {
         Features {
             arbitration: 0,
             error_recovery: 0,
             write_atomicity: 0,
-            async_events: 0,
+            namespaces: BTreeMap::new(),
             thresholds: [OVER_TEMPERATURE_DEFAULT, 0],
             acre: false,
             io_queues_max,
             io_queues_granted: io_queues_max,
             timestamp: (0, now, false),
+            kato_default,
         }
     }
 
@@ -54,15 +77,26 @@ impl Features {
     /// reported in the Synch and Origin bits.
     pub(crate) fn reset(&mut self, io_queues_max: u16, now: Duration) {
         let timestamp = self.timestamp;
-        *self = Features { timestamp, ..Features::new(io_queues_max, now) };
+        *self = Features { timestamp, ..Features::new(io_queues_max, self.kato_default, now) };
     }
 
     pub(crate) fn io_queues_granted(&self) -> u16 {
         self.io_queues_granted
     }
 
-    pub(crate) fn async_events(&self) -> u32 {
-        self.async_events
+    /// Composite temperature thresholds.
+    pub(crate) fn thresholds(&self) -> Thresholds {
+        Thresholds { over: self.thresholds[0], under: self.thresholds[1] }
+    }
+
+    /// Whether the host does not want to hear of this.
+    pub(crate) fn masks_notice(&self, nsid: u32, kind: NoticeKind) -> bool {
+        self.namespaces.get(&nsid).is_some_and(|ns| ns.notice_mask >> kind as u8 & 1 != 0)
+    }
+
+    /// Forgets what was set for namespaces that are gone.
+    pub(crate) fn retain_namespaces(&mut self, mut is_active: impl FnMut(u32) -> bool) {
+        self.namespaces.retain(|&nsid, _| is_active(nsid));
     }
 
     /// Timestamp data: milliseconds in bits 47:0, Origin (bits 51:49) 001b once a host set it.
@@ -80,6 +114,24 @@ fn number_of_queues(count: u16) -> u32 {
     count_z << 16 | count_z
 }
 
+/// Which namespace a namespace specific feature is about.
+enum Target<'a> {
+    One(&'a NamespaceInfo),
+    /// FFFFFFFFh: all that are active.
+    All,
+}
+
+/// Whether the feature is one of a namespace and not of the controller.
+fn is_namespace_specific(fid: Feature) -> bool {
+    matches!(
+        fid,
+        Feature::ERROR_RECOVERY
+            | Feature::RESERVATION_NOTIFICATION_MASK
+            | Feature::RESERVATION_PERSISTENCE
+            | Feature::NAMESPACE_WRITE_PROTECTION
+    )
+}
+
 impl Controller {
     fn has_feature(&self, fid: Feature) -> bool {
         match fid {
@@ -93,7 +145,10 @@ impl Controller {
             | Feature::WRITE_ATOMICITY
             | Feature::TIMESTAMP
             | Feature::HOST_BEHAVIOR
-            | Feature::HOST_IDENTIFIER => !self.is_discovery(),
+            | Feature::HOST_IDENTIFIER
+            | Feature::RESERVATION_NOTIFICATION_MASK
+            | Feature::RESERVATION_PERSISTENCE
+            | Feature::NAMESPACE_WRITE_PROTECTION => !self.is_discovery(),
             _ => false,
         }
     }
@@ -101,6 +156,20 @@ impl Controller {
     /// Feature identifiers supported, for log page 12h.
     pub(crate) fn feature_ids(&self) -> impl Iterator<Item = Feature> + '_ {
         (0..=u8::MAX).map(Feature).filter(|&fid| self.has_feature(fid))
+    }
+
+    /// What log page 12h says of a supported feature.
+    pub(crate) fn feature_effects(&self, fid: Feature) -> u32 {
+        let scope = if is_namespace_specific(fid) {
+            effects::SCOPE_NAMESPACE
+        } else {
+            effects::SCOPE_CONTROLLER
+        };
+        let change = match fid {
+            Feature::NAMESPACE_WRITE_PROTECTION => effects::NAMESPACE_CAPABILITY_CHANGE,
+            _ => 0,
+        };
+        effects::SUPPORTED | scope | change
     }
 
     /// Host-to-controller data length of a Set Features command.
@@ -113,43 +182,90 @@ impl Controller {
         }
     }
 
-    /// Get Features. Returns dword 0; data goes to `out`.
+    /// The namespace or namespaces that a command for a namespace specific feature is about.
+    fn feature_target(&self, nsid: u32) -> Result<Target<'_>, Status> {
+        if nsid == NSID_ALL {
+            return Ok(Target::All);
+        }
+        if nsid == 0 || nsid > self.subsys.limits().namespaces_max {
+            return Err(INVALID_NAMESPACE);
+        }
+        self.subsys.namespace(nsid).map(Target::One).ok_or(INVALID_FIELD)
+    }
+
+    /// The one namespace that a namespace specific feature is read of: values of several have no
+    /// place in one completion.
+    fn feature_namespace(&self, nsid: u32) -> Result<&NamespaceInfo, Status> {
+        match self.feature_target(nsid)? {
+            Target::One(ns) => Ok(ns),
+            Target::All => Err(INVALID_FIELD),
+        }
+    }
+
+    /// Get Features; data goes to `out`.
     pub(crate) fn get_features(
         &self,
         sqe: &Sqe,
         out: &mut Vec<u8>,
         now: Duration,
-    ) -> Result<u32, Status> {
+    ) -> Result<Reply, Status> {
         let fid = Feature(sqe.cdw10.get() as u8);
         let select = Select((sqe.cdw10.get() >> 8 & 7) as u8);
+        let nsid = sqe.nsid.get();
         if !self.has_feature(fid) {
             return Err(INVALID_FIELD);
         }
+        let is_broadcast = matches!(nsid, 0 | NSID_ALL);
+        if !is_broadcast && nsid > self.subsys.limits().namespaces_max {
+            return Err(INVALID_NAMESPACE);
+        }
         let cdw11 = sqe.cdw11.get();
-        match select {
-            Select::CURRENT => self.feature_value(fid, cdw11, &self.features, out, now),
+        let value = match select {
+            Select::CURRENT => match self.driver_value(fid, nsid)? {
+                Some(outcome) => return Ok(Reply::Driver(outcome)),
+                None => self.feature_value(fid, nsid, cdw11, false, out, now)?,
+            },
             // Nothing is saved, so the saved value is the default one.
             Select::DEFAULT | Select::SAVED => {
-                let defaults = Features::new(self.features.io_queues_max, now);
-                self.feature_value(fid, cdw11, &defaults, out, now)
+                self.feature_value(fid, nsid, cdw11, true, out, now)?
             }
-            Select::CAPABILITIES => {
-                const CHANGEABLE: u32 = 1 << 2;
-                let fixed = matches!(fid, Feature::VOLATILE_WRITE_CACHE | Feature::HOST_IDENTIFIER);
-                Ok(if fixed { 0 } else { CHANGEABLE })
-            }
-            _ => Err(INVALID_FIELD),
+            Select::CAPABILITIES => capabilities(fid),
+            _ => return Err(INVALID_FIELD),
+        };
+        Ok(Reply::Result(u64::from(value)))
+    }
+
+    /// What the driver is to be asked for the current value.
+    fn driver_value(&self, fid: Feature, nsid: u32) -> Result<Option<AdminOutcome>, Status> {
+        if fid != Feature::RESERVATION_PERSISTENCE {
+            return Ok(None);
         }
+        let ns = self.feature_namespace(nsid)?;
+        if !ns.reservations {
+            return Err(INVALID_FIELD);
+        }
+        // Without the capability it is never set.
+        let ask = AdminOutcome::ReservationPersistence { nsid, set: None };
+        Ok(ns.ptpl.then_some(ask))
     }
 
     fn feature_value(
         &self,
         fid: Feature,
+        nsid: u32,
         cdw11: u32,
-        features: &Features,
+        is_default: bool,
         out: &mut Vec<u8>,
         now: Duration,
     ) -> Result<u32, Status> {
+        let defaults;
+        let features = if is_default {
+            let own = &self.features;
+            defaults = Features::new(own.io_queues_max, own.kato_default, now);
+            &defaults
+        } else {
+            &self.features
+        };
         Ok(match fid {
             Feature::ARBITRATION => features.arbitration,
             // One power state, no workload hint.
@@ -157,15 +273,24 @@ impl Controller {
             Feature::TEMPERATURE_THRESHOLD => {
                 u32::from(features.thresholds[threshold_index(cdw11)?])
             }
-            Feature::ERROR_RECOVERY => features.error_recovery,
+            Feature::ERROR_RECOVERY => {
+                // Hosts that know no namespaces leave the NSID clear: what is set for all of them.
+                if !matches!(nsid, 0 | NSID_ALL) {
+                    self.feature_namespace(nsid)?;
+                }
+                let own = features.namespaces.get(&nsid).and_then(|ns| ns.error_recovery);
+                own.unwrap_or(features.error_recovery)
+            }
             Feature::VOLATILE_WRITE_CACHE => 1,
             Feature::NUMBER_OF_QUEUES => number_of_queues(features.io_queues_granted),
             Feature::WRITE_ATOMICITY => features.write_atomicity,
-            Feature::ASYNC_EVENT_CONFIGURATION => features.async_events,
+            Feature::ASYNC_EVENT_CONFIGURATION if is_default => 0,
+            Feature::ASYNC_EVENT_CONFIGURATION => self.aer.config(),
             Feature::TIMESTAMP => {
                 out.extend_from_slice(&features.timestamp_data(now));
                 0
             }
+            Feature::KEEP_ALIVE_TIMER if is_default => features.kato_default.as_millis() as u32,
             Feature::KEEP_ALIVE_TIMER => self.keep_alive.kato().as_millis() as u32,
             Feature::HOST_BEHAVIOR => {
                 out.resize(HOST_BEHAVIOR_LEN, 0);
@@ -180,19 +305,37 @@ impl Controller {
                 out.extend_from_slice(&self.hostid);
                 1
             }
+            Feature::RESERVATION_NOTIFICATION_MASK => {
+                let ns = self.feature_namespace(nsid)?;
+                if !ns.reservations {
+                    return Err(INVALID_FIELD);
+                }
+                features.namespaces.get(&nsid).map_or(0, |ns| u32::from(ns.notice_mask))
+            }
+            Feature::RESERVATION_PERSISTENCE => {
+                if !self.feature_namespace(nsid)?.reservations {
+                    return Err(INVALID_FIELD);
+                }
+                0
+            }
+            Feature::NAMESPACE_WRITE_PROTECTION => {
+                let ns = self.feature_namespace(nsid)?;
+                u32::from(ns.write_protect && !is_default)
+            }
             _ => return Err(INVALID_FIELD),
         })
     }
 
-    /// Set Features. Returns dword 0.
+    /// Set Features.
     pub(crate) fn set_features(
         &mut self,
         sqe: &Sqe,
         data: &[u8],
         now: Duration,
-    ) -> Result<u32, Status> {
+    ) -> Result<Reply, Status> {
         let cdw10 = sqe.cdw10.get();
         let cdw11 = sqe.cdw11.get();
+        let nsid = sqe.nsid.get();
         let fid = Feature(cdw10 as u8);
         if !self.has_feature(fid) {
             return Err(INVALID_FIELD);
@@ -200,8 +343,16 @@ impl Controller {
         if cdw10 & 1 << 31 != 0 {
             return Err(Status::FEATURE_NOT_SAVEABLE.dnr());
         }
-        if !matches!(sqe.nsid.get(), 0 | NSID_ALL) {
-            return Err(Status::FEATURE_NOT_NAMESPACE_SPECIFIC.dnr());
+        if is_namespace_specific(fid) {
+            return self.set_namespace_feature(fid, nsid, cdw11);
+        }
+        if !matches!(nsid, 0 | NSID_ALL) {
+            let is_valid = nsid <= self.subsys.limits().namespaces_max && !self.is_discovery();
+            return Err(if is_valid {
+                Status::FEATURE_NOT_NAMESPACE_SPECIFIC.dnr()
+            } else {
+                INVALID_NAMESPACE
+            });
         }
         if data.len() < Self::set_features_data_len(sqe) as usize {
             return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
@@ -218,27 +369,24 @@ impl Controller {
                 let all_sensors = cdw11 >> 16 & 0xf == 0xf;
                 let cdw11 = if all_sensors { cdw11 & !(0xf << 16) } else { cdw11 };
                 self.features.thresholds[threshold_index(cdw11)?] = cdw11 as u16;
-            }
-            Feature::ERROR_RECOVERY => {
-                // DULBE needs NSFEAT support that no namespace has.
-                if cdw11 & 1 << 16 != 0 {
-                    return Err(INVALID_FIELD);
-                }
-                self.features.error_recovery = cdw11;
+                self.check_health();
             }
             Feature::VOLATILE_WRITE_CACHE => {
                 if cdw11 & 1 == 0 {
                     return Err(Status::FEATURE_NOT_CHANGEABLE.dnr());
                 }
             }
-            Feature::NUMBER_OF_QUEUES => return self.set_number_of_queues(cdw11),
+            Feature::NUMBER_OF_QUEUES => {
+                let granted = self.set_number_of_queues(cdw11)?;
+                return Ok(Reply::Result(u64::from(granted)));
+            }
             Feature::WRITE_ATOMICITY => self.features.write_atomicity = cdw11 & 1,
             Feature::ASYNC_EVENT_CONFIGURATION => {
-                const SMART_WARNINGS: u32 = 0xff;
-                if cdw11 & !(SMART_WARNINGS | self.optional_async_events()) != 0 {
+                let smart_warnings = if self.is_discovery() { 0 } else { 0xff };
+                if cdw11 & !(smart_warnings | self.optional_async_events()) != 0 {
                     return Err(INVALID_FIELD);
                 }
-                self.features.async_events = cdw11;
+                self.aer.configure(cdw11);
             }
             Feature::TIMESTAMP => {
                 let mut ms = [0; TIMESTAMP_LEN];
@@ -264,7 +412,79 @@ impl Controller {
             Feature::HOST_IDENTIFIER => return Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
             _ => return Err(INVALID_FIELD),
         }
-        Ok(0)
+        Ok(Reply::Result(0))
+    }
+
+    /// Set Features of a namespace specific feature.
+    fn set_namespace_feature(
+        &mut self,
+        fid: Feature,
+        nsid: u32,
+        cdw11: u32,
+    ) -> Result<Reply, Status> {
+        let done = Ok(Reply::Result(0));
+        match fid {
+            Feature::ERROR_RECOVERY => {
+                // DULBE needs NSFEAT support that no namespace has.
+                if cdw11 & 1 << 16 != 0 {
+                    return Err(INVALID_FIELD);
+                }
+                if matches!(nsid, 0 | NSID_ALL) {
+                    self.features.error_recovery = cdw11;
+                    let namespaces = self.features.namespaces.values_mut();
+                    namespaces.for_each(|ns| ns.error_recovery = None);
+                } else {
+                    let nsid = self.feature_namespace(nsid)?.nsid;
+                    let own = self.features.namespaces.entry(nsid).or_default();
+                    own.error_recovery = Some(cdw11);
+                }
+                done
+            }
+            Feature::RESERVATION_NOTIFICATION_MASK => {
+                let concerned: Vec<u32> = match self.feature_target(nsid)? {
+                    Target::One(ns) if ns.reservations => vec![ns.nsid],
+                    Target::One(_) => return Err(INVALID_FIELD),
+                    Target::All => {
+                        let all = self.subsys.namespaces().iter();
+                        all.filter(|ns| ns.reservations).map(|ns| ns.nsid).collect()
+                    }
+                };
+                for nsid in concerned {
+                    let own = self.features.namespaces.entry(nsid).or_default();
+                    own.notice_mask = cdw11 as u8 & NOTICE_MASK;
+                }
+                done
+            }
+            Feature::RESERVATION_PERSISTENCE => {
+                let set = cdw11 & 1 != 0;
+                match self.feature_target(nsid)? {
+                    Target::One(ns) if !ns.reservations || (set && !ns.ptpl) => Err(INVALID_FIELD),
+                    // Without the capability it is never set.
+                    Target::One(ns) if !ns.ptpl => done,
+                    _ => Ok(Reply::Driver(AdminOutcome::ReservationPersistence {
+                        nsid,
+                        set: Some(set),
+                    })),
+                }
+            }
+            Feature::NAMESPACE_WRITE_PROTECTION => {
+                let state = match cdw11 & 7 {
+                    0 => WriteProtectState::NoWriteProtect,
+                    1 => WriteProtectState::WriteProtect,
+                    // The other states are not supported (NWPC).
+                    _ => return Err(INVALID_FIELD),
+                };
+                let ns = match self.feature_target(nsid)? {
+                    Target::One(ns) => ns,
+                    Target::All => return Err(INVALID_NAMESPACE),
+                };
+                if ns.write_protect == (state == WriteProtectState::WriteProtect) {
+                    return done;
+                }
+                Ok(Reply::Driver(AdminOutcome::SetWriteProtect { nsid, state }))
+            }
+            _ => Err(INVALID_FIELD),
+        }
     }
 
     /// NCQR in 31:16 and NSQR in 15:0, zero-based; the answer likewise. Fabrics queues are pairs.
@@ -285,10 +505,26 @@ impl Controller {
     pub(crate) fn optional_async_events(&self) -> u32 {
         if self.is_discovery() {
             IdentifyController::OAES_DISCOVERY_LOG
+        } else if self.has_ana() {
+            IdentifyController::OAES_NAMESPACE_ATTRIBUTE | IdentifyController::OAES_ANA
         } else {
             IdentifyController::OAES_NAMESPACE_ATTRIBUTE
         }
     }
+}
+
+/// Supported capabilities: bit 0 saveable, bit 1 namespace specific, bit 2 changeable.
+fn capabilities(fid: Feature) -> u32 {
+    const NAMESPACE_SPECIFIC: u32 = 1 << 1;
+    const CHANGEABLE: u32 = 1 << 2;
+    let specific = if is_namespace_specific(fid) { NAMESPACE_SPECIFIC } else { 0 };
+    // There is one power state; the write cache is what the namespaces have; the Host Identifier
+    // is set by Connect.
+    let is_fixed = matches!(
+        fid,
+        Feature::POWER_MANAGEMENT | Feature::VOLATILE_WRITE_CACHE | Feature::HOST_IDENTIFIER
+    );
+    if is_fixed { specific } else { specific | CHANGEABLE }
 }
 
 /// Which threshold: THSEL in 21:20 (0 over, 1 under), TMPSEL in 19:16 (0 composite; no sensors).

@@ -3,12 +3,17 @@
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{ABORT_MAX, AER_MAX, Controller, ERROR_LOG_MAX, keep_alive};
+use super::log::ENDURANCE_GROUP;
+use super::{ABORT_MAX, AER_MAX, Controller, ERROR_LOG_MAX, io, keep_alive};
 use crate::spec::{
     CSI_NVM, Cns, IDENTIFY_LEN, IdentifyController, IdentifyControllerNvm, IdentifyNamespace,
-    IdentifyNamespaceIndependent, LbaFormat, Sqe, Status, VERSION_2_0, nidt,
+    IdentifyNamespaceIndependent, LbaFormat, NSID_ALL, Sqe, Status, VERSION_2_0, nidt,
 };
-use crate::subsys::{NamespaceInfo, PAGE_BYTES, WRITE_ZEROES_BYTES_MAX};
+use crate::subsys::ana::{ANA_GROUPS_MAX, AnaState};
+use crate::subsys::{
+    COMPARE_AND_WRITE_BLOCKS_MAX, COPY_RANGES_MAX, NamespaceInfo, PAGE_BYTES, VERIFY_BYTES_MAX,
+    WRITE_UNCORRECTABLE_BYTES_MAX, WRITE_ZEROES_BYTES_MAX,
+};
 
 const INVALID_FIELD: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
 const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT.dnr();
@@ -18,6 +23,14 @@ const CROSS_RESETS_MAX: u8 = 1;
 
 /// Entries of a namespace list.
 const LIST_MAX: usize = IDENTIFY_LEN / 4;
+/// Entries of a controller or endurance group list, which begins with their number.
+const ID_LIST_MAX: usize = IDENTIFY_LEN / 2 - 1;
+
+/// ANATT: how long a group may be in the Change state, seconds.
+const ANA_TRANSITION_SECONDS: u8 = 10;
+
+/// CNTID of the I/O Command Set data structure: the controller that processes the command.
+const CNTID_THIS: u16 = 0xffff;
 
 impl Controller {
     /// Identify: fills `out` with 4096 bytes.
@@ -41,17 +54,20 @@ impl Controller {
         match cns {
             Cns::CONTROLLER => out.extend_from_slice(self.identify_controller().as_bytes()),
             Cns::IOCS_CONTROLLER => out.extend_from_slice(identify_controller_nvm().as_bytes()),
-            Cns::ACTIVE_NAMESPACES | Cns::IOCS_ACTIVE_NAMESPACES => {
+            // Every namespace is attached to the controllers that may know of it: allocated ones
+            // are the active ones.
+            Cns::ACTIVE_NAMESPACES | Cns::IOCS_ACTIVE_NAMESPACES | Cns::ALLOCATED_NAMESPACES => {
                 self.active_namespaces(nsid, out)?;
             }
-            Cns::NAMESPACE => {
+            Cns::NAMESPACE | Cns::ALLOCATED_NAMESPACE => {
                 if let Some(ns) = self.valid_namespace(nsid)? {
-                    out.extend_from_slice(identify_namespace(ns).as_bytes());
+                    let state = self.subsys.ana_state(ns);
+                    out.extend_from_slice(self.identify_namespace(ns, state).as_bytes());
                 }
             }
             Cns::INDEPENDENT_NAMESPACE => {
                 if let Some(ns) = self.valid_namespace(nsid)? {
-                    out.extend_from_slice(identify_namespace_independent(ns).as_bytes());
+                    out.extend_from_slice(self.identify_namespace_independent(ns).as_bytes());
                 }
             }
             // The NVM Command Set specific structure describes protection information, which no
@@ -62,6 +78,28 @@ impl Controller {
             Cns::NAMESPACE_DESCRIPTORS => {
                 let ns = self.valid_namespace(nsid)?.ok_or(INVALID_NAMESPACE)?;
                 namespace_descriptors(ns, out);
+            }
+            Cns::NAMESPACE_CONTROLLERS => {
+                // Not a namespace, and here it is the field that is invalid.
+                if nsid == NSID_ALL {
+                    return Err(INVALID_FIELD);
+                }
+                let is_active = self.valid_namespace(nsid)?.is_some();
+                let controllers = if is_active { &self.controllers[..] } else { &[] };
+                id_list(controllers, cntid(sqe), out);
+            }
+            Cns::CONTROLLERS => id_list(&self.controllers, cntid(sqe), out),
+            Cns::ENDURANCE_GROUPS => {
+                let from = sqe.cdw11.get() as u16;
+                id_list(&[ENDURANCE_GROUP], from, out);
+            }
+            Cns::COMMAND_SETS => {
+                let cntid = cntid(sqe);
+                if cntid != CNTID_THIS && self.controllers.binary_search(&cntid).is_err() {
+                    return Err(INVALID_FIELD);
+                }
+                // One combination: the NVM Command Set alone. The other 511 are zero.
+                out.extend_from_slice(&(1u64 << CSI_NVM).to_le_bytes());
             }
             _ => return Err(INVALID_FIELD),
         }
@@ -107,7 +145,8 @@ impl Controller {
         id.cntlid = U16::new(self.cntlid);
         id.ver = U32::new(VERSION_2_0);
         id.oaes = U32::new(self.optional_async_events());
-        id.ctratt = U32::new(Id::CTRATT_HOST_ID_128 | Id::CTRATT_TBKAS);
+        let ctratt = Id::CTRATT_HOST_ID_128 | Id::CTRATT_TBKAS;
+        id.ctratt = U32::new(ctratt);
         id.aerl_z = (AER_MAX - 1) as u8;
         id.lpa = Id::LPA_EXTENDED;
         id.kas = U16::new(keep_alive::KAS);
@@ -125,6 +164,15 @@ impl Controller {
         }
         id.cntrltype = Id::CNTRLTYPE_IO;
         id.cmic = Id::CMIC_MULTI_PORT | Id::CMIC_MULTI_CONTROLLER;
+        if self.has_ana() {
+            id.cmic |= Id::CMIC_ANA;
+            id.anatt = ANA_TRANSITION_SECONDS;
+            id.anacap = Id::ANACAP_ALL_STATES;
+            id.anagrpmax = U32::new(ANA_GROUPS_MAX);
+            id.nanagrpid = U32::new(ANA_GROUPS_MAX);
+        }
+        id.ctratt = U32::new(ctratt | Id::CTRATT_ENDURANCE_GROUPS);
+        id.endgidmax = U16::new(ENDURANCE_GROUP);
         id.acl_z = ABORT_MAX - 1;
         // One read-only firmware slot.
         id.frmw = 1 | 1 << 1;
@@ -136,6 +184,11 @@ impl Controller {
         id.nn = U32::new(limits.namespaces_max);
         id.mnan = U32::new(limits.namespaces_max);
         id.oncs = U16::new(self.optional_nvm_commands());
+        id.fuses = U16::new(Id::FUSES_COMPARE_AND_WRITE);
+        id.acwu_z = U16::new((COMPARE_AND_WRITE_BLOCKS_MAX - 1) as u16);
+        id.cdfs = U16::new(io::COPY_FORMATS);
+        id.nwpc = Id::NWPC_WRITE_PROTECT;
+        // AWUN and AWUPF are 0: one logical block, the least there is.
         // A namespace with a volatile cache may be added any time, and a host that was told there
         // is none would not flush. Namespaces without one say so in NSFEAT.VWCNP (CNS 08h).
         id.vwc = Id::VWC_PRESENT | Id::VWC_NO_BROADCAST_FLUSH;
@@ -150,23 +203,93 @@ impl Controller {
 
     /// ONCS. While there is no namespace to ask, what namespaces usually support: hosts read it
     /// once, when they connect.
-    fn optional_nvm_commands(&self) -> u16 {
+    pub(crate) fn optional_nvm_commands(&self) -> u16 {
+        type Id = IdentifyController;
         let namespaces = self.subsys.namespaces();
-        let write_zeroes = namespaces.is_empty() || namespaces.iter().any(|ns| ns.write_zeroes);
-        let mut oncs = IdentifyController::ONCS_DSM
-            | IdentifyController::ONCS_SAVE_SELECT
-            | IdentifyController::ONCS_TIMESTAMP;
-        if write_zeroes {
-            oncs |= IdentifyController::ONCS_WRITE_ZEROES;
+        let mut oncs = Id::ONCS_COMPARE
+            | Id::ONCS_DSM
+            | Id::ONCS_SAVE_SELECT
+            | Id::ONCS_TIMESTAMP
+            | Id::ONCS_VERIFY
+            | Id::ONCS_COPY;
+        if namespaces.is_empty() || namespaces.iter().any(|ns| ns.write_zeroes) {
+            oncs |= Id::ONCS_WRITE_ZEROES;
+        }
+        if namespaces.is_empty() || namespaces.iter().any(|ns| ns.reservations) {
+            oncs |= Id::ONCS_RESERVATIONS;
+        }
+        if namespaces.iter().any(|ns| ns.write_uncorrectable) {
+            oncs |= Id::ONCS_WRITE_UNCORRECTABLE;
         }
         oncs
+    }
+
+    /// ANAGRPID, 0 where ANA is not reported.
+    fn ana_group(&self, ns: &NamespaceInfo) -> U32 {
+        U32::new(if self.has_ana() { ns.ana_group } else { 0 })
+    }
+
+    fn identify_namespace(&self, ns: &NamespaceInfo, state: AnaState) -> IdentifyNamespace {
+        let mut id = identify_namespace(ns);
+        // Without access the capacity in use is not known. The size stays: hosts drop the path of
+        // a namespace without one.
+        if matches!(state, AnaState::Inaccessible | AnaState::PersistentLoss) {
+            id.nuse = U64::ZERO;
+        }
+        id.anagrpid = self.ana_group(ns);
+        id
+    }
+
+    /// Ready in every ANA state: the state says which path works, NSTAT that there is a namespace.
+    fn identify_namespace_independent(&self, ns: &NamespaceInfo) -> IdentifyNamespaceIndependent {
+        let mut id = IdentifyNamespaceIndependent::new_zeroed();
+        id.nsfeat = IdentifyNamespace::NSFEAT_UID_REUSE;
+        if !ns.write_cache {
+            id.nsfeat |= IdentifyNamespaceIndependent::NSFEAT_VWC_NOT_PRESENT;
+        }
+        id.nmic = IdentifyNamespace::NMIC_SHARED;
+        id.rescap = rescap(ns);
+        id.anagrpid = self.ana_group(ns);
+        id.nsattr = nsattr(ns);
+        id.endgid = U16::new(ENDURANCE_GROUP);
+        id.nstat = IdentifyNamespaceIndependent::NSTAT_READY;
+        id
     }
 }
 
 fn identify_controller_nvm() -> IdentifyControllerNvm {
+    let size_limit = |bytes: u32| (bytes / PAGE_BYTES).ilog2() as u8;
     let mut id = IdentifyControllerNvm::new_zeroed();
-    id.wzsl = (WRITE_ZEROES_BYTES_MAX / PAGE_BYTES).ilog2() as u8;
+    id.vsl = size_limit(VERIFY_BYTES_MAX);
+    id.wzsl = size_limit(WRITE_ZEROES_BYTES_MAX);
+    id.wusl = size_limit(WRITE_UNCORRECTABLE_BYTES_MAX);
     id
+}
+
+/// CNTID: controllers are listed from this one on.
+fn cntid(sqe: &Sqe) -> u16 {
+    (sqe.cdw10.get() >> 16) as u16
+}
+
+/// A list of identifiers that are `from` or above: their number, then they. `ids` is ascending.
+fn id_list(ids: &[u16], from: u16, out: &mut Vec<u8>) {
+    let ids = &ids[ids.partition_point(|&id| id < from)..];
+    let ids = &ids[..ids.len().min(ID_LIST_MAX)];
+    out.extend_from_slice(&(ids.len() as u16).to_le_bytes());
+    ids.iter().for_each(|id| out.extend_from_slice(&id.to_le_bytes()));
+}
+
+fn rescap(ns: &NamespaceInfo) -> u8 {
+    type Id = IdentifyNamespace;
+    match (ns.reservations, ns.ptpl) {
+        (false, _) => 0,
+        (true, false) => Id::RESCAP_ALL_TYPES,
+        (true, true) => Id::RESCAP_ALL_TYPES | Id::RESCAP_PTPL,
+    }
+}
+
+fn nsattr(ns: &NamespaceInfo) -> u8 {
+    if ns.refuses_writes() { IdentifyNamespace::NSATTR_WRITE_PROTECTED } else { 0 }
 }
 
 /// Bytes as a zero-based number of blocks, if it is a whole number of them that fits.
@@ -204,22 +327,15 @@ fn identify_namespace(ns: &NamespaceInfo) -> IdentifyNamespace {
         id.dlfeat |= Id::DLFEAT_WRITE_ZEROES;
     }
     id.nvmcap = U128::new(u128::from(ns.size_bytes()));
-    id.nsattr = if ns.read_only { Id::NSATTR_WRITE_PROTECTED } else { 0 };
+    id.rescap = rescap(ns);
+    id.mssrl = U16::new(ns.mssrl_blocks());
+    id.mcl = U32::new(ns.mcl_blocks());
+    id.msrc_z = (COPY_RANGES_MAX - 1) as u8;
+    id.nsattr = nsattr(ns);
+    id.endgid = U16::new(ENDURANCE_GROUP);
     id.nguid = ns.nguid;
     id.eui64 = ns.eui64;
     id.lbaf[0] = LbaFormat { ms: U16::ZERO, lbads: ns.block_bytes.trailing_zeros() as u8, rp: 0 };
-    id
-}
-
-fn identify_namespace_independent(ns: &NamespaceInfo) -> IdentifyNamespaceIndependent {
-    let mut id = IdentifyNamespaceIndependent::new_zeroed();
-    id.nsfeat = IdentifyNamespace::NSFEAT_UID_REUSE;
-    if !ns.write_cache {
-        id.nsfeat |= IdentifyNamespaceIndependent::NSFEAT_VWC_NOT_PRESENT;
-    }
-    id.nmic = IdentifyNamespace::NMIC_SHARED;
-    id.nsattr = if ns.read_only { IdentifyNamespace::NSATTR_WRITE_PROTECTED } else { 0 };
-    id.nstat = IdentifyNamespaceIndependent::NSTAT_READY;
     id
 }
 

@@ -34,6 +34,7 @@ use crate::fabrics::{ConnectReject, ConnectRequest};
 use crate::spec::{AdminOpcode, Cns, Nqn, Sqe, Status};
 use crate::subsys::SubsystemInfo;
 use crate::subsys::discovery::DiscoveryLog;
+use crate::subsys::reservation::NoticeKind;
 
 /// Asynchronous Event Requests a controller holds (AERL, one-based).
 pub const AER_MAX: usize = 4;
@@ -157,7 +158,11 @@ impl Controller {
             registers: enable::Registers::new(limits.queue_entries_max, is_discovery),
             keep_alive: keep_alive::KeepAlive::new(config.kato, now),
             aer: aer::AsyncEvents::default(),
-            features: features::Features::new(io_queues, now),
+            features: features::Features::new(
+                io_queues,
+                keep_alive::KeepAlive::new(config.kato, now).kato(),
+                now,
+            ),
             log: log::Logs::default(),
             queues: vec![false; usize::from(io_queues) + 1],
             instance: None,
@@ -300,15 +305,21 @@ impl Controller {
         }
     }
 
-    /// Another view of the subsystem: namespaces came, went or changed. Raises the Namespace
-    /// Attribute Changed event if the host enabled it. NQN and limits must be the same: they are
+    /// Another view of the subsystem: namespaces came, went or changed, or ANA groups have other
+    /// states. Raises the Namespace Attribute Changed and the Asymmetric Namespace Access Change
+    /// event if the host enabled them. Whether there is ANA reporting at all, NQN and limits must be the same: they are
     /// what the host was told in Identify.
     pub fn update_subsys(&mut self, subsys: Arc<SubsystemInfo>) {
         debug_assert_eq!(self.subsys.limits(), subsys.limits());
         let changed = aer::changed_namespaces(&self.subsys, &subsys);
+        let ana_changed = log::ana_changed(&self.subsys, &subsys);
         self.subsys = subsys;
+        self.features.retain_namespaces(|nsid| self.subsys.namespace(nsid).is_some());
         if !changed.is_empty() {
-            self.aer.namespaces_changed(&changed, self.features.async_events());
+            self.aer.namespaces_changed(&changed);
+        }
+        if ana_changed {
+            self.aer.raise(aer::Kind::Ana);
         }
     }
 
@@ -319,7 +330,7 @@ impl Controller {
             && *current != log
         {
             *current = log;
-            self.aer.discovery_changed(self.features.async_events());
+            self.aer.raise(aer::Kind::Discovery);
         }
     }
 
@@ -338,6 +349,7 @@ impl Controller {
                 let io_queues = (self.queues.len() - 1) as u16;
                 self.features.reset(io_queues, now);
                 self.aer.reset();
+                self.log.notices.reset();
             }
             Some(enable::Ending::Shutdown) => self.aer.reset(),
             None => {}
@@ -373,14 +385,60 @@ impl Controller {
         self.keep_alive.kato()
     }
 
-    /// Counters behind the SMART log. Call it before a Get Log Page command or from time to time.
+    /// Counters behind the SMART and endurance group logs. Call it before a Get Log Page command
+    /// or from time to time: critical warnings that are new raise an event if the host enabled it.
     pub fn set_health(&mut self, counters: HealthCounters) {
-        self.log.set_health(counters);
+        self.log.health.set(counters);
+        self.check_health();
+    }
+
+    /// The Critical Warning bits ([`crate::spec::critical_warning`]) are these from now on (the
+    /// temperature bit follows from the temperature by itself). New ones raise an event if the
+    /// host enabled it.
+    pub fn health_warning(&mut self, bits: u8) {
+        self.log.health.set_critical_warning(bits);
+        self.check_health();
+    }
+
+    fn check_health(&mut self) {
+        let warning = self.log.health.critical_warning(self.features.thresholds());
+        self.aer.critical_warning(warning);
     }
 
     /// Records a failed command in the Error Information log. For errors of the controller or
     /// its media: not for commands refused because the host asked for nonsense.
     pub fn record_error(&mut self, record: &ErrorRecord) {
-        self.log.record(record);
+        self.log.health.record(record);
+    }
+
+    /// Something failed that belongs to no command, and it stays broken (`is_persistent`) or not:
+    /// an entry in the Error Information log and an error event, which hosts cannot disable.
+    pub fn internal_error(&mut self, is_persistent: bool) {
+        const NO_COMMAND: u16 = 0xffff;
+        self.log.health.record(&ErrorRecord {
+            sqid: NO_COMMAND,
+            cid: NO_COMMAND,
+            status: Status::INTERNAL_ERROR,
+            opcode: 0,
+            nsid: 0,
+            lba: 0,
+        });
+        let kind =
+            if is_persistent { aer::Kind::PersistentError } else { aer::Kind::TransientError };
+        self.aer.raise(kind);
+    }
+
+    /// A reservation notification for this host: unless the host masked it (Reservation
+    /// Notification Mask), a page of the Reservation Notification log and an event.
+    pub fn reservation_notice(&mut self, nsid: u32, kind: NoticeKind) {
+        if !self.features.masks_notice(nsid, kind) {
+            self.log.notices.push(nsid, kind);
+            self.aer.raise(aer::Kind::ReservationLog);
+        }
+    }
+
+    /// Whether ANA is reported to this host.
+    pub(crate) fn has_ana(&self) -> bool {
+        !self.is_discovery() && !self.subsys.ana_groups().is_empty()
     }
 }

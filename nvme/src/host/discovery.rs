@@ -275,6 +275,7 @@ fn get_log(offset: u64, len: u64) -> Request {
         rae: false,
         len,
         offset,
+        lsi: 0,
         offset_is_index: false,
         csi: 0,
         uuid_index: 0,

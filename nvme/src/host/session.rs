@@ -358,6 +358,7 @@ impl Session {
                     rae: false,
                     len: u64::from(LEN),
                     offset: 0,
+                    lsi: 0,
                     offset_is_index: false,
                     csi: 0,
                     uuid_index: 0,

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use zerocopy::little_endian::{U16, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::command::open_u8;
@@ -59,8 +59,15 @@ pub struct DiscoveryHeader {
     pub numrec: U64,
     /// Record Format: 0.
     pub recfmt: U16,
+    /// Discovery Log Page Flags (NVMe Base 2.1): what the page is, in the bits of the Log Specific
+    /// Parameter that asked for it ([`LSP_EXTENDED`] and its neighbours).
+    pub dlpf: u8,
     /// Reserved.
-    pub reserved: [u8; 1006],
+    pub reserved_19: u8,
+    /// Total Discovery Log Page Length in bytes (NVMe Base 2.1); 0 in pages of basic entries.
+    pub tdlpl: U32,
+    /// Reserved.
+    pub reserved_24: [u8; 1000],
 }
 const _: () = assert!(size_of::<DiscoveryHeader>() == 1024);
 
@@ -99,10 +106,46 @@ pub struct DiscoveryRecord {
 }
 const _: () = assert!(size_of::<DiscoveryRecord>() == 1024);
 
+/// What follows the 1024 bytes of a [`DiscoveryRecord`] in an extended entry; Extended Attributes
+/// follow it.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ExtendedTail {
+    /// Total Entry Length in bytes, the 1024 included; a multiple of 4.
+    pub tel: U32,
+    /// Number of Extended Attributes.
+    pub numexat: U16,
+    /// Reserved.
+    pub reserved: U16,
+}
+const _: () = assert!(size_of::<ExtendedTail>() == 8);
+
+/// Head of an Extended Attribute; EXATLEN bytes of value follow.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ExtendedAttribute {
+    /// Extended Attribute Type: 1 Host Identifier, 2 Admin Label.
+    pub exattype: U16,
+    /// Extended Attribute Length: of the value, a multiple of 4.
+    pub exatlen: U16,
+}
+const _: () = assert!(size_of::<ExtendedAttribute>() == 4);
+
+/// LSP bit 0 of LID 70h, EXTDLPE: extended entries.
+pub const LSP_EXTENDED: u8 = 1 << 0;
+/// LSP bit 1 of LID 70h, PLEO: Port Local Entries Only.
+pub const LSP_PORT_LOCAL: u8 = 1 << 1;
+/// LSP bit 2 of LID 70h, ALLSUBE: All NVM Subsystem Entries.
+pub const LSP_ALL_SUBSYSTEMS: u8 = 1 << 2;
+/// LID specific field of LID 70h in the Supported Log Pages: EXTDLPES, PLEOS and ALLSUBES.
+pub const DISCOVERY_LID_SPECIFIC: u16 = 0b111;
+
 /// EFLAGS bit 0: Duplicate Returned Information.
 pub const EFLAGS_DUPRETINFO: u16 = 1;
 /// EFLAGS bit 1: Explicit Persistent Connection Support for Discovery.
 pub const EFLAGS_EPCSD: u16 = 1 << 1;
+/// EFLAGS bit 2: No CDC Connectivity: no centralized discovery controller knows this subsystem.
+pub const EFLAGS_NCC: u16 = 1 << 2;
 /// TREQ bits 1:0 = 10b: a secure channel is not required.
 pub const TREQ_SECURE_NOT_REQUIRED: u8 = 2;
 /// TREQ bit 2: SQ flow control may be disabled.
@@ -120,6 +163,10 @@ mod tests {
     fn offsets() {
         assert_eq!(offset_of!(DiscoveryHeader, numrec), 8);
         assert_eq!(offset_of!(DiscoveryHeader, recfmt), 16);
+        assert_eq!(offset_of!(DiscoveryHeader, dlpf), 18);
+        assert_eq!(offset_of!(DiscoveryHeader, tdlpl), 20);
+        assert_eq!(offset_of!(ExtendedTail, numexat), 4);
+        assert_eq!(offset_of!(ExtendedAttribute, exatlen), 2);
         assert_eq!(offset_of!(DiscoveryRecord, portid), 4);
         assert_eq!(offset_of!(DiscoveryRecord, asqsz), 8);
         assert_eq!(offset_of!(DiscoveryRecord, eflags), 10);

@@ -136,8 +136,14 @@ pub struct IdentifyController {
     pub reserved_312: [u8; 8],
     /// Keep Alive Support: granularity in units of 100 ms; 0: not supported.
     pub kas: U16,
-    /// Bytes 322..342: HCTMA, MNTMT, MXTMT, SANICAP, HMMINDS, HMMAXD, NSETIDMAX, ENDGIDMAX.
-    pub reserved_322: [u8; 20],
+    /// Bytes 322..328: HCTMA, MNTMT, MXTMT.
+    pub reserved_322: [u8; 6],
+    /// Sanitize Capabilities; 0: none.
+    pub sanicap: U32,
+    /// Bytes 332..340: HMMINDS, HMMAXD, NSETIDMAX.
+    pub reserved_332: [u8; 8],
+    /// Endurance Group Identifier Maximum.
+    pub endgidmax: U16,
     /// ANA Transition Time, seconds.
     pub anatt: u8,
     /// Asymmetric Namespace Access Capabilities.
@@ -178,7 +184,7 @@ pub struct IdentifyController {
     pub nwpc: u8,
     /// Atomic Compare & Write Unit, zero-based.
     pub acwu_z: U16,
-    /// Copy Descriptor Formats Supported.
+    /// Copy Descriptor Formats Supported (CDFS; OCFS in the revisions before 2.1).
     pub cdfs: U16,
     /// SGL Support.
     pub sgls: U32,
@@ -225,10 +231,14 @@ impl IdentifyController {
     pub const CMIC_ANA: u8 = 1 << 3;
     /// OAES: Namespace Attribute Notices.
     pub const OAES_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
+    /// OAES: Asymmetric Namespace Access Change Notices.
+    pub const OAES_ANA: u32 = 1 << 11;
     /// OAES: Discovery Log Page Change Notification.
     pub const OAES_DISCOVERY_LOG: u32 = 1 << 31;
     /// CTRATT: Host Identifier Support (128 bits).
     pub const CTRATT_HOST_ID_128: u32 = 1 << 0;
+    /// CTRATT: Endurance Groups.
+    pub const CTRATT_ENDURANCE_GROUPS: u32 = 1 << 4;
     /// CTRATT: Traffic Based Keep Alive Support.
     pub const CTRATT_TBKAS: u32 = 1 << 6;
     /// CNTRLTYPE: I/O controller.
@@ -243,14 +253,29 @@ impl IdentifyController {
     pub const LPA_EXTENDED: u8 = 1 << 2;
     /// ONCS: Compare.
     pub const ONCS_COMPARE: u16 = 1 << 0;
+    /// ONCS: Write Uncorrectable.
+    pub const ONCS_WRITE_UNCORRECTABLE: u16 = 1 << 1;
     /// ONCS: Dataset Management.
     pub const ONCS_DSM: u16 = 1 << 2;
     /// ONCS: Write Zeroes.
     pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
     /// ONCS: Save field of Set Features and Select field of Get Features.
     pub const ONCS_SAVE_SELECT: u16 = 1 << 4;
+    /// ONCS: reservations.
+    pub const ONCS_RESERVATIONS: u16 = 1 << 5;
     /// ONCS: Timestamp feature.
     pub const ONCS_TIMESTAMP: u16 = 1 << 6;
+    /// ONCS: Verify.
+    pub const ONCS_VERIFY: u16 = 1 << 7;
+    /// ONCS: Copy.
+    pub const ONCS_COPY: u16 = 1 << 8;
+    /// FUSES: Compare and Write.
+    pub const FUSES_COMPARE_AND_WRITE: u16 = 1 << 0;
+    /// NWPC: No Write Protect and Write Protect states.
+    pub const NWPC_WRITE_PROTECT: u8 = 1 << 0;
+    /// ANACAP: reports the Optimized, Non-Optimized, Inaccessible, Persistent Loss and Change
+    /// states. Bit 6 (ANAGRPID does not change) is clear: namespaces can be moved.
+    pub const ANACAP_ALL_STATES: u8 = 0b1_1111;
     /// VWC: a volatile write cache is present.
     pub const VWC_PRESENT: u8 = 1;
     /// VWC: Flush does not take NSID FFFFFFFFh (bits 2:1 = 10b).
@@ -345,8 +370,14 @@ pub struct IdentifyNamespace {
     pub npda_z: U16,
     /// Namespace Optimal Write Size, zero-based.
     pub nows_z: U16,
-    /// Bytes 74..92: MSSRL, MCL, MSRC, KPIOS, NULBAF, KPIODAAG.
-    pub reserved_74: [u8; 18],
+    /// Maximum Single Source Range Length of Copy, logical blocks.
+    pub mssrl: U16,
+    /// Maximum Copy Length, logical blocks.
+    pub mcl: U32,
+    /// Maximum Source Range Count of Copy, zero-based.
+    pub msrc_z: u8,
+    /// Bytes 81..92: KPIOS, NULBAF, KPIODAAG.
+    pub reserved_81: [u8; 11],
     /// ANA Group Identifier.
     pub anagrpid: U32,
     /// Bytes 96..99: reserved.
@@ -375,6 +406,10 @@ impl IdentifyNamespace {
     pub const NSFEAT_OPTPERF: u8 = 1 << 4;
     /// NMIC: may be attached to several controllers at once.
     pub const NMIC_SHARED: u8 = 1;
+    /// RESCAP: Persist Through Power Loss.
+    pub const RESCAP_PTPL: u8 = 1 << 0;
+    /// RESCAP: all six reservation types, and Ignore Existing Key as of revision 1.3.
+    pub const RESCAP_ALL_TYPES: u8 = 0b1111_1110;
     /// NSATTR: currently write protected.
     pub const NSATTR_WRITE_PROTECTED: u8 = 1;
     /// DLFEAT bits 2:0: deallocated blocks read as zeroes.
@@ -543,7 +578,7 @@ mod tests {
             sn: 4, mn: 24, fr: 64, rab: 72, ieee: 73, cmic: 76, mdts: 77, cntlid: 78, ver: 80,
             rtd3r: 84, rtd3e: 88, oaes: 92, ctratt: 96, rrls: 100, cntrltype: 111, fguid: 112,
             crdt: 128, crcap: 134, ciu: 135, cirn: 136, nvmsr: 253, oacs: 256, acl_z: 258, aerl_z: 259, frmw: 260, lpa: 261,
-            elpe_z: 262, npss_z: 263, wctemp: 266, cctemp: 268, tnvmcap: 280, unvmcap: 296, kas: 320,
+            elpe_z: 262, npss_z: 263, wctemp: 266, cctemp: 268, tnvmcap: 280, unvmcap: 296, kas: 320, sanicap: 328, endgidmax: 340,
             anatt: 342, anacap: 343, anagrpmax: 344, nanagrpid: 348, cqt: 386, sqes: 512, cqes: 513,
             maxcmd: 514, nn: 516, oncs: 520, fuses: 522, fna: 524, vwc: 525, awun_z: 526, awupf_z: 528,
             nwpc: 531, acwu_z: 532, cdfs: 534, sgls: 536, mnan: 540, subnqn: 768, ioccsz: 1792,
@@ -562,7 +597,7 @@ mod tests {
         at! {
             nsze: 0, ncap: 8, nuse: 16, nsfeat: 24, nlbaf_z: 25, flbas: 26, mc: 27, dpc: 28, dps: 29,
             nmic: 30, rescap: 31, fpi: 32, dlfeat: 33, nawun_z: 34, noiob: 46, nvmcap: 48, npwg_z: 64,
-            npwa_z: 66, npdg_z: 68, npda_z: 70, nows_z: 72, anagrpid: 92, nsattr: 99, nvmsetid: 100,
+            npwa_z: 66, npdg_z: 68, npda_z: 70, nows_z: 72, mssrl: 74, mcl: 76, msrc_z: 80, anagrpid: 92, nsattr: 99, nvmsetid: 100,
             endgid: 102, nguid: 104, eui64: 120, lbaf: 128, vendor: 384,
         }
         assert_eq!(offset_of!(IdentifyNamespaceIndependent, anagrpid), 4);

@@ -23,10 +23,16 @@ open_u8! {
         CHANGED_NAMESPACES = 0x04;
         /// Commands Supported and Effects.
         COMMANDS_SUPPORTED = 0x05;
+        /// Endurance Group Information; the Log Specific Identifier says which group.
+        ENDURANCE_GROUP = 0x09;
+        /// Asymmetric Namespace Access.
+        ANA = 0x0c;
         /// Feature Identifiers Supported and Effects.
         FEATURES_SUPPORTED = 0x12;
         /// Discovery.
         DISCOVERY = 0x70;
+        /// Reservation Notification.
+        RESERVATION_NOTIFICATION = 0x80;
     }
 }
 
@@ -41,6 +47,8 @@ pub struct GetLogPage {
     pub rae: bool,
     /// Bytes asked for, from NUMDU and NUMDL; at most 16 GiB.
     pub len: u64,
+    /// Log Specific Identifier.
+    pub lsi: u16,
     /// Log Page Offset in bytes.
     pub offset: u64,
     /// Offset Type: the offset is an index into a list of data structures.
@@ -62,6 +70,7 @@ impl GetLogPage {
             lsp: (cdw10 >> 8 & 0x7f) as u8,
             rae: cdw10 & 1 << 15 != 0,
             len: (numd_z + 1) * 4,
+            lsi: (cdw11 >> 16) as u16,
             offset: sqe.cdw12_13(),
             offset_is_index: cdw14 & 1 << 23 != 0,
             csi: (cdw14 >> 24) as u8,
@@ -78,7 +87,7 @@ impl GetLogPage {
                 | u32::from(self.rae) << 15
                 | (numd_z & 0xffff) << 16,
         );
-        sqe.cdw11.set(numd_z >> 16);
+        sqe.cdw11.set(numd_z >> 16 | u32::from(self.lsi) << 16);
         sqe.cdw12.set(self.offset as u32);
         sqe.cdw13.set((self.offset >> 32) as u32);
         sqe.cdw14.set(
@@ -190,6 +199,95 @@ pub struct FirmwareSlotLog {
 }
 const _: () = assert!(size_of::<FirmwareSlotLog>() == 512);
 
+/// Critical Warning bits of the SMART log, and the bits of the Asynchronous Event Configuration that
+/// enable their events.
+pub mod critical_warning {
+    /// Available Spare Capacity Below Threshold.
+    pub const SPARE: u8 = 1 << 0;
+    /// Temperature Threshold Condition.
+    pub const TEMPERATURE: u8 = 1 << 1;
+    /// NVM Subsystem Degraded Reliability.
+    pub const DEGRADED: u8 = 1 << 2;
+    /// All Media Read-Only.
+    pub const READ_ONLY: u8 = 1 << 3;
+    /// Volatile Memory Backup Failed.
+    pub const VOLATILE_MEMORY_BACKUP: u8 = 1 << 4;
+    /// Persistent Memory Region Read-Only.
+    pub const PMR_READ_ONLY: u8 = 1 << 5;
+    /// Those whose event says NVM Subsystem Reliability.
+    pub const RELIABILITY: u8 = DEGRADED | READ_ONLY | VOLATILE_MEMORY_BACKUP | PMR_READ_ONLY;
+    /// All that are defined.
+    pub const ALL: u8 = SPARE | TEMPERATURE | RELIABILITY;
+}
+
+/// Endurance Group Information log page (LID 09h), 512 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct EnduranceGroupLog {
+    /// Critical Warning: bits 0, 2 and 3 as in [`critical_warning`].
+    pub critical_warning: u8,
+    /// Endurance Group Features.
+    pub features: u8,
+    /// Reserved.
+    pub reserved_2: u8,
+    /// Available Spare, percent.
+    pub available_spare: u8,
+    /// Available Spare Threshold, percent.
+    pub available_spare_threshold: u8,
+    /// Percentage Used.
+    pub percentage_used: u8,
+    /// Domain Identifier.
+    pub domain: U16,
+    /// Reserved.
+    pub reserved_8: [u8; 24],
+    /// Endurance Estimate: billions of bytes that may be written; 0: not reported.
+    pub endurance_estimate: U128,
+    /// Data Units Read: billions of bytes, rounded up.
+    pub data_units_read: U128,
+    /// Data Units Written, likewise.
+    pub data_units_written: U128,
+    /// Media Units Written, likewise; 0: not reported.
+    pub media_units_written: U128,
+    /// Host Read Commands.
+    pub host_reads: U128,
+    /// Host Write Commands.
+    pub host_writes: U128,
+    /// Media and Data Integrity Errors.
+    pub media_errors: U128,
+    /// Number of Error Information Log Entries.
+    pub error_log_entries: U128,
+    /// Total Endurance Group Capacity in bytes; 0: not reported.
+    pub total_capacity: U128,
+    /// Unallocated Endurance Group Capacity in bytes.
+    pub unallocated_capacity: U128,
+    /// Reserved.
+    pub reserved_192: [u8; 320],
+}
+const _: () = assert!(size_of::<EnduranceGroupLog>() == 512);
+
+/// LSP of LID 0Ch: Return Groups Only.
+pub const ANA_LSP_GROUPS_ONLY: u8 = 1;
+
+/// Reservation Notification log page (LID 80h), 64 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ReservationNotificationLog {
+    /// Log Page Count: number of this notification; 0 in an empty page.
+    pub count: U64,
+    /// Reservation Notification Log Page Type: 0 empty, 1 registration preempted, 2 reservation
+    /// released, 3 reservation preempted.
+    pub kind: u8,
+    /// Number of Available Log Pages: that wait behind this one; 255: that or more.
+    pub available: u8,
+    /// Reserved.
+    pub reserved_10: [u8; 2],
+    /// Namespace.
+    pub nsid: U32,
+    /// Reserved.
+    pub reserved_16: [u8; 48],
+}
+const _: () = assert!(size_of::<ReservationNotificationLog>() == 64);
+
 /// Entries of the Changed Namespace List (LID 04h): 1024 namespace identifiers.
 pub const CHANGED_NAMESPACES_MAX: usize = 1024;
 
@@ -199,6 +297,8 @@ pub mod effects {
     pub const SUPPORTED: u32 = 1;
     /// LBCC: logical block content may change. Same bit for features (UDCC).
     pub const CONTENT_CHANGE: u32 = 1 << 1;
+    /// NCC: namespace capabilities may change. Same bit for features.
+    pub const NAMESPACE_CAPABILITY_CHANGE: u32 = 1 << 2;
     /// CCC: controller capabilities may change.
     pub const CONTROLLER_CAPABILITY_CHANGE: u32 = 1 << 4;
     /// Scope of a feature (LID 12h): controller.
@@ -216,9 +316,10 @@ mod tests {
     #[test]
     fn get_log_page_round_trips_hand_built_dwords() {
         let mut sqe = Sqe::new(2);
-        // LID 70h, LSP 1, RAE, NUMD 0x0002_03ff (zero-based), LPO 0x1_0000_0400, CSI 2, UUID 5.
+        // LID 70h, LSP 1, RAE, NUMD 0x0002_03ff (zero-based), LSI 7, LPO 0x1_0000_0400, CSI 2,
+        // UUID 5.
         sqe.cdw10.set(0x03ff_8170);
-        sqe.cdw11.set(0x0002);
+        sqe.cdw11.set(0x0007_0002);
         sqe.cdw12.set(0x400);
         sqe.cdw13.set(1);
         sqe.cdw14.set(0x0280_0005);
@@ -230,6 +331,7 @@ mod tests {
                 lsp: 1,
                 rae: true,
                 len: 0x2_0400 * 4,
+                lsi: 7,
                 offset: 0x1_0000_0400,
                 offset_is_index: true,
                 csi: 2,
@@ -255,5 +357,15 @@ mod tests {
         assert_eq!(offset_of!(SmartLog, error_log_entries), 176);
         assert_eq!(offset_of!(SmartLog, temperature_sensors), 200);
         assert_eq!(offset_of!(FirmwareSlotLog, frs), 8);
+        assert_eq!(offset_of!(EnduranceGroupLog, available_spare), 3);
+        assert_eq!(offset_of!(EnduranceGroupLog, domain), 6);
+        assert_eq!(offset_of!(EnduranceGroupLog, endurance_estimate), 32);
+        assert_eq!(offset_of!(EnduranceGroupLog, data_units_written), 64);
+        assert_eq!(offset_of!(EnduranceGroupLog, host_reads), 96);
+        assert_eq!(offset_of!(EnduranceGroupLog, media_errors), 128);
+        assert_eq!(offset_of!(EnduranceGroupLog, unallocated_capacity), 176);
+        assert_eq!(offset_of!(ReservationNotificationLog, kind), 8);
+        assert_eq!(offset_of!(ReservationNotificationLog, available), 9);
+        assert_eq!(offset_of!(ReservationNotificationLog, nsid), 12);
     }
 }

@@ -23,7 +23,8 @@ pub use identify::{
     IdentifyNamespace, IdentifyNamespaceIndependent, InvalidAscii, LbaFormat, nidt,
 };
 pub use log::{
-    CHANGED_NAMESPACES_MAX, ErrorEntry, FirmwareSlotLog, GetLogPage, LogPage, SmartLog, effects,
+    ANA_LSP_GROUPS_ONLY, CHANGED_NAMESPACES_MAX, EnduranceGroupLog, ErrorEntry, FirmwareSlotLog,
+    GetLogPage, LogPage, ReservationNotificationLog, SmartLog, critical_warning, effects,
 };
 pub use nqn::{DISCOVERY_NQN, InvalidNqn, NQN_FIELD_LEN, NQN_LEN_MAX, Nqn};
 pub use property::{Cap, Cc, Csts, NSSR_RESET, Property, VERSION_2_0};

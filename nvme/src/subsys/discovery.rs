@@ -5,15 +5,20 @@
 //! 1024  record 0, 1024 bytes
 //! 2048  record 1 ..
 //! ```
+//!
+//! A host may ask for extended entries: each is the record above, its total length and number of
+//! attributes (8 bytes), and the attributes.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
-use zerocopy::little_endian::{U16, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::spec::discovery::{
-    ASQSZ_MIN, AddressFamily, DiscoveryHeader, DiscoveryRecord, SubsystemType,
-    TREQ_SQ_FLOW_DISABLE, TransportType,
+    ASQSZ_MIN, AddressFamily, DiscoveryHeader, DiscoveryRecord, EFLAGS_DUPRETINFO, EFLAGS_EPCSD,
+    EFLAGS_NCC, ExtendedAttribute, ExtendedTail, LSP_ALL_SUBSYSTEMS, LSP_EXTENDED, LSP_PORT_LOCAL,
+    SubsystemType, TREQ_SQ_FLOW_DISABLE, TransportType,
 };
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::{InvalidNqn, Nqn};
@@ -83,6 +88,25 @@ impl DiscoveryEntry {
         }
     }
 
+    /// The entry of a discovery subsystem for itself, at one of its own listeners. `subnqn` is its
+    /// unique NQN if it has one. `is_one_of_many`: other listeners give the same information.
+    /// Persistent connections are supported; no centralized discovery controller is known.
+    #[must_use]
+    pub fn own(addr: SocketAddr, portid: u16, subnqn: Nqn, is_one_of_many: bool) -> Self {
+        let duplicate = if is_one_of_many { EFLAGS_DUPRETINFO } else { 0 };
+        DiscoveryEntry {
+            eflags: EFLAGS_EPCSD | EFLAGS_NCC | duplicate,
+            ..Self::tcp(SubsystemType::CURRENT_DISCOVERY, addr, portid, subnqn)
+        }
+    }
+
+    /// A referral to another discovery subsystem. Whether persistent connections are supported
+    /// there is not known here.
+    #[must_use]
+    pub fn referral(addr: SocketAddr, portid: u16, subnqn: Nqn) -> Self {
+        Self::tcp(SubsystemType::REFERRAL, addr, portid, subnqn)
+    }
+
     /// The socket address, when the entry is TCP and both parts parse.
     #[must_use]
     pub fn socket_addr(&self) -> Option<SocketAddr> {
@@ -150,10 +174,13 @@ fn text(field: &[u8], name: &'static str) -> Result<String, InvalidEntry> {
     Ok(trimmed.iter().copied().map(char::from).collect())
 }
 
-/// The log page a discovery controller serves: rendered once, read at any offset.
+/// The log page a discovery controller serves: rendered once for hosts that ask for nothing in
+/// particular, on demand for the others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiscoveryLog {
     genctr: u64,
+    entries: Vec<DiscoveryEntry>,
+    /// The page of all entries in the basic format.
     bytes: Vec<u8>,
 }
 
@@ -161,15 +188,8 @@ impl DiscoveryLog {
     /// Renders the page. `genctr` must differ from that of every earlier page that differs.
     #[must_use]
     pub fn new(genctr: u64, entries: &[DiscoveryEntry]) -> DiscoveryLog {
-        let mut header = DiscoveryHeader::new_zeroed();
-        header.genctr = U64::new(genctr);
-        header.numrec = U64::new(entries.len() as u64);
-        let mut bytes = Vec::with_capacity(HEADER_LEN + entries.len() * RECORD_LEN);
-        bytes.extend_from_slice(header.as_bytes());
-        for entry in entries {
-            bytes.extend_from_slice(entry.encode().as_bytes());
-        }
-        DiscoveryLog { genctr, bytes }
+        let bytes = render(genctr, entries.iter(), 0);
+        DiscoveryLog { genctr, entries: entries.to_vec(), bytes }
     }
 
     /// Generation counter.
@@ -181,14 +201,69 @@ impl DiscoveryLog {
     /// Number of records.
     #[must_use]
     pub fn records(&self) -> usize {
-        self.bytes.len() / RECORD_LEN - 1
+        self.entries.len()
     }
 
-    /// The whole page.
+    /// The entries.
+    #[must_use]
+    pub fn entries(&self) -> &[DiscoveryEntry] {
+        &self.entries
+    }
+
+    /// The whole page in the basic format.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
+
+    /// The page as the Log Specific Parameter asks for it: extended entries, entries of the port
+    /// the host asks on (`portid`; referrals name ports of others and are left out), all NVM
+    /// subsystem entries (which the log always has: those that this host may know of). Reserved
+    /// bits are ignored.
+    #[must_use]
+    pub fn page(&self, lsp: u8, portid: Option<u16>) -> Cow<'_, [u8]> {
+        let flags = lsp & (LSP_EXTENDED | LSP_PORT_LOCAL | LSP_ALL_SUBSYSTEMS);
+        if flags == 0 {
+            return Cow::Borrowed(&self.bytes);
+        }
+        let is_asked_for = |entry: &&DiscoveryEntry| {
+            let is_local = Some(entry.portid) == portid && entry.subtype != SubsystemType::REFERRAL;
+            flags & LSP_PORT_LOCAL == 0 || is_local
+        };
+        Cow::Owned(render(self.genctr, self.entries.iter().filter(is_asked_for), flags))
+    }
+}
+
+/// The page of these entries; `flags` are the LSP bits honoured.
+fn render<'a>(
+    genctr: u64,
+    entries: impl Iterator<Item = &'a DiscoveryEntry>,
+    flags: u8,
+) -> Vec<u8> {
+    let is_extended = flags & LSP_EXTENDED != 0;
+    let tail = ExtendedTail {
+        tel: U32::new((RECORD_LEN + size_of::<ExtendedTail>()) as u32),
+        numexat: U16::ZERO,
+        reserved: U16::ZERO,
+    };
+    let mut bytes = vec![0; HEADER_LEN];
+    let mut count = 0;
+    for entry in entries {
+        count += 1;
+        bytes.extend_from_slice(entry.encode().as_bytes());
+        if is_extended {
+            bytes.extend_from_slice(tail.as_bytes());
+        }
+    }
+    let mut header = DiscoveryHeader::new_zeroed();
+    header.genctr = U64::new(genctr);
+    header.numrec = U64::new(count);
+    header.dlpf = flags;
+    if is_extended {
+        header.tdlpl = U32::new(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+    }
+    bytes[..HEADER_LEN].copy_from_slice(header.as_bytes());
+    bytes
 }
 
 /// What the header of a peer's log page says.
@@ -198,6 +273,8 @@ pub struct HeaderInfo {
     pub genctr: u64,
     /// Number of records.
     pub records: u64,
+    /// The entries are extended: [`parse_extended`] takes them apart.
+    pub is_extended: bool,
 }
 
 /// A discovery log page header that cannot be used.
@@ -228,9 +305,12 @@ pub const HEADER_READ_LEN: usize = 20;
 /// [`InvalidHeader`]; more than `records_max` records are refused so that a peer cannot make a
 /// host read for ever.
 pub fn parse_header(bytes: &[u8], records_max: u64) -> Result<HeaderInfo, InvalidHeader> {
-    let Some((head, _)) = bytes.split_first_chunk::<18>() else {
+    let Some((head, rest)) = bytes.split_first_chunk::<18>() else {
         return Err(InvalidHeader::Short(HEADER_READ_LEN - bytes.len()));
     };
+    // Reserved, and 0, before NVMe Base 2.1; a host that gets it without having asked for extended
+    // entries has a peer that uses the byte for something else.
+    let is_extended = rest.first().is_some_and(|dlpf| dlpf & LSP_EXTENDED != 0);
     let (genctr, rest) = U64::read_from_prefix(head).expect("18 bytes hold the first u64");
     let (records, rest) = U64::read_from_prefix(rest).expect("18 bytes hold the second u64");
     let recfmt = U16::read_from_bytes(rest).expect("2 bytes are left");
@@ -240,7 +320,55 @@ pub fn parse_header(bytes: &[u8], records_max: u64) -> Result<HeaderInfo, Invali
     if records.get() > records_max {
         return Err(InvalidHeader::TooMany { records: records.get(), max: records_max });
     }
-    Ok(HeaderInfo { genctr: genctr.get(), records: records.get() })
+    Ok(HeaderInfo { genctr: genctr.get(), records: records.get(), is_extended })
+}
+
+/// An extended entry whose lengths make no sense, or that is not one.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum InvalidExtended {
+    /// The record in it.
+    #[error(transparent)]
+    Entry(#[from] InvalidEntry),
+    /// Total Entry Length.
+    #[error("an extended entry says it has {tel} bytes, {left} are left")]
+    Length {
+        /// Claimed.
+        tel: u32,
+        /// There.
+        left: usize,
+    },
+    /// Extended Attributes.
+    #[error("the attributes of an extended entry do not fit in its {tel} bytes")]
+    Attributes {
+        /// Total Entry Length.
+        tel: u32,
+    },
+}
+
+/// Parses one extended entry at the head of `bytes` and gives the rest. The attributes are walked
+/// over, so that a length that lies is found out, and not returned: none of them helps to connect.
+///
+/// # Errors
+/// [`InvalidExtended`] says what makes no sense; the rest of the page cannot be parsed then.
+pub fn parse_extended(bytes: &[u8]) -> Result<(DiscoveryEntry, &[u8]), InvalidExtended> {
+    const HEAD_LEN: usize = RECORD_LEN + size_of::<ExtendedTail>();
+    let short = |tel| InvalidExtended::Length { tel, left: bytes.len() };
+    let (record, rest) = DiscoveryRecord::ref_from_prefix(bytes).map_err(|_| short(0))?;
+    let (tail, _) = ExtendedTail::ref_from_prefix(rest).map_err(|_| short(0))?;
+    let tel = tail.tel.get();
+    let len = tel as usize;
+    if len < HEAD_LEN || len > bytes.len() || !len.is_multiple_of(4) {
+        return Err(short(tel));
+    }
+    let (entry, rest) = bytes.split_at(len);
+    let mut attributes = &entry[HEAD_LEN..];
+    for _ in 0..tail.numexat.get() {
+        let (head, value) = ExtendedAttribute::ref_from_prefix(attributes)
+            .map_err(|_| InvalidExtended::Attributes { tel })?;
+        let len = usize::from(head.exatlen.get());
+        attributes = value.get(len..).ok_or(InvalidExtended::Attributes { tel })?;
+    }
+    Ok((DiscoveryEntry::parse(record)?, rest))
 }
 
 /// Parses whole records; a partial one at the end is ignored.
@@ -290,11 +418,84 @@ mod tests {
         assert_eq!(bytes[2048..2054], [3, 2, 2, 4, 1, 0]);
 
         let header = parse_header(bytes, 16).unwrap();
-        assert_eq!(header, HeaderInfo { genctr: 0x0102, records: 2 });
+        assert_eq!(header, HeaderInfo { genctr: 0x0102, records: 2, is_extended: false });
         let parsed: Result<Vec<_>, _> = parse_records(&bytes[HEADER_LEN..]).collect();
         assert_eq!(parsed.unwrap(), entries());
         assert_eq!(entries()[1].socket_addr(), Some("[fd00::1]:4420".parse().unwrap()));
         assert_eq!((log.records(), log.genctr()), (2, 0x0102));
+    }
+
+    #[test]
+    fn extended_page_matches_hand_built_bytes_and_parses_back() {
+        let log = DiscoveryLog::new(0x0102, &entries());
+        let page = log.page(LSP_EXTENDED | 1 << 6, None);
+        assert_eq!(page.len(), 1024 + 2 * 1032);
+        // RECFMT 0, DLPF 1, TDLPL 3088.
+        assert_eq!(page[..8], [2, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(page[8..24], [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0x10, 0x0c, 0, 0]);
+        assert_eq!(page[1024..2048], log.bytes()[1024..2048]);
+        assert_eq!(page[2048..2056], [8, 4, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(page[2056..3080], log.bytes()[2048..]);
+        assert!(parse_header(&page, 2).unwrap().is_extended);
+
+        let (first, rest) = parse_extended(&page[1024..]).unwrap();
+        let (second, rest) = parse_extended(rest).unwrap();
+        assert_eq!(([first, second].to_vec(), rest.len()), (entries(), 0));
+    }
+
+    #[test]
+    fn extended_entries_of_others_may_have_attributes() {
+        let mut bytes = entries()[1].encode().as_bytes().to_vec();
+        // TEL 1024 + 8 + (4 + 8) + (4 + 0), two attributes.
+        bytes.extend_from_slice(&[0x18, 4, 0, 0, 2, 0, 0, 0]);
+        bytes.extend_from_slice(&[2, 0, 8, 0, b'r', b'a', b'c', b'k', b' ', b'1', b' ', b' ']);
+        bytes.extend_from_slice(&[9, 9, 0, 0]);
+        bytes.push(0xaa);
+        let (entry, rest) = parse_extended(&bytes).unwrap();
+        assert_eq!((entry, rest), (entries().remove(1), &[0xaa][..]));
+
+        let refused = |at: usize, value: u8| {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            parse_extended(&bytes).unwrap_err()
+        };
+        assert_eq!(refused(1028, 3), InvalidExtended::Attributes { tel: 1048 });
+        assert_eq!(refused(1034, 13), InvalidExtended::Attributes { tel: 1048 });
+        for tel in [0, 4, 0x1c, 0x19] {
+            assert!(matches!(refused(1024, tel), InvalidExtended::Length { .. }), "{tel:x}");
+        }
+        assert!(matches!(refused(1027, 0xff), InvalidExtended::Length { .. }));
+        assert!(matches!(refused(512, 1), InvalidExtended::Entry(_)));
+        for len in [0, 1023, 1031, 1047] {
+            assert!(parse_extended(&bytes[..len]).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn port_local_entries_and_flags() {
+        let mut list = entries();
+        let addr = "192.0.2.7:8009".parse().unwrap();
+        list.push(DiscoveryEntry::referral(addr, 1, Nqn::discovery()));
+        let log = DiscoveryLog::new(3, &list);
+        let records = |lsp, portid| {
+            let page = log.page(lsp, portid);
+            let header = parse_header(&page, 9).unwrap();
+            assert_eq!(page.len() as u64, 1024 * (header.records + 1));
+            (header.records, page[18], page[1024])
+        };
+        assert_eq!(records(0, Some(1)), (3, 0, 3));
+        assert_eq!(log.page(0, None), log.bytes());
+        assert_eq!(records(LSP_PORT_LOCAL, Some(1)).0, 1, "the referral is not of this port");
+        assert_eq!(records(LSP_PORT_LOCAL, Some(0)).0, 1);
+        assert_eq!(records(LSP_ALL_SUBSYSTEMS, Some(0)), (3, 4, 3));
+        assert_eq!(log.page(LSP_PORT_LOCAL, Some(7)).len(), 1024);
+        assert_eq!(log.page(LSP_PORT_LOCAL, None).len(), 1024, "not on any port");
+
+        let own = DiscoveryEntry::own(addr, 4, Nqn::discovery(), true);
+        assert_eq!((own.subtype, own.portid, own.eflags), (SubsystemType(3), 4, 0b111));
+        let own = DiscoveryEntry::own(addr, 4, Nqn::discovery(), false);
+        assert_eq!(own.eflags, 0b110);
+        assert_eq!((list[2].subtype, list[2].eflags), (SubsystemType(1), 0));
     }
 
     #[test]
