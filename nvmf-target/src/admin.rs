@@ -1,6 +1,7 @@
 //! Connect, and what an admin queue adds to a connection.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Geometry, Identity, Op};
@@ -8,14 +9,16 @@ use nvme::ctrl::{
     self, AdminOutcome, Controller, ControllerConfig, ControllerKind, HealthCounters,
 };
 use nvme::fabrics::{ConnectReject, ConnectRequest};
-use nvme::spec::{AdminOpcode, AsciiField, Nqn, Status};
+use nvme::spec::{AdminOpcode, AsciiField, NSID_ALL, Nqn, Status};
+use nvme::subsys::discovery::{DiscoveryLog, HEADER_LEN};
 use nvme::subsys::{self, NamespaceInfo, SubsystemInfo};
 
 use crate::config::{Limits, ListenerKind, SubsystemConfig};
 use crate::conn::{Conn, Held, Role};
 use crate::core::Env;
-use crate::registry::{HostKey, Refusal, Served};
-use crate::target::Shared;
+use crate::limits::hit;
+use crate::registry::{Applicant, HostKey, Refusal, Served};
+use crate::table::{Table, View};
 
 /// Model number of every controller.
 const MODEL: &str = "Penstock";
@@ -32,6 +35,8 @@ const NAMESPACES_MAX: u32 = 10_240;
 /// What an admin queue has beside its commands.
 pub(crate) struct Admin {
     pub(crate) controller: Controller,
+    /// What a discovery controller serves; empty for the others.
+    log: Arc<DiscoveryLog>,
     /// What the controller returns, command by command; kept for its memory.
     out: Vec<u8>,
     /// What the host sent along, likewise.
@@ -65,8 +70,9 @@ pub(crate) fn subsystem_info(
 }
 
 /// The discovery subsystem's description.
-pub(crate) fn discovery_info(limits: &Limits) -> Result<SubsystemInfo, String> {
-    let config = SubsystemConfig::new(nvme::spec::DISCOVERY_NQN, MODEL);
+pub(crate) fn discovery_info(nqn: Option<&Nqn>, limits: &Limits) -> Result<SubsystemInfo, String> {
+    let nqn = nqn.map_or(nvme::spec::DISCOVERY_NQN, Nqn::as_str);
+    let config = SubsystemConfig::new(nqn, MODEL);
     subsystem_info(&config, Vec::new(), limits)
 }
 
@@ -88,9 +94,9 @@ pub(crate) fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity
 }
 
 /// The counters of the SMART log, as far as the cores count them.
-fn health(shared: &Shared, served: Served) -> HealthCounters {
-    let Served::Subsystem(index) = served else { return HealthCounters::default() };
-    let totals = shared.totals(index);
+fn health(view: Option<&View>) -> HealthCounters {
+    let Some(view) = view else { return HealthCounters::default() };
+    let totals = view.subsystem.totals();
     HealthCounters {
         read_commands: totals.reads,
         write_commands: totals.writes,
@@ -103,7 +109,9 @@ fn health(shared: &Shared, served: Served) -> HealthCounters {
 
 fn reject_of(refusal: Refusal) -> ConnectReject {
     match refusal {
-        Refusal::Busy => ConnectReject::BUSY,
+        Refusal::Controllers | Refusal::ControllersOfHost | Refusal::QueuesOfHost => {
+            ConnectReject::BUSY
+        }
         Refusal::UnknownController => ConnectReject::UNKNOWN_CONTROLLER,
         Refusal::NotReady => ConnectReject::SEQUENCE,
         Refusal::QueueIdentifier => ConnectReject::QID,
@@ -122,7 +130,7 @@ impl Conn {
             Ok(request) => request,
             Err(reject) => return self.reject(slot, reject, env),
         };
-        let Some(served) = self.served(&request.subnqn, env.shared) else {
+        let Some(served) = self.served(&request.subnqn, env.table) else {
             tracing::info!(
                 peer = self.peer(),
                 hostnqn = request.hostnqn.as_str(),
@@ -132,8 +140,22 @@ impl Conn {
             return self.reject(slot, ConnectReject::UNKNOWN_SUBSYSTEM, env);
         };
         let host = HostKey { hostnqn: request.hostnqn.as_str().to_owned(), hostid: request.hostid };
+        let state = match served {
+            Served::Subsystem(id) => env.table.subsystems.get(&id).cloned(),
+            Served::Discovery => None,
+        };
+        if state.as_ref().is_some_and(|state| !state.hosts.admits(&host.hostnqn)) {
+            tracing::info!(
+                peer = self.peer(),
+                hostnqn = request.hostnqn.as_str(),
+                subnqn = request.subnqn.as_str(),
+                "connect refused: the host may not use this subsystem"
+            );
+            return self.reject(slot, ConnectReject::INVALID_HOST, env);
+        }
+        let view = state.map(|state| state.view(self.port().id, &host.hostnqn));
         if !request.is_admin() {
-            return self.connect_io(slot, &request, served, &host, env);
+            return self.connect_io(slot, &request, served, host, view, env);
         }
         if env.shared.registry.is_fenced(served, &host) {
             // The host was here before and its old controller still has writes that can land. The
@@ -141,17 +163,28 @@ impl Conn {
             self.hold(Held::Connect(slot));
             return;
         }
-        self.connect_admin(slot, &request, served, host, env);
+        self.connect_admin(slot, &request, served, host, view, env);
     }
 
-    fn served(&self, subnqn: &Nqn, shared: &Shared) -> Option<Served> {
-        if subnqn.is_discovery() {
+    fn served(&self, subnqn: &Nqn, table: &Table) -> Option<Served> {
+        if subnqn.is_discovery() || subnqn == table.directory.info.nqn() {
             return Some(Served::Discovery);
         }
         if self.port().kind == ListenerKind::Discovery {
             return None;
         }
-        shared.subsystems.iter().position(|s| s.info.nqn() == subnqn).map(Served::Subsystem)
+        table.ids.get(subnqn).copied().map(Served::Subsystem)
+    }
+
+    fn refuse(&mut self, slot: u16, refusal: Refusal, env: &mut Env<'_>) {
+        let hits = &env.shared.hits;
+        match refusal {
+            Refusal::Controllers => hit(&hits.controllers),
+            Refusal::ControllersOfHost => hit(&hits.controllers_of_host),
+            Refusal::QueuesOfHost => hit(&hits.connections_of_host),
+            _ => {}
+        }
+        self.reject(slot, reject_of(refusal), env);
     }
 
     fn reject(&mut self, slot: u16, reject: ConnectReject, env: &mut Env<'_>) {
@@ -165,21 +198,25 @@ impl Conn {
         request: &ConnectRequest,
         served: Served,
         host: HostKey,
+        view: Option<Arc<View>>,
         env: &mut Env<'_>,
     ) {
-        let (kind, subsys) = match served {
-            Served::Subsystem(index) => (ControllerKind::Io, &env.shared.subsystems[index].info),
-            Served::Discovery => {
-                let log = Arc::clone(&env.shared.discovery);
-                (ControllerKind::Discovery(log), &env.shared.discovery_info)
+        let (kind, subsys, log) = match &view {
+            Some(view) => (ControllerKind::Io, &view.info, Arc::new(DiscoveryLog::new(0, &[]))),
+            None => {
+                let log = Arc::new(env.table.discovery_log(self.port(), &host.hostnqn));
+                let kind = ControllerKind::Discovery(Arc::clone(&log));
+                (kind, &env.table.directory.info, log)
             }
         };
         if let Err(reject) = ctrl::admit_admin(request, subsys) {
             return self.reject(slot, reject, env);
         }
-        let association = match env.shared.registry.create(served, host, env.local.random_u64()) {
+        let applicant = Applicant { served, host, port: self.port().id, peer: self.peer() };
+        let created = env.shared.registry.create(applicant, env.local.random_u64());
+        let association = match created {
             Ok(association) => association,
-            Err(refusal) => return self.reject(slot, reject_of(refusal), env),
+            Err(refusal) => return self.refuse(slot, refusal, env),
         };
         let config = ControllerConfig {
             cntlid: association.cntlid,
@@ -191,6 +228,10 @@ impl Conn {
         };
         let mut controller = Controller::new(config, env.now);
         controller.set_instance(association.instance);
+        controller.set_port(self.port().id);
+        if view.as_ref().is_some_and(|view| view.subsystem.was_reset.load(Ordering::Acquire)) {
+            controller.note_subsystem_reset();
+        }
         tracing::info!(
             peer = self.peer(),
             hostnqn = request.hostnqn.as_str(),
@@ -199,8 +240,9 @@ impl Conn {
             "association created"
         );
         let cntlid = association.cntlid;
-        let admin = Box::new(Admin { controller, out: Vec::new(), input: Vec::new() });
-        self.become_queue(Role::Admin(admin), association, request, None);
+        let admin = Box::new(Admin { controller, log, out: Vec::new(), input: Vec::new() });
+        self.become_queue(Role::Admin(admin), association, view, request, None);
+        self.end_handshake(env);
         self.respond_connected(slot, cntlid, env);
     }
 
@@ -209,24 +251,29 @@ impl Conn {
         slot: u16,
         request: &ConnectRequest,
         served: Served,
-        host: &HostKey,
+        host: HostKey,
+        view: Option<Arc<View>>,
         env: &mut Env<'_>,
     ) {
-        let Served::Subsystem(subsystem) = served else {
+        let Some(view) = view else {
             // A discovery controller has no I/O queues.
             return self.reject(slot, ConnectReject::QID, env);
         };
         if request.queue_entries > env.shared.limits.queue_entries.into() {
             return self.reject(slot, ConnectReject::SQSIZE, env);
         }
-        let joined = env.shared.registry.join(request.cntlid, request.qid, served, host);
+        let applicant = Applicant { served, host, port: self.port().id, peer: self.peer() };
+        let registry = &env.shared.registry;
+        let joined = registry.join(request.cntlid, request.qid, &applicant);
         let (association, epoch) = match joined {
             Ok(joined) => joined,
-            Err(refusal) => return self.reject(slot, reject_of(refusal), env),
+            Err(refusal) => return self.refuse(slot, refusal, env),
         };
         let cntlid = association.cntlid;
-        let in_capsule = env.shared.subsystems[subsystem].info.limits().in_capsule_bytes;
-        self.become_queue(Role::Io { subsystem, epoch }, association, request, Some(in_capsule));
+        let in_capsule = view.info.limits().in_capsule_bytes;
+        let role = Role::Io { epoch };
+        self.become_queue(role, association, Some(view), request, Some(in_capsule));
+        self.end_handshake(env);
         self.respond_connected(slot, cntlid, env);
     }
 
@@ -240,12 +287,22 @@ impl Conn {
             debug_assert!(false, "admin commands come on admin queues");
             return;
         };
+        let is_counted = !matches!(
+            AdminOpcode(sqe.opcode),
+            AdminOpcode::KEEP_ALIVE | AdminOpcode::ASYNC_EVENT_REQUEST
+        );
+        if is_counted && !association.bucket.take(env.now) {
+            self.role = Role::Admin(admin);
+            hit(&env.shared.hits.admin_commands);
+            // "The host should retry the command" (NVMe Base 2.0, Command Interrupted).
+            return self.respond(slot, Status::COMMAND_INTERRUPTED, 0, env);
+        }
         admin.input.resize(len, 0);
         let mut input = std::mem::take(&mut admin.input);
         self.slot_data(slot, &mut input);
         if sqe.opcode == AdminOpcode::GET_LOG_PAGE.0 {
             association.letters.take_errors(|record| admin.controller.record_error(record));
-            admin.controller.set_health(health(env.shared, association.served));
+            admin.controller.set_health(health(self.view.as_deref()));
         }
         let outcome = admin.controller.admin(slot, &sqe, &input, &mut admin.out, env.now);
         association.grant(admin.controller.io_queues_granted());
@@ -282,6 +339,9 @@ impl Conn {
             }
             AdminOutcome::SubsystemReset { status, result } => {
                 self.respond(slot, status, result, env);
+                if let Some(view) = &self.view {
+                    view.subsystem.was_reset.store(true, Ordering::Release);
+                }
                 env.shared.registry.end_subsystem(association.served);
                 env.shared.wake_all();
             }
@@ -346,27 +406,63 @@ impl Conn {
         self.association.as_ref().is_none_or(|a| a.io_queues() == 0)
     }
 
-    /// Flushes the subsystem's volumes, beginning with number `index`; `false`: later.
-    pub(crate) fn flush_volume(&mut self, index: usize, env: &mut Env<'_>) -> bool {
-        let served = self.association.as_ref().map(|a| a.served);
-        let volume = match served {
-            Some(Served::Subsystem(subsystem)) => {
-                env.shared.subsystems[subsystem].volumes.get(index).copied()
-            }
-            _ => None,
-        };
-        let Some(volume) = volume else {
+    /// Flushes the volumes of the namespaces after `nsid`; `false`: later.
+    pub(crate) fn flush_volume(&mut self, nsid: u32, env: &mut Env<'_>) -> bool {
+        let next = self.volume(NSID_ALL, nsid);
+        let found = next.and_then(|index| {
+            let ns = self.view.as_ref()?.info.namespaces().get(index)?;
+            Some((index, ns.nsid))
+        });
+        let Some((volume, nsid)) = found else {
             self.hold(Held::Reset);
             return true;
         };
         let mut io = env.ios.take();
         (io.op, io.offset, io.len) = (Op::Flush, 0, 0);
         // Held first: a volume that cannot be opened answers at once.
-        self.hold(Held::Flushing(index));
+        self.hold(Held::Flushing(nsid));
         if self.submit_own(volume, io, env) {
             return true;
         }
         self.hold(Held::Shutdown);
         false
+    }
+
+    /// What is served is not what it was.
+    pub(crate) fn follow_table(&mut self, env: &mut Env<'_>) {
+        let Some(association) = &self.association else { return };
+        match association.served {
+            Served::Subsystem(id) => {
+                let state = env.table.subsystems.get(&id);
+                let state = state.filter(|s| s.hosts.admits(&association.host.hostnqn));
+                let Some(state) = state else {
+                    // Its view holds on to volumes; what is at them is waited for as ever.
+                    self.view = None;
+                    if !association.is_dead() {
+                        association.kill();
+                        env.shared.wake_all();
+                    }
+                    return;
+                };
+                if self.view.as_ref().is_some_and(|view| view.generation == state.generation) {
+                    return;
+                }
+                let view = state.view(self.port().id, &association.host.hostnqn);
+                if let Role::Admin(admin) = &mut self.role {
+                    admin.controller.update_subsys(Arc::clone(&view.info));
+                }
+                self.view = Some(view);
+            }
+            Served::Discovery => {
+                let log = env.table.discovery_log(self.port(), &association.host.hostnqn);
+                // The counter of a log that says the same as before stays: nobody is woken for it.
+                if let Role::Admin(admin) = &mut self.role
+                    && admin.log.bytes()[HEADER_LEN..] != log.bytes()[HEADER_LEN..]
+                {
+                    admin.log = Arc::new(log);
+                    admin.controller.update_discovery(Arc::clone(&admin.log));
+                }
+            }
+        }
     }
 }

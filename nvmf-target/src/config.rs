@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use block::Volume;
 use nvme::spec::Nqn;
+use nvme::subsys::ana::AnaState;
 use nvme::subsys::discovery::DiscoveryEntry;
 use nvme::subsys::reservation::ReservationState;
 use thiserror::Error;
@@ -219,6 +220,14 @@ pub enum SetupError {
     /// A port identifier is 0 or used twice.
     #[error("port identifier {0} is not allowed: each must be 1 or more, once")]
     Port(u16),
+    /// An ANA state for what is not there.
+    #[error("ANA group {group} on port {port}: no such I/O port, or the group is not 1 to 128")]
+    Ana {
+        /// The port.
+        port: u16,
+        /// The group.
+        group: u32,
+    },
 }
 
 /// Why a change of a running target was not made, or is not finished.
@@ -246,20 +255,4 @@ pub enum ChangeError {
     /// The volume could not be asked.
     #[error("the volume cannot be read again")]
     Volume(#[source] io::Error),
-}
-
-/// State of an ANA group on the controllers of one port (NVMe Base 2.0, Asymmetric Namespace
-/// Access state).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AnaState {
-    /// Use this path.
-    Optimized = 1,
-    /// Use it when no optimized path is there.
-    NonOptimized = 2,
-    /// I/O is refused here for now.
-    Inaccessible = 3,
-    /// I/O is refused here for good.
-    PersistentLoss = 4,
-    /// The state is about to change.
-    Change = 0xf,
 }

@@ -15,8 +15,10 @@ use reactor::net::{Rx, RxChunk, Stream};
 use crate::admin::Admin;
 use crate::config::{Limits, Port};
 use crate::core::Env;
+use crate::fence::Place;
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
+use crate::table::View;
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
 const CHUNKS_PER_TURN: usize = 4;
@@ -27,7 +29,6 @@ pub(crate) enum Role {
     Fresh,
     Admin(Box<Admin>),
     Io {
-        subsystem: usize,
         epoch: u32,
     },
 }
@@ -78,6 +79,10 @@ pub(crate) struct Slot {
     pub(crate) step: u32,
     /// What a command of several pieces needs beside that.
     pub(crate) pieces: Pieces,
+    /// [`View::generation`] when the command was decoded.
+    pub(crate) decoded: u64,
+    /// Where its I/O is, while it is at a volume.
+    pub(crate) place: Place,
 }
 
 impl Slot {
@@ -91,6 +96,8 @@ impl Slot {
             skip: 0,
             step: 0,
             pieces: Pieces::default(),
+            decoded: 0,
+            place: Place { volume: 0, offset: 0, len: 0, stamp: 0 },
         }
     }
 }
@@ -111,6 +118,12 @@ pub(crate) struct Conn {
     stream: Stream,
     machine: tcp::Target,
     port: Port,
+    /// Address of the host's end.
+    peer: String,
+    /// Counted as a connection without Connect.
+    is_handshake: bool,
+    /// What the controller sees of its subsystem; of queues of subsystems alone.
+    pub(crate) view: Option<Arc<View>>,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
     pub(crate) qid: u16,
@@ -138,8 +151,8 @@ pub(crate) enum Held {
     CrossReset { slot: u16, cntlid: u16, instance: Instance },
     /// Until the I/O queues are gone and the volumes flushed.
     Shutdown,
-    /// Until the volume of this number is flushed.
-    Flushing(usize),
+    /// Until the volume of the namespace with this identifier is flushed.
+    Flushing(u32),
     /// Until the I/O queues are gone.
     Reset,
 }
@@ -171,6 +184,7 @@ impl Conn {
         index: u32,
         stream: Stream,
         port: Port,
+        peer: String,
         limits: &Limits,
         now: Duration,
     ) -> Conn {
@@ -185,6 +199,9 @@ impl Conn {
             stream,
             machine,
             port,
+            peer,
+            is_handshake: true,
+            view: None,
             role: Role::Fresh,
             association: None,
             qid: 0,
@@ -201,8 +218,8 @@ impl Conn {
         }
     }
 
-    pub(crate) fn peer(&self) -> String {
-        self.stream.peer()
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
     }
 
     pub(crate) fn port(&self) -> &Port {
@@ -249,9 +266,11 @@ impl Conn {
         &mut self,
         role: Role,
         association: Arc<Association>,
+        view: Option<Arc<View>>,
         request: &ConnectRequest,
         io_in_capsule: Option<u32>,
     ) {
+        self.view = view;
         let entries = u16::try_from(request.queue_entries).unwrap_or(u16::MAX);
         let slots = slots_of(entries);
         self.machine.set_limits(slots, io_in_capsule.unwrap_or(ADMIN_IN_CAPSULE));
@@ -308,7 +327,7 @@ impl Conn {
                     worked = true;
                 }
                 Rx::Failed(errno) => {
-                    tracing::debug!(peer = self.stream.peer(), qid = self.qid, %errno, "socket failed");
+                    tracing::debug!(peer = self.peer, qid = self.qid, %errno, "socket failed");
                     self.close("the socket failed");
                     worked = true;
                 }
@@ -339,7 +358,7 @@ impl Conn {
                 Ok(Some(event)) => self.on_event(event, env),
                 Err(fault) => {
                     tracing::debug!(
-                        peer = self.stream.peer(),
+                        peer = self.peer,
                         qid = self.qid,
                         fes = fault.fes.get(),
                         fei = fault.fei,
@@ -365,7 +384,7 @@ impl Conn {
                 self.respond(slot, Status::TRANSIENT_TRANSPORT_ERROR, 0, env);
             }
             TargetEvent::Terminated { fes } => {
-                tracing::debug!(peer = self.stream.peer(), qid = self.qid, fes, "host terminated");
+                tracing::debug!(peer = self.peer, qid = self.qid, fes, "host terminated");
                 self.close("the host terminated the connection");
             }
         }
@@ -373,7 +392,7 @@ impl Conn {
 
     fn on_command(&mut self, slot: u16, sqe: Sqe, in_capsule_len: u32, env: &mut Env<'_>) {
         self.sq_head = if self.sq_head + 1 >= self.sq_entries { 0 } else { self.sq_head + 1 };
-        let (work, data) = match self.classify(&sqe, in_capsule_len, env) {
+        let (work, data) = match self.classify(&sqe, in_capsule_len) {
             // Data in the capsule, and a descriptor that says it is elsewhere.
             Ok((_, DataPtr::Transport { .. })) if in_capsule_len > 0 => {
                 (Work::Refuse(Status::INVALID_FIELD_IN_COMMAND.dnr()), DataPtr::None)
@@ -388,6 +407,7 @@ impl Conn {
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
         (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
+        entry.decoded = self.view.as_ref().map_or(0, |view| view.generation);
         if in_capsule_len > 0 {
             // Data that nobody asked for is taken off the stream and dropped.
             entry.phase = Phase::Capsule;
@@ -402,12 +422,7 @@ impl Conn {
     }
 
     /// What the command is, and where the data is that the host sends for it.
-    fn classify(
-        &mut self,
-        sqe: &Sqe,
-        in_capsule_len: u32,
-        env: &Env<'_>,
-    ) -> Result<(Work, DataPtr), Status> {
+    fn classify(&mut self, sqe: &Sqe, in_capsule_len: u32) -> Result<(Work, DataPtr), Status> {
         let (work, takes_data) = match &mut self.role {
             Role::Fresh if sqe.is_fabrics() && sqe.fctype() == FabricsType::CONNECT => {
                 (Work::Connect, true)
@@ -418,8 +433,11 @@ impl Conn {
                 nvme::ctrl::io_queue_fabrics(sqe)?;
                 return Ok((Work::Disconnect, DataPtr::None));
             }
-            Role::Io { subsystem, .. } => {
-                let command = nvme::ctrl::io::decode(sqe, &env.shared.subsystems[*subsystem].info)?;
+            Role::Io { .. } => {
+                let Some(view) = &self.view else {
+                    return Err(Status::INTERNAL_ERROR);
+                };
+                let command = nvme::ctrl::io::decode(sqe, &view.info)?;
                 // FUSES is 0: no fused operations.
                 if Fuse::of(sqe) != Fuse::None {
                     return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
@@ -649,7 +667,7 @@ impl Conn {
         if self.life == Life::Draining {
             return;
         }
-        tracing::debug!(peer = self.stream.peer(), qid = self.qid, reason, "connection closed");
+        tracing::debug!(peer = self.peer, qid = self.qid, reason, "connection closed");
         self.life = Life::Draining;
         self.stream.shutdown();
     }
@@ -722,6 +740,13 @@ impl Conn {
         self.life == Life::Draining && self.at_volume == 0 && self.stream.is_quiet()
     }
 
+    /// The connection is a queue now, or gone.
+    pub(crate) fn end_handshake(&mut self, env: &Env<'_>) {
+        if std::mem::take(&mut self.is_handshake) {
+            env.shared.handshakes.end(&self.peer);
+        }
+    }
+
     /// Last call before the connection is dropped.
     pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
         for slot in 0..self.slots.len() {
@@ -730,9 +755,10 @@ impl Conn {
             }
             self.slots[slot].pieces.clear(env);
         }
+        self.end_handshake(env);
         if let Some(association) = self.association.take() {
             env.shared.registry.leave(&association, self.qid);
-            env.shared.wake_all();
+            env.shared.settled();
         }
     }
 }

@@ -11,7 +11,10 @@ use reactor::net::{Stream, StreamConfig};
 use reactor::{Local, Progress, Receiver, Task};
 
 use crate::conn::Conn;
+use crate::fence::CoreFences;
+use crate::table::Table;
 use crate::target::{Handover, Shared};
+use crate::volume::VolumeState;
 
 /// How often time-outs are looked at: keep alive, handshakes, terminations. They are seconds long.
 const TICK: Duration = Duration::from_millis(500);
@@ -28,7 +31,10 @@ pub(crate) type Waiting = VecDeque<(u32, u16)>;
 /// What a connection may use of its core while it is called.
 pub(crate) struct Env<'a> {
     pub(crate) core: usize,
-    pub(crate) shared: &'a Shared,
+    pub(crate) shared: &'a Arc<Shared>,
+    /// What is served, as this core knows it.
+    pub(crate) table: &'a Table,
+    pub(crate) fences: &'a mut CoreFences,
     pub(crate) local: &'a Local,
     pub(crate) pool: &'a Pool,
     pub(crate) volumes: &'a mut Volumes,
@@ -64,49 +70,76 @@ pub(crate) enum Refused {
     Failed(Box<Io>),
 }
 
-/// The core's channels, opened when first used.
+/// A volume's channel on this core.
+struct Open {
+    /// The volume's: another one may get its number.
+    serial: u64,
+    channel: Box<dyn Channel>,
+}
+
+/// The core's channels, opened when first used, by [`VolumeState::index`].
 pub(crate) struct Volumes {
     local: Local,
-    channels: Vec<Option<Box<dyn Channel>>>,
+    channels: Vec<Option<Open>>,
     /// Volumes with I/O in flight, each once: only these are polled.
     active: Vec<usize>,
     is_active: Vec<bool>,
 }
 
 impl Volumes {
-    fn new(local: Local, count: usize) -> Volumes {
-        let channels = std::iter::repeat_with(|| None).take(count).collect();
-        Volumes {
-            local,
-            channels,
-            active: Vec::with_capacity(count),
-            is_active: vec![false; count],
-        }
+    fn new(local: Local) -> Volumes {
+        Volumes { local, channels: Vec::new(), active: Vec::new(), is_active: Vec::new() }
     }
 
-    pub(crate) fn submit(
-        &mut self,
-        shared: &Shared,
-        index: usize,
-        mut io: Box<Io>,
-    ) -> Result<(), Refused> {
-        let slot = &mut self.channels[index];
-        let channel = match slot {
-            Some(channel) => channel,
-            None => match shared.volumes[index].open(&self.local, CHANNEL_DEPTH) {
-                Ok(channel) => slot.insert(channel),
-                Err(error) => {
-                    tracing::error!(volume = index, %error, "a volume cannot be opened");
-                    io.result = Err(IoError::Gone);
-                    return Err(Refused::Failed(io));
-                }
-            },
-        };
-        channel.submit(io).map_err(|Busy(io)| Refused::Busy(io))?;
+    pub(crate) fn submit(&mut self, volume: &VolumeState, io: Box<Io>) -> Result<(), Refused> {
+        let index = volume.index as usize;
+        match self.channels.get_mut(index) {
+            Some(Some(open)) if open.serial == volume.serial => {
+                open.channel.submit(io).map_err(|Busy(io)| Refused::Busy(io))?;
+            }
+            _ => self.open_and_submit(volume, io)?,
+        }
         if !std::mem::replace(&mut self.is_active[index], true) {
             self.active.push(index);
         }
         Ok(())
+    }
+
+    #[cold]
+    fn open_and_submit(&mut self, volume: &VolumeState, mut io: Box<Io>) -> Result<(), Refused> {
+        let index = volume.index as usize;
+        if self.channels.len() <= index {
+            self.channels.resize_with(index + 1, || None);
+            self.is_active.resize(index + 1, false);
+            self.active.reserve(index + 1 - self.active.len());
+        }
+        debug_assert!(
+            self.channels[index].is_none(),
+            "a number is free when all channels are gone"
+        );
+        match volume.volume.open(&self.local, CHANNEL_DEPTH) {
+            Ok(channel) => {
+                let open = Open { serial: volume.serial, channel };
+                let open = self.channels[index].insert(open);
+                open.channel.submit(io).map_err(|Busy(io)| Refused::Busy(io))
+            }
+            Err(error) => {
+                tracing::error!(?volume, %error, "a volume cannot be opened");
+                io.result = Err(IoError::Gone);
+                Err(Refused::Failed(io))
+            }
+        }
+    }
+
+    /// Drops a channel if nothing is in it; `true`: there is none any more.
+    fn try_drop(&mut self, volume: u32) -> bool {
+        let Some(slot) = self.channels.get_mut(volume as usize) else { return true };
+        if slot.as_ref().is_some_and(|open| open.channel.in_flight() > 0) {
+            return false;
+        }
+        // Its number stays in `active` until the next poll, which finds it idle.
+        *slot = None;
+        true
     }
 
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
@@ -114,7 +147,7 @@ impl Volumes {
         while i < self.active.len() {
             let index = self.active[i];
             let idle = match &mut self.channels[index] {
-                Some(channel) => {
+                Some(Open { channel, .. }) => {
                     channel.poll(done);
                     channel.in_flight() == 0
                 }
@@ -132,7 +165,7 @@ impl Volumes {
     fn deadline(&self) -> Option<Duration> {
         self.active
             .iter()
-            .filter_map(|index| self.channels[*index].as_ref().and_then(|c| c.deadline()))
+            .filter_map(|index| self.channels[*index].as_ref().and_then(|o| o.channel.deadline()))
             .min()
     }
 }
@@ -141,6 +174,8 @@ impl Volumes {
 pub(crate) struct CoreTask {
     core: usize,
     shared: Arc<Shared>,
+    table: Arc<Table>,
+    fences: CoreFences,
     local: Local,
     inbox: Receiver<Handover>,
     conns: Vec<Option<Box<Conn>>>,
@@ -160,9 +195,13 @@ impl CoreTask {
         local: Local,
         inbox: Receiver<Handover>,
     ) -> CoreTask {
-        let volumes = Volumes::new(local.clone(), shared.volumes.len());
+        let volumes = Volumes::new(local.clone());
+        // Registered first: a change from here on is seen in the first turn.
+        let fences = CoreFences::new(core, &shared.board);
         CoreTask {
             core,
+            table: shared.table(),
+            fences,
             shared,
             local,
             inbox,
@@ -181,10 +220,12 @@ impl CoreTask {
             tx_entries_max: Conn::tx_entries_max(&self.shared.limits),
             ..StreamConfig::default()
         };
+        let peer = handover.socket.peer();
         let stream = match Stream::new(&self.local, handover.socket, config) {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "a connection was closed: no stream for it");
+                self.shared.handshakes.end(&peer);
                 self.shared.connections.fetch_sub(1, Ordering::AcqRel);
                 return;
             }
@@ -193,24 +234,62 @@ impl CoreTask {
             self.conns.push(None);
             (self.conns.len() - 1) as u32
         });
-        let conn = Conn::new(index, stream, handover.port, &self.shared.limits, now);
+        let conn = Conn::new(index, stream, handover.port, peer, &self.shared.limits, now);
         self.conns[index as usize] = Some(Box::new(conn));
+    }
+}
+
+impl CoreTask {
+    /// Takes up what was changed, and fences that were raised for it. Cheap when nothing was.
+    fn follow(&mut self, now: Duration) -> bool {
+        // In this order: whoever raises a fence has published the table before.
+        let has_news = self.fences.has_news(&self.shared.board);
+        let is_new = self.shared.generation.load(Ordering::Acquire) != self.table.generation;
+        if is_new {
+            self.table = self.shared.table();
+            let CoreTask {
+                core, shared, table, fences, local, conns, volumes, ios, waiting, ..
+            } = self;
+            let pool = local.pool();
+            let core = *core;
+            let mut env =
+                Env { core, shared, table, fences, local, pool, volumes, ios, waiting, now };
+            for conn in conns.iter_mut().flatten() {
+                conn.follow_table(&mut env);
+            }
+        }
+        if has_news {
+            let conns = &self.conns;
+            self.fences.take(&self.shared.board, &mut |scope| {
+                conns.iter().flatten().map(|conn| conn.count(scope)).sum()
+            });
+            // Cores may wait for it, too.
+            self.shared.wake_all();
+        }
+        is_new || has_news
+    }
+}
+
+impl Drop for CoreTask {
+    fn drop(&mut self) {
+        self.fences.leave(&self.shared.board);
     }
 }
 
 impl Task for CoreTask {
     fn poll(&mut self, now: Duration) -> Progress {
-        let mut worked = false;
+        let mut worked = self.follow(now);
         while let Some(handover) = self.inbox.try_recv() {
             self.accept(handover, now);
             worked = true;
         }
         let tick = self.next_tick.is_some_and(|at| now >= at);
         let stopping = self.local.is_stopping();
-        let CoreTask { core, shared, local, conns, volumes, ios, waiting, done, .. } = self;
-        let shared: &Shared = shared;
-        let mut env =
-            Env { core: *core, shared, local, pool: local.pool(), volumes, ios, waiting, now };
+        let CoreTask {
+            core, shared, table, fences, local, conns, volumes, ios, waiting, done, ..
+        } = self;
+        let (core, pool) = (*core, local.pool());
+        let mut env = Env { core, shared, table, fences, local, pool, volumes, ios, waiting, now };
 
         // Commands that waited go before new ones.
         for _ in 0..env.waiting.len() {
@@ -240,6 +319,9 @@ impl Task for CoreTask {
                 // A connection goes only when its last I/O is back.
                 _ => env.ios.give(io),
             }
+        }
+        if env.fences.is_retiring() && env.fences.retire(&mut |v| env.volumes.try_drop(v)) {
+            shared.settled();
         }
         for (index, entry) in conns.iter_mut().enumerate() {
             let Some(conn) = entry else { continue };

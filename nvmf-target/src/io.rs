@@ -6,12 +6,12 @@ use nvme::ctrl::io::IoCommand;
 use nvme::spec::{NSID_ALL, Status};
 use nvme::subsys::NamespaceInfo;
 
-use crate::conn::{Conn, Held, Life, Phase, Role, Work};
+use crate::conn::{Conn, Held, Life, Phase, Slot, Work};
 use crate::core::{Env, Refused};
 use crate::counters::Counters;
+use crate::fence::{Place, Scope};
 use crate::pieces;
 use crate::status;
-use crate::target::Shared;
 
 /// Slot number of I/O that belongs to no command.
 const OWN_SLOT: u16 = u16::MAX;
@@ -35,6 +35,14 @@ impl Failed {
 impl Conn {
     /// Hands an I/O command (or its next piece) to the volume; `false`: it waits in `env.waiting`.
     pub(crate) fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        let is_current = self
+            .view
+            .as_ref()
+            .is_some_and(|view| view.generation == self.slots[slot as usize].decoded);
+        if !is_current && let Err(status) = self.decode_again(slot) {
+            self.respond(slot, status, 0, env);
+            return true;
+        }
         let Work::Io(command) = self.slots[slot as usize].work else { return true };
         match command {
             IoCommand::Read { .. }
@@ -85,7 +93,7 @@ impl Conn {
             IoCommand::Deallocate { nsid, .. } => {
                 let mut range = [0; 16];
                 let copied = io.data.copy_to_slice(entry.step as usize * 16, &mut range);
-                let range = match (copied, self.namespace(nsid, env)) {
+                let range = match (copied, self.namespace(nsid)) {
                     (Ok(()), Some(ns)) => nvme::ctrl::io::dsm_range(&range, ns),
                     _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
                 };
@@ -107,7 +115,7 @@ impl Conn {
         }
         let nsid = command.nsid();
         let step = self.slots[slot as usize].step;
-        let Some(volume) = self.volume(nsid, step, env) else {
+        let Some(volume) = self.volume(nsid, step) else {
             // A flush of all namespaces where there are none.
             self.slots[slot as usize].io = Some(io);
             self.respond(slot, Status::SUCCESS, 0, env);
@@ -116,20 +124,38 @@ impl Conn {
         self.launch(slot, volume, io, env)
     }
 
-    /// The description of a namespace.
-    pub(crate) fn namespace<'e>(&self, nsid: u32, env: &Env<'e>) -> Option<&'e NamespaceInfo> {
-        let Role::Io { subsystem, .. } = self.role else { return None };
-        let shared: &'e Shared = env.shared;
-        shared.subsystems[subsystem].info.namespace(nsid)
+    /// The subsystem is not what it was when the command was decoded: what is not at the volume
+    /// yet is judged by what it is now.
+    #[cold]
+    fn decode_again(&mut self, slot: u16) -> Result<(), Status> {
+        let view = self.view.as_ref().ok_or(Status::INTERNAL_ERROR)?;
+        let entry = &mut self.slots[slot as usize];
+        let command = nvme::ctrl::io::decode(&entry.sqe, &view.info)?;
+        let is_other = view
+            .info
+            .namespace_index(command.nsid())
+            .is_some_and(|index| view.volumes[index].attached > entry.decoded);
+        if is_other {
+            // Another volume is behind the identifier: the host has not seen it yet.
+            return Err(Status::INVALID_NAMESPACE_OR_FORMAT.dnr());
+        }
+        (entry.work, entry.decoded) = (Work::Io(command), view.generation);
+        Ok(())
     }
 
-    /// The volume of a namespace, or of namespace number `step` if all are meant.
-    pub(crate) fn volume(&self, nsid: u32, step: u32, env: &Env<'_>) -> Option<usize> {
-        let Role::Io { subsystem, .. } = self.role else { return None };
-        let served = &env.shared.subsystems[subsystem];
-        let index =
-            if nsid == NSID_ALL { step as usize } else { served.info.namespace_index(nsid)? };
-        served.volumes.get(index).copied()
+    /// The description of a namespace.
+    pub(crate) fn namespace(&self, nsid: u32) -> Option<&NamespaceInfo> {
+        self.view.as_ref()?.info.namespace(nsid)
+    }
+
+    /// The place of a namespace in the view; if all are meant, of the first after `done`.
+    pub(crate) fn volume(&self, nsid: u32, done: u32) -> Option<usize> {
+        let view = self.view.as_ref()?;
+        if nsid != NSID_ALL {
+            return view.info.namespace_index(nsid);
+        }
+        let index = view.info.namespaces().partition_point(|ns| ns.nsid <= done);
+        (index < view.volumes.len()).then_some(index)
     }
 
     /// Queues the command for memory or room in a channel.
@@ -139,7 +165,8 @@ impl Conn {
         false
     }
 
-    /// Submits an I/O of a command; `false`: it waits in `env.waiting`.
+    /// Submits an I/O of a command to number `volume` of the view; `false`: it waits in
+    /// `env.waiting`.
     pub(crate) fn launch(
         &mut self,
         slot: u16,
@@ -147,10 +174,21 @@ impl Conn {
         mut io: Box<Io>,
         env: &mut Env<'_>,
     ) -> bool {
+        let Some(view) = &self.view else {
+            debug_assert!(false, "I/O queues have a view");
+            return true;
+        };
         io.tag = u64::from(self.index) << 16 | u64::from(slot);
-        match env.volumes.submit(env.shared, volume, io) {
+        let state = &view.volumes[volume];
+        let (volume_index, stamp) = (state.index, env.fences.stamp);
+        let place = Place { volume: volume_index, offset: io.offset, len: io.len, stamp };
+        match env.volumes.submit(state, io) {
             Ok(()) => {
-                self.slots[slot as usize].phase = Phase::Submitted;
+                let entry = &mut self.slots[slot as usize];
+                (entry.phase, entry.place) = (Phase::Submitted, place);
+                if let Work::Io(IoCommand::Flush { nsid: NSID_ALL }) = entry.work {
+                    entry.step = view.info.namespaces()[volume].nsid;
+                }
                 self.at_volume += 1;
                 true
             }
@@ -187,10 +225,10 @@ impl Conn {
             _ => 0,
         };
         if failed.error == IoError::Medium {
-            self.count(env, Counters::media_error);
+            self.tally(env, Counters::media_error);
         }
         if matches!(failed.error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
-            self.record_error(slot, status, failed.offset, env);
+            self.record_error(slot, status, failed.offset);
         }
         self.respond(slot, status, result, env);
     }
@@ -209,11 +247,11 @@ impl Conn {
 
     /// Puts a failed command into the controller's error log.
     #[cold]
-    fn record_error(&self, slot: u16, status: Status, offset: u64, env: &Env<'_>) {
+    fn record_error(&self, slot: u16, status: Status, offset: u64) {
         let Some(association) = &self.association else { return };
         let sqe = &self.slots[slot as usize].sqe;
         let nsid = sqe.nsid.get();
-        let block_bytes = self.namespace(nsid, env).map_or(1, |ns| ns.block_bytes);
+        let block_bytes = self.namespace(nsid).map_or(1, |ns| ns.block_bytes);
         association.letters.post_error(ErrorRecord {
             sqid: self.qid,
             cid: self.cid(slot),
@@ -230,6 +268,9 @@ impl Conn {
         if slot == OWN_SLOT {
             self.own_done(io, env);
             return;
+        }
+        if env.fences.is_counting() {
+            self.count_back(slot, env);
         }
         let (op, len, result) = (io.op, io.len, io.result);
         let failed = Failed::of(&io);
@@ -252,38 +293,59 @@ impl Conn {
         }
         match op {
             Op::Read => {
-                self.count(env, |counters| counters.read(len));
+                self.tally(env, |counters| counters.read(len));
                 self.respond_data(slot, len as u32, 0);
             }
             _ => {
                 if op == Op::Write {
-                    self.count(env, |counters| counters.write(len));
+                    self.tally(env, |counters| counters.write(len));
                 }
                 self.step_done(slot, env);
             }
         }
     }
 
+    /// Tells fences of an I/O that is back.
+    #[cold]
+    fn count_back(&mut self, slot: u16, env: &mut Env<'_>) {
+        let place = self.slots[slot as usize].place;
+        if let Some(association) = &self.association
+            && env.fences.back(&place, association, self.port().id)
+        {
+            env.shared.settled();
+        }
+    }
+
+    /// I/Os at volumes that a scope covers.
+    pub(crate) fn count(&self, scope: &Scope) -> usize {
+        let Some(association) = &self.association else { return 0 };
+        let port = self.port().id;
+        let covers = |slot: &&Slot| {
+            slot.phase == Phase::Submitted && scope.covers(&slot.place, association, port)
+        };
+        if self.at_volume == 0 { 0 } else { self.slots.iter().filter(covers).count() }
+    }
+
     /// Adds to the subsystem's counters of this core.
-    pub(crate) fn count(&self, env: &Env<'_>, add: impl FnOnce(&Counters)) {
-        if let Role::Io { subsystem, .. } = self.role {
-            add(&env.shared.subsystems[subsystem].counters[env.core]);
+    pub(crate) fn tally(&self, env: &Env<'_>, add: impl FnOnce(&Counters)) {
+        if let Some(view) = &self.view {
+            add(&view.subsystem.counters[env.core]);
         }
     }
 
     /// One piece of a command is done; the next is submitted, or the command ends.
     fn step_done(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
         let entry = &mut self.slots[slot as usize];
-        entry.step += 1;
-        let pieces = match (entry.work, &self.role) {
-            (Work::Io(IoCommand::Deallocate { ranges, .. }), _) => u32::from(ranges),
-            (Work::Io(IoCommand::Flush { nsid: NSID_ALL }), Role::Io { subsystem, .. }) => {
-                env.shared.subsystems[*subsystem].volumes.len() as u32
+        match entry.work {
+            Work::Io(IoCommand::Deallocate { ranges, .. }) => {
+                entry.step += 1;
+                if entry.step < u32::from(ranges) {
+                    return self.submit(slot, env);
+                }
             }
-            _ => 1,
-        };
-        if entry.step < pieces {
-            return self.submit(slot, env);
+            // Answers when there is no namespace left.
+            Work::Io(IoCommand::Flush { nsid: NSID_ALL }) => return self.submit(slot, env),
+            _ => {}
         }
         self.respond(slot, Status::SUCCESS, 0, env);
         true
@@ -291,8 +353,9 @@ impl Conn {
 
     /// Submits an I/O that no command asked for; `false`: the volume has no room now.
     pub(crate) fn submit_own(&mut self, volume: usize, mut io: Box<Io>, env: &mut Env<'_>) -> bool {
+        let Some(view) = &self.view else { return true };
         io.tag = u64::from(self.index) << 16 | u64::from(OWN_SLOT);
-        match env.volumes.submit(env.shared, volume, io) {
+        match env.volumes.submit(&view.volumes[volume], io) {
             Ok(()) => {
                 self.at_volume += 1;
                 true
@@ -314,9 +377,9 @@ impl Conn {
         }
         env.ios.give(io);
         if self.life == Life::Open
-            && let Some(Held::Flushing(index)) = self.held
+            && let Some(Held::Flushing(nsid)) = self.held
         {
-            self.flush_volume(index + 1, env);
+            self.flush_volume(nsid, env);
         }
     }
 }

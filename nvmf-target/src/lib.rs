@@ -23,29 +23,36 @@
 mod admin;
 #[allow(dead_code, reason = "taken into use with fences")]
 mod busy;
+mod change;
 mod compare;
 mod config;
 mod conn;
 mod core;
 mod counters;
+mod fence;
 #[allow(dead_code, reason = "taken into use with fences")]
 mod home;
 mod io;
 mod letters;
+mod limits;
 #[allow(dead_code, reason = "taken into use with fences")]
 mod locks;
 mod pieces;
 mod registry;
 mod state;
 mod status;
+mod table;
 mod target;
 #[allow(dead_code, reason = "taken into use with fences")]
 mod temperature;
+mod volume;
 
+pub use change::{Change, Request};
 pub use config::{
-    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory,
-    ReservationStore, SetupError, SubsystemConfig, TargetConfig,
+    ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore,
+    SetupError, SubsystemConfig, TargetConfig,
 };
 pub use counters::Totals;
+pub use nvme::subsys::ana::AnaState;
 pub use state::{ControllerStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus};
 pub use target::Target;

@@ -92,7 +92,7 @@ impl Conn {
                 (Op::Read, offset + done, len - done, fua)
             }
             IoCommand::Copy { nsid, offset, ranges, fua } => {
-                match self.copy_step(slot, nsid, offset, ranges, env) {
+                match self.copy_step(slot, nsid, offset, ranges) {
                     Ok((Op::Write, at, left)) => (Op::Write, at, left, fua),
                     Ok((op, at, left)) => (op, at, left, false),
                     Err(status) => {
@@ -107,7 +107,7 @@ impl Conn {
                 return true;
             }
         };
-        let Some(volume) = self.volume(command.nsid(), 0, env) else {
+        let Some(volume) = self.volume(command.nsid(), 0) else {
             self.respond(slot, Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), 0, env);
             return true;
         };
@@ -132,10 +132,9 @@ impl Conn {
         nsid: u32,
         offset: u64,
         ranges: u16,
-        env: &Env<'_>,
     ) -> Result<(Op, u64, u64), Status> {
         let entry = &self.slots[slot as usize];
-        let ns = self.namespace(nsid, env).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
+        let ns = self.namespace(nsid).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
         let range_at = |index: u32| {
             let mut bytes = [0; COPY_RANGE_LEN as usize];
             let at = index as usize * bytes.len();
@@ -172,7 +171,7 @@ impl Conn {
                         == Ok(true)
                 });
                 if !same {
-                    self.count(env, |counters| counters.compare(total.into()));
+                    self.tally(env, |counters| counters.compare(total.into()));
                     // The same data compared again would differ again.
                     self.respond(slot, Status::COMPARE_FAILURE.dnr(), 0, env);
                     return;
@@ -195,8 +194,8 @@ impl Conn {
             return;
         }
         match command {
-            IoCommand::Compare { .. } => self.count(env, |counters| counters.compare(total)),
-            _ => self.count(env, |counters| counters.verify(total)),
+            IoCommand::Compare { .. } => self.tally(env, |counters| counters.compare(total)),
+            _ => self.tally(env, |counters| counters.verify(total)),
         }
         self.respond(slot, Status::SUCCESS, 0, env);
     }

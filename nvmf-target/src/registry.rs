@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nvme::ctrl::Instance;
 
 use crate::letters::Letters;
+use crate::limits::Bucket;
 
 /// Which subsystem an association is with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Served {
-    /// Index into the target's subsystems.
-    Subsystem(usize),
+    /// Identifier of the subsystem in the table.
+    Subsystem(u32),
     /// The discovery subsystem.
     Discovery,
 }
@@ -30,8 +31,12 @@ pub(crate) struct HostKey {
 /// Why a queue cannot join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// As many controllers, or connections of one host, as are allowed exist.
-    Busy,
+    /// As many controllers as are allowed exist.
+    Controllers,
+    /// The host has as many controllers as it may.
+    ControllersOfHost,
+    /// The host has as many queues as it may.
+    QueuesOfHost,
     /// No such controller, or it belongs to another host or subsystem.
     UnknownController,
     /// The controller is being reset or torn down, or was never enabled.
@@ -48,6 +53,12 @@ pub(crate) struct Association {
     pub(crate) instance: Instance,
     pub(crate) served: Served,
     pub(crate) host: HostKey,
+    /// The port that all of its queues come through.
+    pub(crate) port: u16,
+    /// Address of the host's end of the admin queue.
+    pub(crate) peer: String,
+    /// Admin commands that the host may send; shared by all its associations.
+    pub(crate) bucket: Arc<Bucket>,
     /// Set once and for good: every queue closes when it sees this.
     dead: AtomicBool,
     /// CC.EN is 1 and CSTS.RDY is: I/O queues may connect.
@@ -109,6 +120,11 @@ impl Association {
         self.touched.swap(false, Ordering::Relaxed)
     }
 
+    /// Whether all its queues are torn down.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.queues.load(Ordering::Acquire) == 0
+    }
+
     fn connected(&self) -> MutexGuard<'_, Vec<u16>> {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,12 +134,41 @@ impl Association {
 #[derive(Debug)]
 pub(crate) struct Registry {
     associations: Mutex<Table>,
-    controllers_max: usize,
-    controllers_per_host_max: usize,
+    bounds: Bounds,
 }
+
+/// How much there may be.
+#[derive(Clone, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) controllers: usize,
+    pub(crate) controllers_per_host: usize,
+    pub(crate) queues_per_host: usize,
+    pub(crate) admin_per_second: u32,
+    pub(crate) admin_burst: u32,
+}
+
+/// Who asks for a controller, and where.
+pub(crate) struct Applicant<'a> {
+    pub(crate) served: Served,
+    pub(crate) host: HostKey,
+    pub(crate) port: u16,
+    pub(crate) peer: &'a str,
+}
+
+/// What a host NQN has.
+#[derive(Debug)]
+struct Account {
+    queues: usize,
+    controllers: usize,
+    bucket: Arc<Bucket>,
+}
+
+/// Hosts without any queue whose spent admin commands are still remembered.
+const ACCOUNTS_MAX: usize = 4096;
 
 #[derive(Debug)]
 struct Table {
+    accounts: BTreeMap<String, Account>,
     by_cntlid: BTreeMap<u16, Arc<Association>>,
     next_cntlid: u16,
     next_ciu: u8,
@@ -133,10 +178,14 @@ struct Table {
 const CNTLID_MAX: u16 = 0xffef;
 
 impl Registry {
-    pub(crate) fn new(controllers_max: usize, controllers_per_host_max: usize) -> Registry {
-        let associations =
-            Mutex::new(Table { by_cntlid: BTreeMap::new(), next_cntlid: 1, next_ciu: 1 });
-        Registry { associations, controllers_max, controllers_per_host_max }
+    pub(crate) fn new(bounds: Bounds) -> Registry {
+        let associations = Mutex::new(Table {
+            accounts: BTreeMap::new(),
+            by_cntlid: BTreeMap::new(),
+            next_cntlid: 1,
+            next_ciu: 1,
+        });
+        Registry { associations, bounds }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -148,17 +197,30 @@ impl Registry {
     /// `random` makes its instance number, which only its own host is told.
     pub(crate) fn create(
         &self,
-        served: Served,
-        host: HostKey,
+        applicant: Applicant<'_>,
         random: u64,
     ) -> Result<Arc<Association>, Refusal> {
+        let Applicant { served, host, port, peer } = applicant;
         let mut table = self.table();
-        let of_host = table.by_cntlid.values().filter(|a| a.host == host).count();
-        if table.by_cntlid.len() >= self.controllers_max.min(CNTLID_MAX as usize)
-            || of_host >= self.controllers_per_host_max
-        {
-            return Err(Refusal::Busy);
+        if table.by_cntlid.len() >= self.bounds.controllers.min(CNTLID_MAX as usize) {
+            return Err(Refusal::Controllers);
         }
+        if table.accounts.len() >= ACCOUNTS_MAX {
+            table.accounts.retain(|_, account| account.queues > 0);
+        }
+        let account = table.accounts.entry(host.hostnqn.clone()).or_insert_with(|| {
+            let bucket = Bucket::new(self.bounds.admin_per_second, self.bounds.admin_burst);
+            Account { queues: 0, controllers: 0, bucket: Arc::new(bucket) }
+        });
+        if account.controllers >= self.bounds.controllers_per_host {
+            return Err(Refusal::ControllersOfHost);
+        }
+        if account.queues >= self.bounds.queues_per_host {
+            return Err(Refusal::QueuesOfHost);
+        }
+        account.controllers += 1;
+        account.queues += 1;
+        let bucket = Arc::clone(&account.bucket);
         // Identifiers go round, so that a late queue of a dead controller finds no namesake.
         let mut cntlid = table.next_cntlid;
         while table.by_cntlid.contains_key(&cntlid) {
@@ -172,6 +234,9 @@ impl Registry {
             instance,
             served,
             host,
+            port,
+            peer: peer.to_owned(),
+            bucket,
             dead: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             io_epoch: AtomicU32::new(0),
@@ -191,14 +256,16 @@ impl Registry {
         &self,
         cntlid: u16,
         qid: u16,
-        served: Served,
-        host: &HostKey,
+        applicant: &Applicant<'_>,
     ) -> Result<(Arc<Association>, u32), Refusal> {
-        let association = {
-            let table = self.table();
-            Arc::clone(table.by_cntlid.get(&cntlid).ok_or(Refusal::UnknownController)?)
-        };
-        if association.served != served || association.host != *host {
+        let mut table = self.table();
+        let found = table.by_cntlid.get(&cntlid).ok_or(Refusal::UnknownController)?;
+        let association = Arc::clone(found);
+        // A controller is of one port: what is decided about a path holds for all its queues.
+        if association.served != applicant.served
+            || association.host != applicant.host
+            || association.port != applicant.port
+        {
             return Err(Refusal::UnknownController);
         }
         let mut connected = association.connected();
@@ -208,6 +275,12 @@ impl Registry {
         if qid == 0 || qid > association.granted.load(Ordering::Acquire) || connected.contains(&qid)
         {
             return Err(Refusal::QueueIdentifier);
+        }
+        if let Some(account) = table.accounts.get_mut(&association.host.hostnqn) {
+            if account.queues >= self.bounds.queues_per_host {
+                return Err(Refusal::QueuesOfHost);
+            }
+            account.queues += 1;
         }
         connected.push(qid);
         association.queues.fetch_add(1, Ordering::AcqRel);
@@ -223,9 +296,22 @@ impl Registry {
             association.connected().retain(|q| *q != qid);
             association.io_queues.fetch_sub(1, Ordering::AcqRel);
         }
-        if association.queues.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.table().by_cntlid.remove(&association.cntlid);
+        let mut table = self.table();
+        let is_last = association.queues.fetch_sub(1, Ordering::AcqRel) == 1;
+        if is_last {
+            table.by_cntlid.remove(&association.cntlid);
         }
+        if let Some(account) = table.accounts.get_mut(&association.host.hostnqn) {
+            account.queues -= 1;
+            account.controllers -= usize::from(is_last);
+        }
+    }
+
+    /// All associations of a subsystem, or all there are.
+    pub(crate) fn list(&self, served: Option<Served>) -> Vec<Arc<Association>> {
+        let table = self.table();
+        let is_meant = |a: &&Arc<Association>| served.is_none_or(|served| a.served == served);
+        table.by_cntlid.values().filter(is_meant).cloned().collect()
     }
 
     /// Whether a dead controller of `host` still has I/O that can land. A new controller of that
@@ -276,8 +362,22 @@ mod tests {
 
     const SERVED: Served = Served::Subsystem(0);
 
+    fn applicant(host: HostKey) -> Applicant<'static> {
+        Applicant { served: SERVED, host, port: 1, peer: "10.0.0.1:2" }
+    }
+
+    fn registry(controllers: usize, controllers_per_host: usize) -> Registry {
+        Registry::new(Bounds {
+            controllers,
+            controllers_per_host,
+            queues_per_host: 5,
+            admin_per_second: 1,
+            admin_burst: 1,
+        })
+    }
+
     fn ready(registry: &Registry, host: HostKey) -> Arc<Association> {
-        let association = registry.create(SERVED, host, 7).expect("room");
+        let association = registry.create(applicant(host), 7).expect("room");
         association.grant(4);
         association.set_ready(true);
         association
@@ -285,10 +385,10 @@ mod tests {
 
     #[test]
     fn io_queue_joins_only_its_own_ready_controller() {
-        let registry = Registry::new(10, 10);
-        let a = registry.create(SERVED, host(1), 7).expect("room");
+        let registry = registry(10, 10);
+        let a = registry.create(applicant(host(1)), 7).expect("room");
         let join =
-            |qid, h: HostKey| registry.join(a.cntlid, qid, SERVED, &h).map(|(_, epoch)| epoch);
+            |qid, h: HostKey| registry.join(a.cntlid, qid, &applicant(h)).map(|(_, epoch)| epoch);
         assert_eq!(join(1, host(1)), Err(Refusal::NotReady));
         a.grant(2);
         a.set_ready(true);
@@ -297,18 +397,21 @@ mod tests {
         assert_eq!(join(0, host(1)), Err(Refusal::QueueIdentifier));
         assert_eq!(join(1, host(1)), Ok(0));
         assert_eq!(join(1, host(1)), Err(Refusal::QueueIdentifier), "twice the same queue");
+        let discovery = Applicant { served: Served::Discovery, ..applicant(host(1)) };
+        let other_port = Applicant { port: 2, ..applicant(host(1)) };
+        assert_eq!(registry.join(a.cntlid, 2, &other_port).err(), Some(Refusal::UnknownController));
+        assert_eq!(registry.join(a.cntlid, 2, &discovery).err(), Some(Refusal::UnknownController));
         assert_eq!(
-            registry.join(a.cntlid, 2, Served::Discovery, &host(1)).err(),
+            registry.join(77, 1, &applicant(host(1))).err(),
             Some(Refusal::UnknownController)
         );
-        assert_eq!(registry.join(77, 1, SERVED, &host(1)).err(), Some(Refusal::UnknownController));
     }
 
     #[test]
     fn dead_controller_fences_its_host_until_the_last_queue_left() {
-        let registry = Registry::new(10, 10);
+        let registry = registry(10, 10);
         let a = ready(&registry, host(1));
-        registry.join(a.cntlid, 1, SERVED, &host(1)).expect("a queue");
+        registry.join(a.cntlid, 1, &applicant(host(1))).expect("a queue");
         assert!(!registry.is_fenced(SERVED, &host(1)));
         a.kill();
         registry.leave(&a, 0);
@@ -321,7 +424,7 @@ mod tests {
 
     #[test]
     fn only_its_own_host_ends_a_controller_and_only_the_instance_it_means() {
-        let registry = Registry::new(10, 10);
+        let registry = registry(10, 10);
         let a = ready(&registry, host(1));
         let stale = Instance { cirn: a.instance.cirn ^ 1, ..a.instance };
         assert!(!registry.end_instance(a.cntlid, stale, SERVED, &host(1)));
@@ -337,29 +440,45 @@ mod tests {
 
     #[test]
     fn reset_ends_io_queues_and_lets_them_come_back() {
-        let registry = Registry::new(10, 10);
+        let registry = registry(10, 10);
         let a = ready(&registry, host(1));
-        let (_, epoch) = registry.join(a.cntlid, 1, SERVED, &host(1)).expect("a queue");
+        let (_, epoch) = registry.join(a.cntlid, 1, &applicant(host(1))).expect("a queue");
         a.end_io_queues();
         assert_ne!(a.io_epoch(), epoch);
         assert_eq!(a.io_queues(), 1);
         registry.leave(&a, 1);
         assert_eq!(a.io_queues(), 0);
         a.set_ready(true);
-        let (_, epoch) = registry.join(a.cntlid, 1, SERVED, &host(1)).expect("the same queue");
+        let (_, epoch) = registry.join(a.cntlid, 1, &applicant(host(1))).expect("the same queue");
         assert_eq!(a.io_epoch(), epoch);
     }
 
     #[test]
     fn controllers_are_bounded_in_all_and_per_host_and_identifiers_go_round() {
-        let registry = Registry::new(3, 2);
+        let registry = registry(3, 2);
         let a = ready(&registry, host(1));
         let b = ready(&registry, host(1));
-        assert_eq!(registry.create(SERVED, host(1), 7).err(), Some(Refusal::Busy));
+        assert_eq!(registry.create(applicant(host(1)), 7).err(), Some(Refusal::ControllersOfHost));
         let _c = ready(&registry, host(2));
-        assert_eq!(registry.create(SERVED, host(3), 7).err(), Some(Refusal::Busy));
+        assert_eq!(registry.create(applicant(host(3)), 7).err(), Some(Refusal::Controllers));
         registry.leave(&a, 0);
         let d = ready(&registry, host(3));
         assert!(d.cntlid != a.cntlid && d.cntlid != b.cntlid);
+    }
+
+    #[test]
+    fn queues_of_a_host_are_bounded_over_all_its_controllers() {
+        let registry = registry(10, 10);
+        let (a, b) = (ready(&registry, host(1)), ready(&registry, host(1)));
+        for qid in 1..=3 {
+            registry.join(a.cntlid, qid, &applicant(host(1))).expect("a queue");
+        }
+        let refused = registry.join(b.cntlid, 1, &applicant(host(1))).err();
+        assert_eq!(refused, Some(Refusal::QueuesOfHost));
+        assert_eq!(registry.create(applicant(host(1)), 7).err(), Some(Refusal::QueuesOfHost));
+        let c = ready(&registry, host(2));
+        registry.join(c.cntlid, 1, &applicant(host(2))).expect("others feel nothing");
+        registry.leave(&a, 2);
+        registry.join(b.cntlid, 1, &applicant(host(1))).expect("room again");
     }
 }

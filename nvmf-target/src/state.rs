@@ -1,8 +1,8 @@
 //! What a running target tells of itself.
 
 use nvme::spec::Nqn;
+use nvme::subsys::ana::AnaState;
 
-use crate::config::AnaState;
 use crate::counters::Totals;
 
 /// A target at one moment.
@@ -61,7 +61,8 @@ pub struct NamespaceStatus {
 pub struct ControllerStatus {
     /// Controller identifier.
     pub cntlid: u16,
-    /// Subsystem NQN; that of the discovery subsystem for a discovery controller.
+    /// Subsystem NQN; that of the discovery subsystem for a discovery controller, empty when the
+    /// subsystem is gone.
     pub subnqn: String,
     /// Host NQN.
     pub hostnqn: String,

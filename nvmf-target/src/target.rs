@@ -1,44 +1,44 @@
 //! The control-plane side of the target: what is served, to whom, by which cores.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use block::Volume;
 use nvme::spec::Nqn;
-use nvme::spec::discovery::SubsystemType;
-use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
-use nvme::subsys::{NamespaceInfo, SubsystemInfo};
+use nvme::subsys::ana::ANA_GROUPS_MAX;
 use reactor::{CoreHandle, Local, Receiver, Sender, Socket, Task};
 
-use crate::config::{
-    AnaState, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, SetupError,
-    SubsystemConfig, TargetConfig,
-};
+use crate::config::{Limits, ListenerKind, Port, SetupError, TargetConfig};
 use crate::core::CoreTask;
-use crate::counters::{Counters, Totals};
-use crate::registry::Registry;
-use crate::state::TargetStatus;
-
-/// One subsystem as the cores see it.
-pub(crate) struct Served {
-    pub(crate) info: Arc<SubsystemInfo>,
-    /// Volume of `info.namespaces[i]`, as an index into [`Shared::volumes`].
-    pub(crate) volumes: Vec<usize>,
-    /// One per core.
-    pub(crate) counters: Vec<Counters>,
-}
+use crate::counters::Totals;
+use crate::fence::{Board, Fence, Scope};
+use crate::limits::{Handshakes, Hits, hit};
+use crate::registry::{Bounds, Registry, Served};
+use crate::state::{ControllerStatus, NamespaceStatus, SubsystemStatus, TargetStatus};
+use crate::table::{Ana, Directory, Table};
 
 /// What all cores share. Nothing here is locked on the data path.
 pub(crate) struct Shared {
-    pub(crate) subsystems: Vec<Served>,
-    pub(crate) volumes: Vec<Arc<dyn Volume>>,
-    pub(crate) discovery: Arc<DiscoveryLog>,
-    pub(crate) discovery_info: Arc<SubsystemInfo>,
+    /// What is served now. Cores keep a copy and compare the number in each turn.
+    table: Mutex<Arc<Table>>,
+    /// The table's generation; Release after the table is in place.
+    pub(crate) generation: AtomicU64,
+    /// Held while a change is made: one at a time.
+    pub(crate) changing: Mutex<()>,
+    pub(crate) board: Board,
     pub(crate) registry: Registry,
     pub(crate) limits: Limits,
-    pub(crate) ports: Vec<Port>,
+    pub(crate) hits: Hits,
+    pub(crate) handshakes: Handshakes,
     pub(crate) connections: AtomicUsize,
-    cores: Vec<CoreHandle>,
+    pub(crate) cores: Vec<CoreHandle>,
+    /// Channel numbers that no core uses, and the first that was never used.
+    free_volumes: Arc<Mutex<Vec<u32>>>,
+    next_volume: AtomicU32,
+    /// Next [`VolumeState::serial`](crate::volume::VolumeState::serial).
+    pub(crate) next_serial: AtomicU64,
+    /// Next [`Subsystem::id`](crate::table::Subsystem::id).
+    pub(crate) next_subsystem: AtomicU32,
 }
 
 impl Shared {
@@ -47,13 +47,60 @@ impl Shared {
         self.cores.iter().for_each(CoreHandle::wake);
     }
 
-    pub(crate) fn totals(&self, subsystem: usize) -> Totals {
-        let mut totals = Totals::default();
-        for counters in &self.subsystems[subsystem].counters {
-            counters.add_to(&mut totals);
-        }
-        totals
+    /// A fence is done or an association gone: whoever waits for it looks again.
+    pub(crate) fn settled(&self) {
+        self.board.notify();
+        self.wake_all();
     }
+
+    pub(crate) fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.table.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts a new table in force; the caller holds `changing`.
+    pub(crate) fn publish(&self, table: Table) {
+        let generation = table.generation;
+        let old = {
+            let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, Arc::new(table))
+        };
+        self.generation.store(generation, Ordering::Release);
+        // Outside of the lock: a volume may be closed here.
+        drop(old);
+    }
+
+    /// Raises a fence and lets the cores see it.
+    pub(crate) fn fence(&self, scope: Scope) -> Arc<Fence> {
+        let fence = self.board.raise(scope, None);
+        self.wake_all();
+        fence
+    }
+
+    /// Raises a fence on volumes that are not served any more; their numbers are free afterwards.
+    pub(crate) fn retire(&self, mut volumes: Vec<u32>) -> Arc<Fence> {
+        volumes.sort_unstable();
+        let (free, numbers) = (Arc::clone(&self.free_volumes), volumes.clone());
+        let fence = self
+            .board
+            .raise(Scope::Retire(volumes), Some(Box::new(move || free_numbers(&free, &numbers))));
+        self.wake_all();
+        fence
+    }
+
+    /// Gives back numbers that no core has seen.
+    pub(crate) fn free_numbers(&self, numbers: &[u32]) {
+        free_numbers(&self.free_volumes, numbers);
+    }
+
+    /// A channel number for another volume.
+    pub(crate) fn volume_number(&self) -> u32 {
+        let free = self.free_volumes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(|| self.next_volume.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+fn free_numbers(free: &Mutex<Vec<u32>>, numbers: &[u32]) {
+    free.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(numbers);
 }
 
 /// A connection on its way to its core.
@@ -62,9 +109,10 @@ pub(crate) struct Handover {
     pub(crate) port: Port,
 }
 
-/// Handle to a target. Cheap to share; every call may come from any thread.
+/// Handle to a target. Cheap to share; every call may come from any thread, those that change
+/// something from any that is no core.
 pub struct Target {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     inboxes: Vec<Sender<Handover>>,
     tasks: Mutex<Vec<Option<Receiver<Handover>>>>,
     next: AtomicUsize,
@@ -72,6 +120,22 @@ pub struct Target {
 
 /// Connections that may wait for one core to take them.
 const INBOX_DEPTH: usize = 256;
+
+/// Checks ports and ANA states.
+fn check(config: &TargetConfig) -> Result<(), SetupError> {
+    for (index, port) in config.ports.iter().enumerate() {
+        if port.id == 0 || config.ports[..index].iter().any(|p| p.id == port.id) {
+            return Err(SetupError::Port(port.id));
+        }
+    }
+    for (port, group, _) in &config.ana {
+        let is_io = |p: &Port| p.id == *port && p.kind == ListenerKind::Io;
+        if !config.ports.iter().any(is_io) || !(1..=ANA_GROUPS_MAX).contains(group) {
+            return Err(SetupError::Ana { port: *port, group: *group });
+        }
+    }
+    Ok(())
+}
 
 impl Target {
     /// A target on `cores`; [`Target::core_task`] makes the task that each of them is to run.
@@ -82,57 +146,64 @@ impl Target {
         if cores.is_empty() {
             return Err(SetupError::NoCore);
         }
-        for (index, port) in config.ports.iter().enumerate() {
-            if port.id == 0 || config.ports[..index].iter().any(|p| p.id == port.id) {
-                return Err(SetupError::Port(port.id));
-            }
-        }
-        let discovery = Arc::new(discovery_log(&config));
-        let mut volumes = Vec::new();
-        let mut subsystems = Vec::new();
-        for mut subsystem in config.subsystems {
-            subsystem.namespaces.sort_by_key(|ns| ns.nsid);
-            let mut last = 0;
-            let mut infos = Vec::new();
-            let mut indexes = Vec::new();
-            for ns in &subsystem.namespaces {
-                if ns.nsid == last || ns.nsid == u32::MAX {
-                    return Err(SetupError::Nsid { nqn: subsystem.nqn, nsid: ns.nsid });
-                }
-                last = ns.nsid;
-                infos.push(namespace_info(ns));
-                indexes.push(volumes.len());
-                volumes.push(Arc::clone(&ns.volume));
-            }
-            let info = crate::admin::subsystem_info(&subsystem, infos, &config.limits)
-                .map_err(|reason| SetupError::Subsystem { nqn: subsystem.nqn.clone(), reason })?;
-            subsystems.push(Served {
-                info: Arc::new(info),
-                volumes: indexes,
-                counters: cores.iter().map(|_| Counters::default()).collect(),
-            });
-        }
+        check(&config)?;
         let (mut inboxes, mut tasks) = (Vec::new(), Vec::new());
         for core in &cores {
             let (sender, receiver) = reactor::channel(core, INBOX_DEPTH);
             inboxes.push(sender);
             tasks.push(Some(receiver));
         }
-        let discovery_info = crate::admin::discovery_info(&config.limits).map_err(|reason| {
-            SetupError::Subsystem { nqn: nvme::spec::DISCOVERY_NQN.to_owned(), reason }
-        })?;
-        let registry = Registry::new(config.limits.controllers, config.limits.controllers_per_host);
+        let info = crate::admin::discovery_info(config.discovery_nqn.as_ref(), &config.limits)
+            .map_err(|reason| SetupError::Subsystem {
+                nqn: nvme::spec::DISCOVERY_NQN.to_owned(),
+                reason,
+            })?;
+        let table = Table {
+            generation: 1,
+            subsystems: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            ports: config.ports.into(),
+            directory: Directory {
+                generation: config.discovery_generation,
+                referrals: config.referrals.into(),
+                info: Arc::new(info),
+            },
+        };
+        let limits = config.limits;
+        let registry = Registry::new(Bounds {
+            controllers: limits.controllers,
+            controllers_per_host: limits.controllers_per_host,
+            queues_per_host: limits.connections_per_host,
+            admin_per_second: limits.admin_commands_per_second,
+            admin_burst: limits.admin_commands_burst,
+        });
         let shared = Arc::new(Shared {
-            subsystems,
-            volumes,
-            discovery,
-            discovery_info: Arc::new(discovery_info),
+            generation: AtomicU64::new(table.generation),
+            table: Mutex::new(Arc::new(table)),
+            changing: Mutex::new(()),
+            board: Board::new(cores.len()),
             registry,
-            limits: config.limits,
-            ports: config.ports,
+            limits,
+            hits: Hits::default(),
+            handshakes: Handshakes::default(),
             connections: AtomicUsize::new(0),
             cores,
+            free_volumes: Arc::default(),
+            next_volume: AtomicU32::new(0),
+            next_serial: AtomicU64::new(1),
+            next_subsystem: AtomicU32::new(1),
         });
+        for subsystem in config.subsystems {
+            let mut ana = Ana::default();
+            for (port, group, state) in &config.ana {
+                ana.set(*port, *group, *state);
+            }
+            crate::change::set_up(&shared, subsystem, ana)?;
+        }
+        // What was there before any host could ask is the first log.
+        let mut table = Table::clone(&shared.table());
+        table.directory.generation = config.discovery_generation;
+        shared.publish(table);
         let tasks = Mutex::new(tasks);
         Ok(Arc::new(Target { shared, inboxes, tasks, next: AtomicUsize::new(0) }))
     }
@@ -151,176 +222,92 @@ impl Target {
     /// A connection beyond the limits is closed, and one through a port that does not exist; the
     /// host may try again.
     pub fn add_connection(&self, socket: Socket, port: u16) {
-        let Some(port) = self.shared.ports.iter().find(|p| p.id == port) else {
+        let shared = &self.shared;
+        let table = shared.table();
+        let Some(port) = table.port(port) else {
             tracing::warn!(port, "connection refused: there is no such port");
             return;
         };
-        let limits = &self.shared.limits;
-        if self.shared.connections.fetch_add(1, Ordering::AcqRel) >= limits.connections {
-            self.shared.connections.fetch_sub(1, Ordering::AcqRel);
+        let limits = &shared.limits;
+        if shared.connections.fetch_add(1, Ordering::AcqRel) >= limits.connections {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+            hit(&shared.hits.connections);
             tracing::debug!(limit = limits.connections, "connection refused: too many");
+            return;
+        }
+        let peer = socket.peer();
+        if !shared.handshakes.begin(&peer, limits.handshakes_per_peer) {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+            hit(&shared.hits.handshakes);
+            tracing::debug!(peer, "connection refused: too many of this peer without Connect");
             return;
         }
         let core = self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len();
         if self.inboxes[core].send(Handover { socket, port: port.clone() }).is_err() {
-            self.shared.connections.fetch_sub(1, Ordering::AcqRel);
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+            shared.handshakes.end(&peer);
+            hit(&shared.hits.connections);
             tracing::debug!(core, "connection refused: the core's inbox is full");
         }
     }
 
-    /// Serves another subsystem from now on.
-    ///
-    /// # Errors
-    /// The NQN is taken, or the subsystem is not possible.
-    pub fn add_subsystem(&self, subsystem: SubsystemConfig) -> Result<(), ChangeError> {
-        drop(subsystem);
-        Err(fixed())
-    }
-
-    /// Ends a subsystem and all associations with it.
-    ///
-    /// # Errors
-    /// There is no such subsystem, or its I/O takes longer than [`Limits::change_wait`].
-    pub fn remove_subsystem(&self, _nqn: &str) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Adds a namespace to a subsystem.
-    ///
-    /// # Errors
-    /// There is no such subsystem, or the identifier or the volume is taken.
-    pub fn attach(&self, _nqn: &str, _namespace: NamespaceConfig) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Takes a namespace away; the volume is not used any more when this returns.
-    ///
-    /// # Errors
-    /// There is none, or its I/O takes longer than [`Limits::change_wait`].
-    pub fn detach(&self, _nqn: &str, _nsid: u32) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Looks at a namespace's volume again and tells hosts its new size.
-    ///
-    /// # Errors
-    /// There is none, the volume cannot be read or has become smaller.
-    pub fn refresh(&self, _nqn: &str, _nsid: u32) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Which hosts see a namespace from now on; `None`: all.
-    ///
-    /// # Errors
-    /// There is none, or I/O of hosts that lose it takes longer than [`Limits::change_wait`].
-    pub fn set_namespace_hosts(
-        &self,
-        _nqn: &str,
-        _nsid: u32,
-        _hosts: Option<Vec<Nqn>>,
-    ) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Which hosts may connect from now on; `None`: all. Associations of others end.
-    ///
-    /// # Errors
-    /// There is no such subsystem, or their I/O takes longer than [`Limits::change_wait`].
-    pub fn set_subsystem_hosts(
-        &self,
-        _nqn: &str,
-        _hosts: Option<Vec<Nqn>>,
-    ) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// The state of an ANA group on a port, in one subsystem or in all of them.
-    ///
-    /// # Errors
-    /// There is no such subsystem or port, or I/O through the port takes longer than
-    /// [`Limits::change_wait`].
-    pub fn set_ana(
-        &self,
-        _nqn: Option<&str>,
-        _port: u16,
-        _group: u32,
-        _state: AnaState,
-    ) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Moves a namespace to another ANA group.
-    ///
-    /// # Errors
-    /// There is no such namespace, or the group is not possible.
-    pub fn move_namespace(&self, _nqn: &str, _nsid: u32, _group: u32) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Refuses writes to a namespace from now on, or takes them again.
-    ///
-    /// # Errors
-    /// There is no such namespace, or writes take longer than [`Limits::change_wait`].
-    pub fn set_write_protect(
-        &self,
-        _nqn: &str,
-        _nsid: u32,
-        _protect: bool,
-    ) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Ends the associations that a host has now, in one subsystem or in all of them.
-    ///
-    /// # Errors
-    /// There is no such subsystem, or its I/O takes longer than [`Limits::change_wait`].
-    pub fn disconnect_host(&self, _nqn: Option<&str>, _hostnqn: &Nqn) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
-    /// Replaces the discovery log's entries of other discovery subsystems.
-    ///
-    /// # Errors
-    /// An entry is not possible.
-    pub fn set_referrals(&self, _referrals: Vec<DiscoveryEntry>) -> Result<(), ChangeError> {
-        Err(fixed())
-    }
-
     /// What is served and to whom, as it is now.
     pub fn status(&self) -> TargetStatus {
-        let (connections, _) = self.connected();
-        TargetStatus { connections, ..TargetStatus::default() }
+        let table = self.shared.table();
+        let subsystems = table.subsystems.values().map(|subsystem| SubsystemStatus {
+            nqn: subsystem.fixed.nqn.as_str().to_owned(),
+            namespaces: subsystem
+                .namespaces
+                .iter()
+                .map(|ns| NamespaceStatus {
+                    nsid: ns.info.nsid,
+                    uuid: ns.info.uuid,
+                    blocks: ns.info.blocks,
+                    block_bytes: ns.info.block_bytes,
+                    read_only: ns.info.read_only,
+                    write_protect: ns.info.write_protect,
+                    ana_group: ns.info.ana_group,
+                    hosts: ns.hosts.to_vec(),
+                })
+                .collect(),
+            hosts: subsystem.hosts.to_vec(),
+            hidden: subsystem.hidden,
+            ana: subsystem.ana.to_vec(&table.ports),
+            totals: subsystem.fixed.totals(),
+        });
+        let controllers = self.shared.registry.list(None).into_iter().map(|association| {
+            let nqn = match association.served {
+                Served::Subsystem(id) => table.subsystems.get(&id).map(|s| &s.fixed.nqn),
+                Served::Discovery => Some(table.directory.info.nqn()),
+            };
+            ControllerStatus {
+                cntlid: association.cntlid,
+                subnqn: nqn.map_or(String::new(), Nqn::to_string),
+                hostnqn: association.host.hostnqn.clone(),
+                hostid: association.host.hostid,
+                port: association.port,
+                peer: association.peer.clone(),
+                io_queues: association.io_queues(),
+                draining: association.is_dead(),
+            }
+        });
+        TargetStatus {
+            subsystems: subsystems.collect(),
+            controllers: controllers.collect(),
+            connections: self.shared.connections.load(Ordering::Acquire),
+            limits: self.shared.hits.read(),
+        }
     }
 
     /// I/O done for subsystem `nqn` so far.
     pub fn totals(&self, nqn: &str) -> Option<Totals> {
-        let index = self.shared.subsystems.iter().position(|s| s.info.nqn().as_str() == nqn)?;
-        Some(self.shared.totals(index))
+        let nqn = Nqn::new(nqn).ok()?;
+        let table = self.shared.table();
+        Some(table.subsystems.get(table.ids.get(&nqn)?)?.fixed.totals())
     }
 
     /// Connections and associations that exist at this moment.
     pub fn connected(&self) -> (usize, usize) {
         (self.shared.connections.load(Ordering::Acquire), self.shared.registry.len())
     }
-}
-
-/// What hosts are told: one record per subsystem and I/O port, and the referrals.
-fn discovery_log(config: &TargetConfig) -> DiscoveryLog {
-    let mut entries = Vec::new();
-    for subsystem in config.subsystems.iter().filter(|s| !s.hidden) {
-        let Ok(nqn) = Nqn::new(&subsystem.nqn) else { continue };
-        for port in config.ports.iter().filter(|p| p.kind == ListenerKind::Io) {
-            entries.push(DiscoveryEntry::tcp(SubsystemType::NVM, port.addr, port.id, nqn.clone()));
-        }
-    }
-    entries.extend(config.referrals.iter().cloned());
-    DiscoveryLog::new(config.discovery_generation, &entries)
-}
-
-fn namespace_info(ns: &NamespaceConfig) -> NamespaceInfo {
-    crate::admin::namespace_info(ns.nsid, &ns.volume.geometry(), &ns.volume.identity())
-}
-
-fn fixed() -> ChangeError {
-    ChangeError::Invalid("this cannot be changed while the target runs".to_owned())
 }

@@ -104,8 +104,14 @@ fn a_second_start_finds_the_data_again() {
     assert_eq!(found.problems, [""; 0]);
     let records: Vec<_> =
         found.records.iter().map(|r| (r.subnqn.as_str(), r.trsvcid.as_str())).collect();
-    let port = up.connect_address().port().to_string();
-    assert_eq!(records, [(subsystem.nqn.as_str(), port.as_str())]);
+    let ports = [discovery, up.connect_address()].map(|addr| addr.port().to_string());
+    assert_eq!(
+        records,
+        [
+            ("nqn.2014-08.org.nvmexpress.discovery", ports[0].as_str()),
+            (subsystem.nqn.as_str(), ports[1].as_str())
+        ]
+    );
 
     // A second process is kept away.
     let second = Up::start(&config(&data)).err().unwrap().to_string();

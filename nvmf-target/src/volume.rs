@@ -1,0 +1,27 @@
+//! A namespace's volume and what all cores share of it while it is attached.
+
+use std::fmt;
+use std::sync::Arc;
+
+use block::Volume;
+
+/// See the module's documentation. Attaching makes a new one, also of the same volume.
+pub(crate) struct VolumeState {
+    /// Number of its channel on every core. Another volume gets it when all cores have dropped
+    /// theirs.
+    pub(crate) index: u32,
+    /// Never used again: what tells it from others that had the index.
+    pub(crate) serial: u64,
+    /// The table's generation that it came with: commands decoded before were not meant for it.
+    pub(crate) attached: u64,
+    pub(crate) volume: Arc<dyn Volume>,
+}
+
+impl fmt::Debug for VolumeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VolumeState")
+            .field("index", &self.index)
+            .field("serial", &self.serial)
+            .finish_non_exhaustive()
+    }
+}
