@@ -332,7 +332,12 @@ fn still_answers(queue: &mut Queue, state: State, cell: &str) {
 }
 
 /// Writes and reads back, until told to stop; returns how often, and the slowest round.
-fn witness(addr: SocketAddr, digests: Digests, stop: &AtomicBool) -> io::Result<(u64, Duration)> {
+fn witness(
+    addr: SocketAddr,
+    nth: u64,
+    digests: Digests,
+    stop: &AtomicBool,
+) -> io::Result<(u64, Duration)> {
     let init = Init { digests, ..Init::default() };
     let connect = Connect::new(SUBNQN, &host("witness"));
     let (mut admin, cntlid) = connect.admin(addr, init)?;
@@ -342,8 +347,8 @@ fn witness(addr: SocketAddr, digests: Digests, stop: &AtomicBool) -> io::Result<
     while !stop.load(Ordering::Acquire) {
         let start = Instant::now();
         let data: Vec<u8> = (0..8192u64).map(|i| (i.wrapping_mul(rounds + 7) >> 3) as u8).collect();
-        // Out of the way of the faulty hosts' writes.
-        let slba = 4096 + rounds % 64 * 16;
+        // Out of the way of the faulty hosts' writes, and of the other witnesses'.
+        let slba = 4096 + nth * 1024 + rounds % 64 * 16;
         let mut write = wire::io_sqe(1, 1, slba, 16, 8192);
         if rounds % 2 == 0 {
             queue.command(write, &[], &data)?.ok()?;
@@ -377,9 +382,10 @@ fn every_cell_on_a_socket() {
     let rig = rig();
     let addr = rig.addr;
     let stop = Arc::new(AtomicBool::new(false));
+    let mut nth = 0..;
     let witnesses = Digests::ALL.map(|digests| {
-        let stop = Arc::clone(&stop);
-        std::thread::spawn(move || witness(addr, digests, &stop))
+        let (stop, nth) = (Arc::clone(&stop), nth.next().unwrap_or_default());
+        std::thread::spawn(move || witness(addr, nth, digests, &stop))
     });
     let mut cells = 0;
     for row in rows() {

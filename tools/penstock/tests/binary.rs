@@ -147,8 +147,10 @@ fn a_target_is_found_loaded_and_stopped() {
     let output = penstock(&["discover", "-a", "127.0.0.1", "-s", discovery_port, "--json"]);
     assert_eq!(output.status.code(), Some(0));
     let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(found["records"][0]["subnqn"], nqn);
-    assert_eq!(found["records"][0]["trsvcid"], io_port);
+    // The discovery subsystem itself comes first.
+    assert_eq!(found["records"][0]["trsvcid"], discovery_port);
+    assert_eq!(found["records"][1]["subnqn"], nqn);
+    assert_eq!(found["records"][1]["trsvcid"], io_port);
     let output = penstock(&["discover", "-a", "127.0.0.1", "-s", discovery_port]);
     assert!(stdout(&output).contains(nqn));
 
