@@ -135,7 +135,7 @@ impl Stream {
             fd,
             peer,
             layer: config.layer,
-            tx: Tx::new(config.tx_entries_max, config.tx_batch_bytes),
+            tx: Tx::new(config.tx_entries_max, config.tx_batch_bytes)?,
             send: TxState::Idle,
             rx: RxState::Off,
             rx_wanted: true,

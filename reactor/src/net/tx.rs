@@ -10,6 +10,7 @@
 
 use std::cell::{RefCell, UnsafeCell};
 use std::collections::VecDeque;
+use std::io;
 use std::mem;
 use std::rc::Rc;
 
@@ -17,6 +18,7 @@ use iobuf::{Hold, Segment, SgList};
 
 use crate::error::Full;
 use crate::net::layer::{Gather, Layer, LayerError};
+use crate::sys::Mapping;
 
 /// Longest header that [`Stream::push`](crate::net::Stream::push) takes, in bytes: the longest
 /// header of NVMe/TCP (a termination request with 128 bytes of the offending PDU) and slack.
@@ -67,7 +69,8 @@ struct Message {
 /// although the stream is dropped.
 pub(crate) struct Tx {
     /// Bytes outside those of entries are written by `push`, those of entries by nobody.
-    arena: Box<[UnsafeCell<u8>]>,
+    arena: Mapping,
+    arena_len: usize,
     entries_max: usize,
     batch_bytes: u64,
     queue: RefCell<Queue>,
@@ -76,32 +79,37 @@ pub(crate) struct Tx {
 }
 
 impl Tx {
-    pub(crate) fn new(entries_max: usize, batch_bytes: usize) -> Rc<Tx> {
+    pub(crate) fn new(entries_max: usize, batch_bytes: usize) -> io::Result<Rc<Tx>> {
         let entries_max = entries_max.max(1);
-        // One more entry's worth, as none is split at the end of the arena.
-        let arena = (0..(entries_max + 1) * ENTRY_BYTES).map(|_| UnsafeCell::new(0)).collect();
+        // One more entry's worth, as none is split at the end of the arena. Memory comes with the
+        // first use of each page, so a stream that never queues much has the first page alone; and
+        // all of it goes with the stream.
+        let arena_len = (entries_max + 1) * ENTRY_BYTES;
+        let arena = Mapping::anonymous(arena_len)?;
         // SAFETY: a `msghdr` is plain old data, and all zero is an empty message.
         let header = unsafe { mem::zeroed() };
-        Rc::new(Tx {
+        Ok(Rc::new(Tx {
             arena,
+            arena_len,
             entries_max,
             batch_bytes: batch_bytes as u64,
             queue: RefCell::new(Queue {
-                entries: VecDeque::with_capacity(entries_max),
-                segments: VecDeque::with_capacity(entries_max * 2),
+                // Both grow to what the stream's user needs, and stay.
+                entries: VecDeque::new(),
+                segments: VecDeque::new(),
                 taken_entries: 0,
                 taken_segments: 0,
                 front_bytes: 0,
                 arena_end: 0,
-                sent: VecDeque::with_capacity(entries_max),
+                sent: VecDeque::new(),
             }),
             message: UnsafeCell::new(Message {
                 header,
-                iovecs: Vec::with_capacity(64),
+                iovecs: Vec::new(),
                 at: 0,
                 sealed: Vec::new(),
             }),
-        })
+        }))
     }
 
     /// The message for the kernel, stable while a send is in flight.
@@ -178,18 +186,18 @@ impl Tx {
 
     /// Bytes to leave out at arena position `at` so that `len` bytes do not wrap.
     fn skip(&self, at: u64, len: usize) -> u64 {
-        let size = self.arena.len() as u64;
+        let size = self.arena_len as u64;
         let left = size - at % size;
         if (len as u64) > left { left } else { 0 }
     }
 
     /// Copies bytes to a free part of the arena.
     fn store(&self, at: u64, bytes: &[u8]) -> Segment {
-        let at = (at % self.arena.len() as u64) as usize;
-        assert!(at + bytes.len() <= self.arena.len(), "`skip` keeps heads in one piece");
-        let to = self.arena.as_ptr().cast_mut().cast::<u8>().wrapping_add(at);
-        // SAFETY: the bytes are in the arena (just checked), inside `UnsafeCell`s. No entry has
-        // them: each has at most ENTRY_BYTES, there are at most `entries_max`, one more is set
+        let at = (at % self.arena_len as u64) as usize;
+        assert!(at + bytes.len() <= self.arena_len, "`skip` keeps heads in one piece");
+        let to = self.arena.base().wrapping_add(at);
+        // SAFETY: the bytes are in the arena (just checked), memory that only raw pointers lead to.
+        // No entry has them: each has at most ENTRY_BYTES, there are at most `entries_max`, one more is set
         // aside for the skip at the end, and positions only grow. So the kernel does not read them
         // now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
@@ -264,11 +272,10 @@ impl Tx {
 
     /// Adds a segment. Neighbours in the arena (heads of entries without payload) become one.
     fn append(&self, iovecs: &mut Vec<Segment>, segment: Segment) {
-        let arena = self.arena.as_ptr_range();
-        let arena = arena.start.cast::<u8>()..arena.end.cast::<u8>();
+        let arena = self.arena.base()..self.arena.base().wrapping_add(self.arena_len);
         if let Some(last) = iovecs.last_mut()
-            && arena.contains(&last.as_ptr().cast_const())
-            && arena.contains(&segment.as_ptr().cast_const())
+            && arena.contains(&last.as_ptr())
+            && arena.contains(&segment.as_ptr())
             && last.as_ptr().wrapping_add(last.len()) == segment.as_ptr()
         {
             *last = Segment::new(last.as_ptr(), last.len() + segment.len());
@@ -346,8 +353,10 @@ impl Queue {
         self.taken_entries = self.taken_entries.saturating_sub(1);
         self.taken_segments = self.taken_segments.saturating_sub(entry.segments);
         if self.entries.is_empty() {
-            // Start over at the same place, which is in the cache.
+            // Start over at the same place, which is in the cache; the rest stays untouched memory.
             self.arena_end = 0;
+            self.entries.clear();
+            self.segments.clear();
             self.front_bytes = 0;
         }
     }

@@ -62,7 +62,7 @@ fn bytes_of(segments: &[Segment]) -> usize {
 
 #[test]
 fn small_pdus_are_coalesced_up_to_the_cap_and_large_ones_go_alone() {
-    let tx = Tx::new(64, 10_000);
+    let tx = Tx::new(64, 10_000).unwrap();
     let (_memory, sg) = memory(9_990, 1);
     for token in 0..3 {
         tx.push(&[1; 10], Some((&sg, 0, 90)), None, Some(token)).unwrap();
@@ -85,7 +85,7 @@ fn small_pdus_are_coalesced_up_to_the_cap_and_large_ones_go_alone() {
 
 #[test]
 fn a_pdu_longer_than_the_cap_goes_whole() {
-    let tx = Tx::new(4, 100);
+    let tx = Tx::new(4, 100).unwrap();
     let (_memory, sg) = memory(5_000, 3);
     tx.push(b"head", Some((&sg, 0, 5_000)), Some(*b"tail"), None).unwrap();
     tx.push(b"next", None, None, None).unwrap();
@@ -95,7 +95,7 @@ fn a_pdu_longer_than_the_cap_goes_whole() {
 
 #[test]
 fn heads_without_payload_become_one_segment() {
-    let tx = Tx::new(64, 10_000);
+    let tx = Tx::new(64, 10_000).unwrap();
     for _ in 0..50 {
         tx.push(&[7; 72], None, Some([8; 4]), None).unwrap();
     }
@@ -106,7 +106,7 @@ fn heads_without_payload_become_one_segment() {
 
 #[test]
 fn a_payload_of_more_segments_than_the_kernel_takes_is_spread_over_sends() {
-    let tx = Tx::new(4, 1 << 20);
+    let tx = Tx::new(4, 1 << 20).unwrap();
     let (memory, sg) = memory(5_000, 2_500);
     tx.push(b"h", Some((&sg, 0, 5_000)), Some(*b"tail"), Some(1)).unwrap();
     tx.push(b"next", None, None, Some(2)).unwrap();
@@ -129,7 +129,7 @@ fn a_payload_of_more_segments_than_the_kernel_takes_is_spread_over_sends() {
 
 #[test]
 fn entries_without_a_byte_end_at_once() {
-    let tx = Tx::new(4, 100);
+    let tx = Tx::new(4, 100).unwrap();
     tx.push(&[], None, None, Some(1)).unwrap();
     tx.push(&[], None, None, Some(2)).unwrap();
     assert!(!prepare(&tx));
@@ -139,7 +139,7 @@ fn entries_without_a_byte_end_at_once() {
 #[test]
 fn abandoning_gives_memory_back_and_tokens_out() {
     let (memory, sg) = memory(100, 2);
-    let tx = Tx::new(8, 50);
+    let tx = Tx::new(8, 50).unwrap();
     for token in 0..4 {
         tx.push(b"head", Some((&sg, 0, 100)), None, Some(token)).unwrap();
     }
@@ -159,7 +159,7 @@ fn abandoning_gives_memory_back_and_tokens_out() {
 #[should_panic(expected = "payload of 10 bytes at 95")]
 fn a_payload_outside_of_its_list_is_a_mistake_of_the_caller() {
     let (_memory, sg) = memory(100, 2);
-    let _ = Tx::new(8, 50).push(b"head", Some((&sg, 95, 10)), None, None);
+    let _ = Tx::new(8, 50).unwrap().push(b"head", Some((&sg, 95, 10)), None, None);
 }
 
 #[derive(Clone, Debug)]
@@ -186,7 +186,7 @@ proptest! {
     /// also while pushes go on during a send, and tokens come in order, never early.
     #[test]
     fn bytes_and_tokens_stay_in_order(steps in prop::collection::vec(step(), 1..200)) {
-        let tx = Tx::new(6, 2_000);
+        let tx = Tx::new(6, 2_000).unwrap();
         let (memory, sg) = memory(3_000, 5);
         let (mut expected, mut ends) = (Vec::new(), Vec::new());
         let mut sent = Vec::new();
