@@ -274,7 +274,6 @@ impl Conn {
         let entries = u16::try_from(request.queue_entries).unwrap_or(u16::MAX);
         let slots = slots_of(entries);
         self.machine.set_limits(slots, io_in_capsule.unwrap_or(ADMIN_IN_CAPSULE));
-        self.slots.resize_with(slots.max(FRESH_SLOTS).into(), Slot::free);
         self.sq_entries = entries;
         // The Connect command itself took the first entry.
         self.sq_head = 1 % entries;
@@ -404,6 +403,10 @@ impl Conn {
             DataPtr::InCapsule { offset, len } => (len, offset),
             data => (data.len(), 0),
         };
+        // As many as the host has ever used at once: an idle queue takes little memory.
+        if self.slots.len() <= usize::from(slot) {
+            self.slots.resize_with(usize::from(slot) + 1, Slot::free);
+        }
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
         (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
