@@ -34,13 +34,17 @@ impl Rig {
     pub fn start(volumes: Vec<Arc<dyn Volume>>, cores: usize, limits: Limits) -> Result<Rig> {
         let (to_us, handles) = mpsc::channel();
         let (mut starts, mut threads) = (Vec::new(), Vec::new());
+        // A receive and a send for each connection, and what the volumes have under way.
+        let per_core = limits.connections.div_ceil(cores) * 2 + 1024;
+        let entries = u32::try_from(per_core).unwrap_or(u32::MAX).min(16384);
         for n in 0..cores {
             let (start, wait) = mpsc::channel::<Arc<Target>>();
             starts.push(start);
             let to_us = to_us.clone();
             threads.push(std::thread::Builder::new().name(format!("core-{n}")).spawn(
                 move || {
-                    let mut core = match Core::new(CoreConfig::default()) {
+                    let mut core = match Core::new(CoreConfig { entries, ..CoreConfig::default() })
+                    {
                         Ok(core) => core,
                         Err(error) => {
                             drop(to_us.send((n, Err(error))));

@@ -4,5 +4,7 @@ mod allocation;
 mod counting;
 mod faults;
 mod junk;
+mod scale;
 mod sim;
+mod transport;
 mod yardstick;

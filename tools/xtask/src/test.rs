@@ -24,6 +24,13 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
         Ok(Outcome::Passed)
     });
     report.step("block devices", block_devices);
+    report.step("scale", || {
+        // One after the other, since they measure.
+        let mut scale = workspace::cargo();
+        scale.args(["nextest", "run", "--workspace", "--run-ignored", "only", "--no-capture"]);
+        exec::run(scale.args(["-E", "package(it) & test(scale::)"]))?;
+        Ok(Outcome::Passed)
+    });
     report.step("documentation tests", || {
         exec::run(workspace::cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
         Ok(Outcome::Passed)
