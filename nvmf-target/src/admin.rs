@@ -6,18 +6,21 @@ use std::time::Duration;
 
 use block::{Geometry, Identity, Op};
 use nvme::ctrl::{
-    self, AdminOutcome, Controller, ControllerConfig, ControllerKind, HealthCounters,
+    self, AdminOutcome, Controller, ControllerConfig, ControllerKind, ControllersWanted,
+    HealthCounters,
 };
 use nvme::fabrics::{ConnectReject, ConnectRequest};
-use nvme::spec::{AdminOpcode, AsciiField, NSID_ALL, Nqn, Status};
+use nvme::spec::{AdminOpcode, AsciiField, NSID_ALL, Nqn, Status, WriteProtectState};
 use nvme::subsys::discovery::{DiscoveryLog, HEADER_LEN};
 use nvme::subsys::{self, NamespaceInfo, SubsystemInfo};
 
+use crate::abort::{self, Abort};
+use crate::change::{self, Change, Request};
 use crate::config::{Limits, ListenerKind, SubsystemConfig};
 use crate::conn::{Conn, Held, Role};
 use crate::core::Env;
 use crate::limits::hit;
-use crate::registry::{Applicant, HostKey, Refusal, Served};
+use crate::registry::{Applicant, Association, HostKey, Refusal, Served};
 use crate::table::{Table, View};
 
 /// Model number of every controller.
@@ -37,10 +40,27 @@ pub(crate) struct Admin {
     pub(crate) controller: Controller,
     /// What a discovery controller serves; empty for the others.
     log: Arc<DiscoveryLog>,
+    /// Commands that wait for something that they began.
+    awaited: Vec<(u16, Awaited)>,
     /// What the controller returns, command by command; kept for its memory.
     out: Vec<u8>,
     /// What the host sent along, likewise.
     input: Vec<u8>,
+}
+
+/// What an admin command began.
+enum Awaited {
+    Abort(Arc<Abort>),
+    Change(Change),
+}
+
+impl Awaited {
+    fn is_done(&self) -> bool {
+        match self {
+            Awaited::Abort(abort) => abort.outcome().is_some(),
+            Awaited::Change(change) => change.is_done(),
+        }
+    }
 }
 
 /// The description that controllers give of a subsystem.
@@ -105,6 +125,22 @@ fn health(view: Option<&View>) -> HealthCounters {
         media_errors: totals.media_errors,
         ..HealthCounters::default()
     }
+}
+
+/// The live controllers of a controller's subsystem, as Identify asks for them.
+fn controllers(wanted: ControllersWanted, of: &Association, env: &Env<'_>) -> Vec<u16> {
+    let hosts = match (wanted, of.served) {
+        (ControllersWanted::Attached(nsid), Served::Subsystem(id)) => {
+            let ns = env.table.subsystems.get(&id).and_then(|s| s.namespace(nsid));
+            ns.map(|ns| &ns.hosts)
+        }
+        _ => None,
+    };
+    let is_meant = |a: &Arc<Association>| {
+        !a.is_dead() && hosts.is_none_or(|hosts| hosts.admits(&a.host.hostnqn))
+    };
+    let list = env.shared.registry.list(Some(of.served));
+    list.iter().filter(|a| is_meant(a)).map(|a| a.cntlid).collect()
 }
 
 fn reject_of(refusal: Refusal) -> ConnectReject {
@@ -240,7 +276,13 @@ impl Conn {
             "association created"
         );
         let cntlid = association.cntlid;
-        let admin = Box::new(Admin { controller, log, out: Vec::new(), input: Vec::new() });
+        let admin = Box::new(Admin {
+            controller,
+            log,
+            awaited: Vec::new(),
+            out: Vec::new(),
+            input: Vec::new(),
+        });
         self.become_queue(Role::Admin(admin), association, view, request, None);
         self.end_handshake(env);
         self.respond_connected(slot, cntlid, env);
@@ -300,6 +342,10 @@ impl Conn {
         admin.input.resize(len, 0);
         let mut input = std::mem::take(&mut admin.input);
         self.slot_data(slot, &mut input);
+        if let Some(wanted) = Controller::controllers_wanted(&sqe) {
+            let cntlids = controllers(wanted, &association, env);
+            admin.controller.set_controllers(&cntlids);
+        }
         if sqe.opcode == AdminOpcode::GET_LOG_PAGE.0 {
             association.letters.take_errors(|record| admin.controller.record_error(record));
             admin.controller.set_health(health(self.view.as_deref()));
@@ -330,22 +376,26 @@ impl Conn {
                     self.respond(slot, Status::INVALID_CONTROLLER_IDENTIFIER.dnr(), 0, env);
                 }
             }
-            AdminOutcome::Abort { .. } => {
-                // Whatever it names is with the volume already and runs to its end.
-                if let Role::Admin(admin) = &mut self.role {
-                    admin.controller.abort_done();
+            AdminOutcome::Abort { sqid, cid } => match association.abort(sqid, cid) {
+                Some(abort) => {
+                    env.shared.wake_all();
+                    self.await_outcome(slot, Awaited::Abort(abort));
                 }
-                self.respond(slot, Status::SUCCESS, ctrl::ABORT_NOT_DONE, env);
-            }
+                None => self.abort_done(slot, abort::Outcome::NotAborted, env),
+            },
             AdminOutcome::SubsystemReset { status, result } => {
-                self.respond(slot, status, result, env);
+                // This one goes when its answer is out.
+                self.respond_and_part(slot, status, result, env);
                 if let Some(view) = &self.view {
                     view.subsystem.was_reset.store(true, Ordering::Release);
                 }
                 env.shared.registry.end_subsystem(association.served);
                 env.shared.wake_all();
             }
-            AdminOutcome::SetWriteProtect { .. } | AdminOutcome::ReservationPersistence { .. } => {
+            AdminOutcome::SetWriteProtect { nsid, state } => {
+                self.set_write_protect(slot, nsid, state, env);
+            }
+            AdminOutcome::ReservationPersistence { .. } => {
                 self.respond(slot, Status::FEATURE_NOT_CHANGEABLE.dnr(), 0, env);
             }
             AdminOutcome::ResetQueues { status, result, shutdown } => {
@@ -361,9 +411,70 @@ impl Conn {
         }
     }
 
+    /// Keeps an admin command until what it began is done.
+    fn await_outcome(&mut self, slot: u16, awaited: Awaited) {
+        self.keep(slot);
+        if let Role::Admin(admin) = &mut self.role {
+            admin.awaited.push((slot, awaited));
+        }
+    }
+
+    fn abort_done(&mut self, slot: u16, outcome: abort::Outcome, env: &mut Env<'_>) {
+        if let Role::Admin(admin) = &mut self.role {
+            admin.controller.abort_done();
+        }
+        let result = match outcome {
+            abort::Outcome::Aborted => 0,
+            abort::Outcome::NotAborted => ctrl::ABORT_NOT_DONE,
+        };
+        self.respond(slot, Status::SUCCESS, result, env);
+    }
+
+    /// A host protects a namespace, for all its controllers.
+    fn set_write_protect(
+        &mut self,
+        slot: u16,
+        nsid: u32,
+        state: WriteProtectState,
+        env: &mut Env<'_>,
+    ) {
+        let protect = match state {
+            WriteProtectState::NoWriteProtect => false,
+            WriteProtectState::WriteProtect => true,
+        };
+        let Some(view) = &self.view else {
+            return self.respond(slot, Status::INVALID_FIELD_IN_COMMAND.dnr(), 0, env);
+        };
+        let nqn = view.subsystem.nqn.to_string();
+        match change::begin(env.shared, Request::WriteProtect { nqn, nsid, protect }) {
+            Ok(change) => self.await_outcome(slot, Awaited::Change(change)),
+            // Namespace or subsystem went away in this moment.
+            Err(_) => self.respond(slot, Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), 0, env),
+        }
+    }
+
+    /// Answers what [`Conn::await_outcome`] keeps.
+    fn poll_awaited(&mut self, env: &mut Env<'_>) -> bool {
+        let mut worked = false;
+        while let Role::Admin(admin) = &mut self.role
+            && let Some(at) = admin.awaited.iter().position(|(_, awaited)| awaited.is_done())
+        {
+            worked = true;
+            let (slot, awaited) = admin.awaited.swap_remove(at);
+            match awaited {
+                Awaited::Abort(abort) => {
+                    let outcome = abort.outcome().unwrap_or(abort::Outcome::NotAborted);
+                    self.abort_done(slot, outcome, env);
+                }
+                Awaited::Change(_) => self.respond(slot, Status::SUCCESS, 0, env),
+            }
+        }
+        worked
+    }
+
     /// Looks after commands that wait for something other than the host or a volume.
     pub(crate) fn poll_held(&mut self, env: &mut Env<'_>) -> bool {
-        let mut worked = false;
+        let mut worked = self.poll_awaited(env);
         match self.held() {
             Some(Held::Connect(slot)) => {
                 self.hold_nothing();

@@ -517,12 +517,7 @@ impl Conn {
             Work::Refuse(status) => self.respond(slot, status, 0, env),
             Work::Connect => self.connect(slot, env),
             Work::Admin => self.admin(slot, env),
-            Work::Disconnect => {
-                let cqe = self.cqe(slot, Status::SUCCESS, 0);
-                let response = self.machine.response(slot, &cqe);
-                self.free(slot, env);
-                self.part(response.as_ref(), env.now);
-            }
+            Work::Disconnect => self.respond_and_part(slot, Status::SUCCESS, 0, env),
             Work::Io(_) => {
                 self.submit(slot, env);
             }
@@ -557,6 +552,20 @@ impl Conn {
         let response = self.machine.response(slot, &cqe);
         self.push(response.as_ref(), None);
         self.free(slot, env);
+    }
+
+    /// Ends the connection's last command: the connection closes when the answer is out.
+    pub(crate) fn respond_and_part(
+        &mut self,
+        slot: u16,
+        status: Status,
+        result: u64,
+        env: &mut Env<'_>,
+    ) {
+        let cqe = self.cqe(slot, status, result);
+        let response = self.machine.response(slot, &cqe);
+        self.free(slot, env);
+        self.part(response.as_ref(), env.now);
     }
 
     /// Ends a command with the first `len` bytes of its buffer.
@@ -723,7 +732,7 @@ impl Conn {
     }
 
     /// Whether the association wants this queue gone.
-    fn follow_association(&mut self, _env: &mut Env<'_>) -> bool {
+    fn follow_association(&mut self, env: &mut Env<'_>) -> bool {
         let Some(association) = &self.association else { return false };
         if association.is_dead() {
             self.close("the association ended");
@@ -733,6 +742,10 @@ impl Conn {
             && association.io_epoch() != epoch
         {
             self.close("the controller was reset");
+            return true;
+        }
+        if association.aborts.is_asked() && self.qid != 0 {
+            self.abort_commands(env);
             return true;
         }
         false

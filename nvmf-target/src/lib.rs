@@ -20,6 +20,7 @@
 //! `io.rs` (its I/O commands).
 #![forbid(unsafe_code)]
 
+mod abort;
 mod admin;
 #[allow(dead_code, reason = "taken into use with fences")]
 mod busy;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvme::ctrl::Instance;
 
+use crate::abort::{Abort, Aborts};
 use crate::letters::Letters;
 use crate::limits::Bucket;
 
@@ -74,6 +75,8 @@ pub(crate) struct Association {
     queues: AtomicUsize,
     io_queues: AtomicUsize,
     connected: Mutex<Vec<u16>>,
+    /// What the host wants aborted on the I/O queues.
+    pub(crate) aborts: Aborts,
     /// What is to be told to the controller.
     pub(crate) letters: Letters,
 }
@@ -123,6 +126,15 @@ impl Association {
     /// Whether all its queues are torn down.
     pub(crate) fn is_gone(&self) -> bool {
         self.queues.load(Ordering::Acquire) == 0
+    }
+
+    /// Asks I/O queue `qid` to abort a command; the caller wakes the cores. `None`: there is no such
+    /// queue.
+    pub(crate) fn abort(&self, qid: u16, cid: u16) -> Option<Arc<Abort>> {
+        // A queue that goes is taken off the list before it answers for its commands: either it is
+        // off here, or it finds this one.
+        let connected = self.connected();
+        connected.contains(&qid).then(|| self.aborts.ask(qid, cid))
     }
 
     fn connected(&self) -> MutexGuard<'_, Vec<u16>> {
@@ -245,6 +257,7 @@ impl Registry {
             queues: AtomicUsize::new(1),
             io_queues: AtomicUsize::new(0),
             connected: Mutex::new(Vec::new()),
+            aborts: Aborts::default(),
             letters: Letters::default(),
         });
         table.by_cntlid.insert(cntlid, Arc::clone(&association));
@@ -294,6 +307,7 @@ impl Registry {
     pub(crate) fn leave(&self, association: &Arc<Association>, qid: u16) {
         if qid != 0 {
             association.connected().retain(|q| *q != qid);
+            association.aborts.give_up(Some(qid));
             association.io_queues.fetch_sub(1, Ordering::AcqRel);
         }
         let mut table = self.table();
