@@ -5,6 +5,7 @@ mod features;
 mod identify;
 mod logs;
 mod random;
+mod support;
 
 use zerocopy::FromBytes;
 

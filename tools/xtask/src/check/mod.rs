@@ -2,6 +2,7 @@
 
 mod edges;
 mod house;
+mod support;
 
 use anyhow::{Result, bail};
 
@@ -23,6 +24,7 @@ pub(crate) fn add_steps(report: &mut Report) {
     });
     report.step("dependency direction", || refuse(&edges::violations(&workspace::metadata()?)));
     report.step("house rules", || refuse(&house::violations(&workspace::root()?)?));
+    report.step("table of support", || refuse(&support::violations(&workspace::root()?)?));
     report.step("lints", || {
         install::rust_component("clippy")?;
         let mut clippy = workspace::cargo();
