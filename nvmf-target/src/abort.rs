@@ -96,12 +96,18 @@ impl Conn {
         let Some(association) = self.association.clone() else { return };
         for abort in association.aborts.take(Some(self.qid)) {
             let found = (0..self.slots.len() as u16).find(|slot| {
-                matches!(self.slots[*slot as usize].phase, Phase::WaitFetch | Phase::WaitSubmit)
-                    && self.cid(*slot) == abort.cid
+                let entry = &self.slots[*slot as usize];
+                let waits = match entry.phase {
+                    Phase::WaitFetch | Phase::WaitSubmit => true,
+                    // A fused command whose other half is not there.
+                    Phase::Awaiting => entry.turn.is_paired(),
+                    _ => false,
+                };
+                waits && self.cid(*slot) == abort.cid
             });
             match found {
                 Some(slot) => {
-                    self.respond(slot, Status::COMMAND_ABORT_REQUESTED, 0, env);
+                    self.end(slot, Status::COMMAND_ABORT_REQUESTED, 0, env);
                     abort.answer(Outcome::Aborted);
                 }
                 None => abort.answer(Outcome::NotAborted),

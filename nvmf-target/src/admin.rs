@@ -22,6 +22,8 @@ use crate::core::Env;
 use crate::limits::hit;
 use crate::registry::{Applicant, Association, HostKey, Refusal, Served};
 use crate::table::{Table, View};
+use crate::target::Shared;
+use crate::vitals::Vitals;
 
 /// Model number of every controller.
 const MODEL: &str = "Penstock";
@@ -114,15 +116,21 @@ pub(crate) fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity
 }
 
 /// The counters of the SMART log, as far as the cores count them.
-fn health(view: Option<&View>) -> HealthCounters {
+fn health(view: Option<&View>, shared: &Arc<Shared>, now: Duration) -> HealthCounters {
     let Some(view) = view else { return HealthCounters::default() };
     let totals = view.subsystem.totals();
+    let power = shared.vitals.power(now);
     HealthCounters {
         read_commands: totals.reads,
         write_commands: totals.writes,
         bytes_read: totals.read_bytes,
         bytes_written: totals.written_bytes,
         media_errors: totals.media_errors,
+        busy: view.subsystem.busy.total(now),
+        power_cycles: power.power_cycles,
+        power_on: power.power_on,
+        unsafe_shutdowns: power.unsafe_shutdowns,
+        temperature_kelvin: Vitals::temperature_kelvin(shared, now),
         ..HealthCounters::default()
     }
 }
@@ -348,7 +356,7 @@ impl Conn {
         }
         if sqe.opcode == AdminOpcode::GET_LOG_PAGE.0 {
             association.letters.take_errors(|record| admin.controller.record_error(record));
-            admin.controller.set_health(health(self.view.as_deref()));
+            admin.controller.set_health(health(self.view.as_deref(), env.shared, env.now));
         }
         let outcome = admin.controller.admin(slot, &sqe, &input, &mut admin.out, env.now);
         association.grant(admin.controller.io_queues_granted());
@@ -395,8 +403,8 @@ impl Conn {
             AdminOutcome::SetWriteProtect { nsid, state } => {
                 self.set_write_protect(slot, nsid, state, env);
             }
-            AdminOutcome::ReservationPersistence { .. } => {
-                self.respond(slot, Status::FEATURE_NOT_CHANGEABLE.dnr(), 0, env);
+            AdminOutcome::ReservationPersistence { nsid, set } => {
+                self.persistence(slot, nsid, set, env);
             }
             AdminOutcome::ResetQueues { status, result, shutdown } => {
                 // The host polls CSTS for the end of it, which comes when the queues are gone.
@@ -503,6 +511,11 @@ impl Conn {
                 worked = true;
             }
             _ => {}
+        }
+        if let (Role::Admin(admin), Some(association)) = (&mut self.role, &self.association) {
+            while let Some((nsid, kind)) = association.letters.take_notice() {
+                admin.controller.reservation_notice(nsid, kind);
+            }
         }
         while let Role::Admin(admin) = &mut self.role
             && let Some((slot, status, result)) = admin.controller.poll_event()

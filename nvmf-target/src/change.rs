@@ -12,6 +12,7 @@ use nvme::subsys::discovery::DiscoveryEntry;
 use nvme::subsys::{NamespaceInfo, SubsystemInfo};
 
 use crate::admin::{namespace_info, subsystem_info};
+use crate::busy::BusyClock;
 use crate::config::{ChangeError, ListenerKind, NamespaceConfig, SetupError, SubsystemConfig};
 use crate::counters::Counters;
 use crate::fence::{Fence, Scope};
@@ -282,9 +283,13 @@ impl Draft<'_> {
 
     fn attached(&mut self, config: &NamespaceConfig) -> Result<Arc<NamespaceState>, ChangeError> {
         let info = describe(config)?;
+        let home = self.shared.homes.home(info.uuid).map_err(ChangeError::Reservations)?;
+        let info = NamespaceInfo { reservations: true, ptpl: home.has_store(), ..info };
         let index = self.shared.volume_number();
         self.numbers.push(index);
+        home.join(index);
         let volume = VolumeState {
+            home,
             index,
             serial: self.shared.next_serial.fetch_add(1, Ordering::Relaxed),
             attached: self.table.generation,
@@ -323,6 +328,7 @@ impl Draft<'_> {
             id: self.shared.next_subsystem.fetch_add(1, Ordering::Relaxed),
             nqn: nqn.clone(),
             counters: self.shared.cores.iter().map(|_| Counters::default()).collect(),
+            busy: BusyClock::default(),
             was_reset: AtomicBool::new(false),
         });
         self.table.ids.insert(nqn, fixed.id);

@@ -255,4 +255,8 @@ pub enum ChangeError {
     /// The volume could not be asked.
     #[error("the volume cannot be read again")]
     Volume(#[source] io::Error),
+    /// The reservations kept for the volume cannot be read, so that it cannot be known who may use
+    /// it.
+    #[error("the reservations kept for the volume cannot be read")]
+    Reservations(#[source] io::Error),
 }

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use block::Io;
 use nvme::ctrl::Instance;
-use nvme::ctrl::io::{Fuse, IoCommand};
+use nvme::ctrl::io::{Fuse, FusedPairing, IoCommand};
 use nvme::fabrics::ConnectRequest;
 use nvme::spec::{Cqe, Direction, FabricsType, Sqe, Status};
+use nvme::subsys::SubsystemInfo;
+use nvme::subsys::reservation::Rights;
 use nvme::tcp::{self, TargetEvent};
 use nvme::xfer::{self, DataPtr};
 use reactor::net::{Rx, RxChunk, Stream};
@@ -19,6 +21,7 @@ use crate::fence::Place;
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
 use crate::table::View;
+use crate::turn::Turn;
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
 const CHUNKS_PER_TURN: usize = 4;
@@ -58,6 +61,8 @@ pub(crate) enum Phase {
     Fetching,
     /// Wants a buffer or room in the channel: pool or channel.
     WaitSubmit,
+    /// Waits for its turn, see `turn.rs`: its partner, a volume, or the control thread.
+    Awaiting,
     /// At the volume: the channel.
     Submitted,
     /// Response queued, payload still referenced by the stream: the socket.
@@ -79,6 +84,8 @@ pub(crate) struct Slot {
     pub(crate) step: u32,
     /// What a command of several pieces needs beside that.
     pub(crate) pieces: Pieces,
+    /// What it waits for beside memory and room.
+    pub(crate) turn: Turn,
     /// [`View::generation`] when the command was decoded.
     pub(crate) decoded: u64,
     /// Where its I/O is, while it is at a volume.
@@ -96,6 +103,7 @@ impl Slot {
             skip: 0,
             step: 0,
             pieces: Pieces::default(),
+            turn: Turn::default(),
             decoded: 0,
             place: Place { volume: 0, offset: 0, len: 0, stamp: 0 },
         }
@@ -140,6 +148,12 @@ pub(crate) struct Conn {
     /// By then Connect must have succeeded.
     handshake_deadline: Option<Duration>,
     pub(crate) held: Option<Held>,
+    /// The subsystem's clock counts this queue as busy.
+    is_busy: bool,
+    /// Fused commands of the queue.
+    pub(crate) pairing: FusedPairing,
+    /// What the host may do, as last asked: serial of the volume and word of its home then.
+    pub(crate) rights: Option<(u64, u64, Rights)>,
 }
 
 /// A command that waits for something other than the host or a volume; one at a time.
@@ -155,6 +169,25 @@ pub(crate) enum Held {
     Flushing(u32),
     /// Until the I/O queues are gone.
     Reset,
+}
+
+/// An I/O command, and where the data is that the host sends for it.
+#[inline]
+fn decode(
+    sqe: &Sqe,
+    in_capsule_len: u32,
+    subsys: &SubsystemInfo,
+) -> Result<(IoCommand, DataPtr), Status> {
+    let command = nvme::ctrl::io::decode(sqe, subsys)?;
+    if !command.takes_data() {
+        return Ok((command, DataPtr::None));
+    }
+    let data = xfer::parse_data(sqe, in_capsule_len)?;
+    // Data in the capsule, and a descriptor that says it is elsewhere.
+    if in_capsule_len > 0 && matches!(data, DataPtr::Transport { .. }) {
+        return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+    }
+    Ok((command, data))
 }
 
 /// Token of the last PDU of a connection; slots are fewer.
@@ -215,6 +248,9 @@ impl Conn {
             life: Life::Open,
             handshake_deadline: Some(now + limits.handshake),
             held: None,
+            is_busy: false,
+            pairing: FusedPairing::new(),
+            rights: None,
         }
     }
 
@@ -380,7 +416,7 @@ impl Conn {
             TargetEvent::Data { slot, offset, bytes } => self.on_data(slot, offset, bytes),
             TargetEvent::DataEnd { slot } => self.on_data_end(slot, env),
             TargetEvent::DataDigestError { slot } => {
-                self.respond(slot, Status::TRANSIENT_TRANSPORT_ERROR, 0, env);
+                self.end(slot, Status::TRANSIENT_TRANSPORT_ERROR, 0, env);
             }
             TargetEvent::Terminated { fes } => {
                 tracing::debug!(peer = self.peer, qid = self.qid, fes, "host terminated");
@@ -391,9 +427,13 @@ impl Conn {
 
     fn on_command(&mut self, slot: u16, sqe: Sqe, in_capsule_len: u32, env: &mut Env<'_>) {
         self.sq_head = if self.sq_head + 1 >= self.sq_entries { 0 } else { self.sq_head + 1 };
-        let (work, data) = match self.classify(&sqe, in_capsule_len) {
+        // As many as the host has ever used at once: an idle queue takes little memory.
+        if self.slots.len() <= usize::from(slot) {
+            self.slots.resize_with(usize::from(slot) + 1, Slot::free);
+        }
+        let (work, data) = match self.classify(slot, &sqe, in_capsule_len, env) {
             // Data in the capsule, and a descriptor that says it is elsewhere.
-            Ok((_, DataPtr::Transport { .. })) if in_capsule_len > 0 => {
+            Ok((Work::Admin | Work::Connect, DataPtr::Transport { .. })) if in_capsule_len > 0 => {
                 (Work::Refuse(Status::INVALID_FIELD_IN_COMMAND.dnr()), DataPtr::None)
             }
             Ok(found) => found,
@@ -403,10 +443,6 @@ impl Conn {
             DataPtr::InCapsule { offset, len } => (len, offset),
             data => (data.len(), 0),
         };
-        // As many as the host has ever used at once: an idle queue takes little memory.
-        if self.slots.len() <= usize::from(slot) {
-            self.slots.resize_with(usize::from(slot) + 1, Slot::free);
-        }
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
         (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
@@ -425,7 +461,13 @@ impl Conn {
     }
 
     /// What the command is, and where the data is that the host sends for it.
-    fn classify(&mut self, sqe: &Sqe, in_capsule_len: u32) -> Result<(Work, DataPtr), Status> {
+    fn classify(
+        &mut self,
+        slot: u16,
+        sqe: &Sqe,
+        in_capsule_len: u32,
+        env: &mut Env<'_>,
+    ) -> Result<(Work, DataPtr), Status> {
         let (work, takes_data) = match &mut self.role {
             Role::Fresh if sqe.is_fabrics() && sqe.fctype() == FabricsType::CONNECT => {
                 (Work::Connect, true)
@@ -440,16 +482,13 @@ impl Conn {
                 let Some(view) = &self.view else {
                     return Err(Status::INTERNAL_ERROR);
                 };
-                let command = nvme::ctrl::io::decode(sqe, &view.info)?;
-                // FUSES is 0: no fused operations.
-                if Fuse::of(sqe) != Fuse::None {
-                    return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+                let decoded = decode(sqe, in_capsule_len, &view.info);
+                let fuse = Fuse::of(sqe);
+                if self.pairing.is_idle(fuse) {
+                    return decoded.map(|(command, data)| (Work::Io(command), data));
                 }
-                return if command.takes_data() {
-                    Ok((Work::Io(command), xfer::parse_data(sqe, in_capsule_len)?))
-                } else {
-                    Ok((Work::Io(command), DataPtr::None))
-                };
+                let command = self.pair(slot, fuse, decoded.map(|(command, _)| command), env)?;
+                return Ok((Work::Io(command), decoded?.1));
             }
         };
         let data = if takes_data { xfer::parse_data(sqe, in_capsule_len)? } else { DataPtr::None };
@@ -477,6 +516,11 @@ impl Conn {
 
     /// Asks the host for a command's data, as soon as there is memory for it.
     pub(crate) fn fetch(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        if let Work::Refuse(status) = self.slots[slot as usize].work {
+            // Refused while it waited: its data is not wanted any more.
+            self.respond(slot, status, 0, env);
+            return true;
+        }
         if !self.take_buffer(slot, env) {
             self.slots[slot as usize].phase = Phase::WaitFetch;
             env.waiting.push_back((self.index, slot));
@@ -518,6 +562,7 @@ impl Conn {
             Work::Connect => self.connect(slot, env),
             Work::Admin => self.admin(slot, env),
             Work::Disconnect => self.respond_and_part(slot, Status::SUCCESS, 0, env),
+            Work::Io(_) if self.slots[slot as usize].turn.is_paired() => self.pair_ready(slot, env),
             Work::Io(_) => {
                 self.submit(slot, env);
             }
@@ -647,6 +692,7 @@ impl Conn {
             env.ios.give(io);
         }
         entry.pieces.clear(env);
+        entry.turn.clear(env);
         self.machine.release(slot);
     }
 
@@ -709,9 +755,24 @@ impl Conn {
         }
     }
 
+    /// Tells the subsystem's clock when an I/O queue becomes busy or idle.
+    fn note_busy(&mut self, is_busy: bool, now: Duration) {
+        let (Role::Io { .. }, Some(view)) = (&self.role, &self.view) else { return };
+        if is_busy == self.is_busy {
+            return;
+        }
+        self.is_busy = is_busy;
+        if is_busy {
+            view.subsystem.busy.begin(now);
+        } else {
+            view.subsystem.busy.end(now);
+        }
+    }
+
     /// Held commands, the association's state, and the flush that sends all responses of the turn.
     pub(crate) fn finish_turn(&mut self, env: &mut Env<'_>) -> bool {
         let mut worked = false;
+        self.note_busy(self.machine.outstanding() > 0, env.now);
         if self.life == Life::Open {
             worked |= self.follow_association(env);
             worked |= self.poll_held(env);
@@ -765,11 +826,13 @@ impl Conn {
 
     /// Last call before the connection is dropped.
     pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
+        self.note_busy(false, env.now);
         for slot in 0..self.slots.len() {
             if let Some(io) = self.slots[slot].io.take() {
                 env.ios.give(io);
             }
             self.slots[slot].pieces.clear(env);
+            self.slots[slot].turn.clear(env);
         }
         self.end_handshake(env);
         if let Some(association) = self.association.take() {

@@ -40,6 +40,8 @@ pub(crate) struct Env<'a> {
     pub(crate) volumes: &'a mut Volumes,
     pub(crate) ios: &'a mut IoCache,
     pub(crate) waiting: &'a mut Waiting,
+    /// Commands that wait for their turn, see `turn.rs`; each is looked at once per turn.
+    pub(crate) awaiting: &'a mut Vec<(u32, u16)>,
     pub(crate) now: Duration,
 }
 
@@ -183,6 +185,9 @@ pub(crate) struct CoreTask {
     volumes: Volumes,
     ios: IoCache,
     waiting: Waiting,
+    awaiting: Vec<(u32, u16)>,
+    /// The other list, empty between turns.
+    followed: Vec<(u32, u16)>,
     #[expect(clippy::vec_box, reason = "the channels hand over boxes")]
     done: Vec<Box<Io>>,
     next_tick: Option<Duration>,
@@ -196,6 +201,7 @@ impl CoreTask {
         inbox: Receiver<Handover>,
     ) -> CoreTask {
         let volumes = Volumes::new(local.clone());
+        shared.vitals.start(local.now());
         // Registered first: a change from here on is seen in the first turn.
         let fences = CoreFences::new(core, &shared.board);
         CoreTask {
@@ -210,6 +216,8 @@ impl CoreTask {
             volumes,
             ios: IoCache::default(),
             waiting: Waiting::new(),
+            awaiting: Vec::new(),
+            followed: Vec::new(),
             done: Vec::new(),
             next_tick: None,
         }
@@ -248,12 +256,32 @@ impl CoreTask {
         if is_new {
             self.table = self.shared.table();
             let CoreTask {
-                core, shared, table, fences, local, conns, volumes, ios, waiting, ..
+                core,
+                shared,
+                table,
+                fences,
+                local,
+                conns,
+                volumes,
+                ios,
+                waiting,
+                awaiting,
+                ..
             } = self;
-            let pool = local.pool();
-            let core = *core;
-            let mut env =
-                Env { core, shared, table, fences, local, pool, volumes, ios, waiting, now };
+            let (core, pool) = (*core, local.pool());
+            let mut env = Env {
+                core,
+                shared,
+                table,
+                fences,
+                local,
+                pool,
+                volumes,
+                ios,
+                waiting,
+                awaiting,
+                now,
+            };
             for conn in conns.iter_mut().flatten() {
                 conn.follow_table(&mut env);
             }
@@ -286,10 +314,23 @@ impl Task for CoreTask {
         let tick = self.next_tick.is_some_and(|at| now >= at);
         let stopping = self.local.is_stopping();
         let CoreTask {
-            core, shared, table, fences, local, conns, volumes, ios, waiting, done, ..
+            core,
+            shared,
+            table,
+            fences,
+            local,
+            conns,
+            volumes,
+            ios,
+            waiting,
+            awaiting,
+            followed,
+            done,
+            ..
         } = self;
         let (core, pool) = (*core, local.pool());
-        let mut env = Env { core, shared, table, fences, local, pool, volumes, ios, waiting, now };
+        let mut env =
+            Env { core, shared, table, fences, local, pool, volumes, ios, waiting, awaiting, now };
 
         // Commands that waited go before new ones.
         for _ in 0..env.waiting.len() {
@@ -318,6 +359,14 @@ impl Task for CoreTask {
                 Some(Some(conn)) => conn.complete(slot, io, &mut env),
                 // A connection goes only when its last I/O is back.
                 _ => env.ios.give(io),
+            }
+        }
+        if !env.awaiting.is_empty() {
+            std::mem::swap(env.awaiting, followed);
+            for (index, slot) in followed.drain(..) {
+                if let Some(Some(conn)) = conns.get_mut(index as usize) {
+                    worked |= conn.follow(slot, &mut env);
+                }
             }
         }
         if env.fences.is_retiring() && env.fences.retire(&mut |v| env.volumes.try_drop(v)) {

@@ -97,26 +97,48 @@ impl Home {
         host: &HostId,
         request: &ReservationRequest,
     ) -> Result<ReservationEffect, Status> {
-        let change = lock(&self.change);
+        let _change = lock(&self.change);
         let before = self.reservations();
         let mut after = before.clone();
         let effect = after.apply(host, request)?;
         if effect.changed {
-            if (before.state().ptpl || after.state().ptpl)
-                && let Some(store) = &self.store
-                && let Err(error) = store.save(&self.uuid, after.state())
-            {
-                tracing::error!(%error, "reservations cannot be stored: a command was refused");
-                return Err(Status::INTERNAL_ERROR);
-            }
-            let mut reservations = lock(&self.reservations);
-            let word = reservations.0 + 1;
-            let is_held = after.is_held();
-            *reservations = (word, after);
-            self.word.store(if is_held { word } else { 0 }, Ordering::Release);
+            self.replace(&before, after)?;
         }
-        drop(change);
         Ok(effect)
+    }
+
+    /// Makes a new state durable and binding; the caller holds `change`.
+    fn replace(&self, before: &Reservations, after: Reservations) -> Result<(), Status> {
+        if (before.state().ptpl || after.state().ptpl)
+            && let Some(store) = &self.store
+            && let Err(error) = store.save(&self.uuid, after.state())
+        {
+            tracing::error!(%error, "reservations cannot be stored: a command was refused");
+            return Err(Status::INTERNAL_ERROR);
+        }
+        let mut reservations = lock(&self.reservations);
+        let word = reservations.0 + 1;
+        let is_held = after.is_held();
+        *reservations = (word, after);
+        self.word.store(if is_held { word } else { 0 }, Ordering::Release);
+        Ok(())
+    }
+
+    /// Keeps the reservations through power loss from now on, or no longer (Reservation
+    /// Persistence feature). Blocks for the store.
+    ///
+    /// # Errors
+    /// As [`Home::apply`].
+    pub(crate) fn persist(&self, is_kept: bool) -> Result<(), Status> {
+        let _change = lock(&self.change);
+        let before = self.reservations();
+        if before.state().ptpl == is_kept {
+            return Ok(());
+        }
+        let mut state = before.to_state();
+        state.ptpl = is_kept;
+        let after = Reservations::from_state(state).map_err(|_| Status::INTERNAL_ERROR)?;
+        self.replace(&before, after)
     }
 
     /// A volume is this one from now on.

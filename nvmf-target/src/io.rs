@@ -5,6 +5,7 @@ use nvme::ctrl::ErrorRecord;
 use nvme::ctrl::io::IoCommand;
 use nvme::spec::{NSID_ALL, Status};
 use nvme::subsys::NamespaceInfo;
+use nvme::subsys::reservation::Access;
 
 use crate::conn::{Conn, Held, Life, Phase, Slot, Work};
 use crate::core::{Env, Refused};
@@ -32,6 +33,10 @@ impl Failed {
     }
 }
 
+/// Status of a command that a reservation does not allow. The same command would fail again until
+/// the host does something about the reservation.
+const CONFLICT: Status = Status::RESERVATION_CONFLICT.dnr();
+
 impl Conn {
     /// Hands an I/O command (or its next piece) to the volume; `false`: it waits in `env.waiting`.
     pub(crate) fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
@@ -40,7 +45,7 @@ impl Conn {
             .as_ref()
             .is_some_and(|view| view.generation == self.slots[slot as usize].decoded);
         if !is_current && let Err(status) = self.decode_again(slot) {
-            self.respond(slot, status, 0, env);
+            self.end(slot, status, 0, env);
             return true;
         }
         let Work::Io(command) = self.slots[slot as usize].work else { return true };
@@ -53,16 +58,25 @@ impl Conn {
             IoCommand::Compare { .. } | IoCommand::Verify { .. } | IoCommand::Copy { .. } => {
                 self.submit_piece(slot, command, env)
             }
-            IoCommand::Advisory { .. } => {
-                self.respond(slot, Status::SUCCESS, 0, env);
+            IoCommand::Advisory { nsid } => {
+                let is_kept_out =
+                    self.volume(nsid, 0).is_some_and(|v| self.conflicts(v, command.access()));
+                let status = if is_kept_out { CONFLICT } else { Status::SUCCESS };
+                self.respond(slot, status, 0, env);
                 true
             }
-            // Neither is told of in Identify, so that `decode` refuses them.
-            IoCommand::WriteUncorrectable { .. }
-            | IoCommand::ReservationRegister { .. }
+            IoCommand::ReservationRegister { .. }
             | IoCommand::ReservationAcquire { .. }
-            | IoCommand::ReservationRelease { .. }
-            | IoCommand::ReservationReport { .. } => {
+            | IoCommand::ReservationRelease { .. } => {
+                self.reserve(slot, command, env);
+                true
+            }
+            IoCommand::ReservationReport { nsid, len } => {
+                self.report(slot, nsid, len, env);
+                true
+            }
+            // No namespace says that it can do this, so that `decode` refuses it.
+            IoCommand::WriteUncorrectable { .. } => {
                 self.respond(slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0, env);
                 true
             }
@@ -174,10 +188,28 @@ impl Conn {
         mut io: Box<Io>,
         env: &mut Env<'_>,
     ) -> bool {
+        let access = match &self.slots[slot as usize].work {
+            Work::Io(command) => command.access(),
+            _ => Access::Other,
+        };
+        if self.conflicts(volume, access) {
+            self.keep_io(slot, io);
+            let result = self.failed_at(slot);
+            self.end(slot, CONFLICT, result, env);
+            return true;
+        }
         let Some(view) = &self.view else {
             debug_assert!(false, "I/O queues have a view");
             return true;
         };
+        let may_go = self.slots[slot as usize].turn.may_go();
+        if !may_go && io.op.is_change() && view.volumes[volume].home.locks.blocks(io.offset, io.len)
+        {
+            let range = (io.offset, io.len);
+            self.keep_io(slot, io);
+            self.wait_in_line(slot, volume, range, env);
+            return true;
+        }
         io.tag = u64::from(self.index) << 16 | u64::from(slot);
         let state = &view.volumes[volume];
         let (volume_index, stamp) = (state.index, env.fences.stamp);
@@ -190,10 +222,17 @@ impl Conn {
                     entry.step = view.info.namespaces()[volume].nsid;
                 }
                 self.at_volume += 1;
+                if may_go {
+                    self.went(slot, env);
+                }
                 true
             }
             Err(Refused::Busy(io)) => {
                 self.keep_io(slot, io);
+                if may_go {
+                    self.wait_for_room(slot, env);
+                    return true;
+                }
                 self.wait(slot, env)
             }
             Err(Refused::Failed(io)) => {
@@ -217,20 +256,25 @@ impl Conn {
     /// Ends a command that the volume failed.
     pub(crate) fn fail(&mut self, slot: u16, failed: Failed, env: &mut Env<'_>) {
         let status = status::of(failed.error, failed.op);
-        let entry = &self.slots[slot as usize];
-        let result = match entry.work {
-            // "Dword 0 contains the number of the lowest numbered source range that was not
-            // successfully copied" (NVM Command Set 1.0, "Copy command").
-            Work::Io(IoCommand::Copy { .. }) => u64::from(entry.step),
-            _ => 0,
-        };
+        let result = self.failed_at(slot);
         if failed.error == IoError::Medium {
             self.tally(env, Counters::media_error);
         }
         if matches!(failed.error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
             self.record_error(slot, status, failed.offset);
         }
-        self.respond(slot, status, result, env);
+        self.end(slot, status, result, env);
+    }
+
+    /// Dword 0 of a command's completion if it fails now.
+    fn failed_at(&self, slot: u16) -> u64 {
+        let entry = &self.slots[slot as usize];
+        match entry.work {
+            // "Dword 0 contains the number of the lowest numbered source range that was not
+            // successfully copied" (NVM Command Set 1.0, "Copy command").
+            Work::Io(IoCommand::Copy { .. }) => u64::from(entry.step),
+            _ => 0,
+        }
     }
 
     /// Tries a waiting command again; `false`: it was queued anew.
@@ -276,7 +320,7 @@ impl Conn {
         let failed = Failed::of(&io);
         self.keep_io(slot, io);
         if self.life != Life::Open {
-            self.free(slot, env);
+            self.drop_pair(slot, env);
             return;
         }
         if result.is_err() {
@@ -347,7 +391,7 @@ impl Conn {
             Work::Io(IoCommand::Flush { nsid: NSID_ALL }) => return self.submit(slot, env),
             _ => {}
         }
-        self.respond(slot, Status::SUCCESS, 0, env);
+        self.end(slot, Status::SUCCESS, 0, env);
         true
     }
 

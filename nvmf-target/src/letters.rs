@@ -8,10 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nvme::ctrl::{ERROR_LOG_MAX, ErrorRecord};
+use nvme::subsys::reservation::NoticeKind;
 
 /// Failed commands kept for a controller that does not look. The log keeps the newest
 /// [`ERROR_LOG_MAX`]; that many more are kept so that its count stays right in a burst.
 const ERRORS_MAX: usize = 16 * ERROR_LOG_MAX;
+
+/// Reservation notices kept for a controller that does not look; its own log has 255.
+const NOTICES_MAX: usize = 255;
 
 /// Letters to one controller.
 #[derive(Debug, Default)]
@@ -20,6 +24,9 @@ pub(crate) struct Letters {
     /// under the lock: a letter is never left behind.
     any: AtomicBool,
     errors: Mutex<VecDeque<ErrorRecord>>,
+    /// Of hosts' reservation commands.
+    has_notices: AtomicBool,
+    notices: Mutex<VecDeque<(u32, NoticeKind)>>,
 }
 
 impl Letters {
@@ -36,6 +43,27 @@ impl Letters {
         }
         errors.push_back(record);
         self.any.store(true, Ordering::Relaxed);
+    }
+
+    /// Another host's reservation command concerns this controller's host.
+    pub(crate) fn post_notice(&self, nsid: u32, kind: NoticeKind) {
+        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        if notices.len() == NOTICES_MAX {
+            notices.pop_front();
+        }
+        notices.push_back((nsid, kind));
+        self.has_notices.store(true, Ordering::Relaxed);
+    }
+
+    /// The next notice, if there is one.
+    pub(crate) fn take_notice(&self) -> Option<(u32, NoticeKind)> {
+        if !self.has_notices.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        let notice = notices.pop_front();
+        self.has_notices.store(!notices.is_empty(), Ordering::Relaxed);
+        notice
     }
 
     /// Takes what has come, if anything has.

@@ -22,7 +22,6 @@
 
 mod abort;
 mod admin;
-#[allow(dead_code, reason = "taken into use with fences")]
 mod busy;
 mod change;
 mod compare;
@@ -31,21 +30,22 @@ mod conn;
 mod core;
 mod counters;
 mod fence;
-#[allow(dead_code, reason = "taken into use with fences")]
 mod home;
 mod io;
+mod jobs;
 mod letters;
 mod limits;
-#[allow(dead_code, reason = "taken into use with fences")]
 mod locks;
 mod pieces;
 mod registry;
+mod reserve;
 mod state;
 mod status;
 mod table;
 mod target;
-#[allow(dead_code, reason = "taken into use with fences")]
 mod temperature;
+mod turn;
+mod vitals;
 mod volume;
 
 pub use change::{Change, Request};

@@ -108,7 +108,7 @@ impl Conn {
             }
         };
         let Some(volume) = self.volume(command.nsid(), 0) else {
-            self.respond(slot, Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), 0, env);
+            self.end(slot, Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), 0, env);
             return true;
         };
         let len = left.min(PIECE_BYTES.into());
@@ -173,7 +173,7 @@ impl Conn {
                 if !same {
                     self.tally(env, |counters| counters.compare(total.into()));
                     // The same data compared again would differ again.
-                    self.respond(slot, Status::COMPARE_FAILURE.dnr(), 0, env);
+                    self.end(slot, Status::COMPARE_FAILURE.dnr(), 0, env);
                     return;
                 }
                 u64::from(total)
@@ -193,11 +193,13 @@ impl Conn {
             self.submit(slot, env);
             return;
         }
-        match command {
-            IoCommand::Compare { .. } => self.tally(env, |counters| counters.compare(total)),
-            _ => self.tally(env, |counters| counters.verify(total)),
+        if let IoCommand::Compare { .. } = command {
+            self.tally(env, |counters| counters.compare(total));
+            self.compared(slot, env);
+        } else {
+            self.tally(env, |counters| counters.verify(total));
+            self.respond(slot, Status::SUCCESS, 0, env);
         }
-        self.respond(slot, Status::SUCCESS, 0, env);
     }
 
     fn copy_piece_done(&mut self, slot: u16, ranges: u16, len: u64, env: &mut Env<'_>) {

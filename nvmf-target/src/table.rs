@@ -17,6 +17,7 @@ use nvme::subsys::ana::{AnaGroup, AnaState};
 use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvme::subsys::{NamespaceInfo, SubsystemInfo};
 
+use crate::busy::BusyClock;
 use crate::config::{ListenerKind, Port};
 use crate::counters::{Counters, Totals};
 use crate::volume::VolumeState;
@@ -29,6 +30,8 @@ pub(crate) struct Subsystem {
     pub(crate) nqn: Nqn,
     /// One per core.
     pub(crate) counters: Vec<Counters>,
+    /// Time with I/O outstanding.
+    pub(crate) busy: BusyClock,
     /// A host has reset it: CSTS.NSSRO of controllers to come.
     pub(crate) was_reset: AtomicBool,
 }

@@ -12,10 +12,13 @@ use crate::config::{Limits, ListenerKind, Port, SetupError, TargetConfig};
 use crate::core::CoreTask;
 use crate::counters::Totals;
 use crate::fence::{Board, Fence, Scope};
+use crate::home::Homes;
+use crate::jobs::Jobs;
 use crate::limits::{Handshakes, Hits, hit};
 use crate::registry::{Bounds, Registry, Served};
 use crate::state::{ControllerStatus, NamespaceStatus, SubsystemStatus, TargetStatus};
 use crate::table::{Ana, Directory, Table};
+use crate::vitals::Vitals;
 
 /// What all cores share. Nothing here is locked on the data path.
 pub(crate) struct Shared {
@@ -26,6 +29,9 @@ pub(crate) struct Shared {
     /// Held while a change is made: one at a time.
     pub(crate) changing: Mutex<()>,
     pub(crate) board: Board,
+    pub(crate) homes: Homes,
+    pub(crate) jobs: Jobs,
+    pub(crate) vitals: Vitals,
     pub(crate) registry: Registry,
     pub(crate) limits: Limits,
     pub(crate) hits: Hits,
@@ -182,6 +188,9 @@ impl Target {
             table: Mutex::new(Arc::new(table)),
             changing: Mutex::new(()),
             board: Board::new(cores.len()),
+            homes: Homes::new(config.store),
+            jobs: Jobs::default(),
+            vitals: Vitals::new(config.power),
             registry,
             limits,
             hits: Hits::default(),

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use block::Volume;
 
+use crate::home::Home;
+
 /// See the module's documentation. Attaching makes a new one, also of the same volume.
 pub(crate) struct VolumeState {
     /// Number of its channel on every core. Another volume gets it when all cores have dropped
@@ -15,6 +17,14 @@ pub(crate) struct VolumeState {
     /// The table's generation that it came with: commands decoded before were not meant for it.
     pub(crate) attached: u64,
     pub(crate) volume: Arc<dyn Volume>,
+    /// What it shares with other namespaces that are the same volume.
+    pub(crate) home: Arc<Home>,
+}
+
+impl Drop for VolumeState {
+    fn drop(&mut self) {
+        self.home.leave(self.index);
+    }
 }
 
 impl fmt::Debug for VolumeState {

@@ -1,6 +1,8 @@
 //! The target against a host that is written out here, in a simulated world.
 
 mod commands;
+mod fused;
 mod health;
 mod host;
+mod reservations;
 mod rig;
