@@ -250,8 +250,16 @@ impl CoreTask {
 impl CoreTask {
     /// Takes up what was changed, and fences that were raised for it. Cheap when nothing was.
     fn follow(&mut self, now: Duration) -> bool {
-        // In this order: whoever raises a fence has published the table before.
+        // In this order: whoever raises a fence has published the table before, so that the table
+        // found behind a fence is the fence's or a later one. The other way round, a fence raised
+        // in between would be counted although this turn still submitted by the table before it.
         let has_news = self.fences.has_news(&self.shared.board);
+        if has_news {
+            let conns = &self.conns;
+            self.fences.take(&self.shared.board, &mut |scope| {
+                conns.iter().flatten().map(|conn| conn.count(scope)).sum()
+            });
+        }
         let is_new = self.shared.generation.load(Ordering::Acquire) != self.table.generation;
         if is_new {
             self.table = self.shared.table();
@@ -287,10 +295,6 @@ impl CoreTask {
             }
         }
         if has_news {
-            let conns = &self.conns;
-            self.fences.take(&self.shared.board, &mut |scope| {
-                conns.iter().flatten().map(|conn| conn.count(scope)).sum()
-            });
             // Cores may wait for it, too.
             self.shared.wake_all();
         }

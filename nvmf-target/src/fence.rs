@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   change: publish ─► Board::raise ─► wake all cores ─────────────────► all have reported: done
-//!   core:   begin of a turn: new table, then count ─► I/O back: count down ─► report at zero
+//!   core:   begin of a turn: count, then new table ─► I/O back: count down ─► report at zero
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -266,13 +266,14 @@ impl CoreFences {
         }
     }
 
-    /// Whether fences were raised that the core has not taken up: one load. To be asked before the
-    /// table is looked at, and [`CoreFences::take`] called after the table was taken up.
+    /// Whether fences were raised that the core has not taken up: one load.
     pub(crate) fn has_news(&self, board: &Board) -> bool {
         board.raised.load(Ordering::Acquire) != self.known
     }
 
-    /// Takes new fences up. `count` tells how many I/Os at volumes a scope covers now.
+    /// Takes new fences up. `count` tells how many I/Os at volumes a scope covers now. The table is
+    /// to be looked at afterwards and before anything is submitted: a fence's change was published
+    /// before the fence, so that the table found then has it.
     pub(crate) fn take(&mut self, board: &Board, count: &mut dyn FnMut(&Scope) -> usize) {
         let mut taken = std::mem::take(&mut self.taken);
         self.known = board.take(self.core, self.known, &mut taken);
