@@ -5,9 +5,9 @@
 use core::time::Duration;
 use std::collections::BTreeMap;
 
+use super::Controller;
 use super::admin::{AdminOutcome, Reply};
 use super::log::Thresholds;
-use super::{Controller, keep_alive};
 use crate::spec::{
     Feature, IdentifyController, NSID_ALL, Select, Sqe, Status, WriteProtectState, effects,
 };
@@ -398,7 +398,7 @@ impl Controller {
                 if kato > self.subsys.limits().kato_max {
                     return Err(Status::KEEP_ALIVE_TIMEOUT_INVALID.dnr());
                 }
-                self.keep_alive = keep_alive::KeepAlive::new(kato, now);
+                self.keep_alive.set_kato(kato, now);
             }
             Feature::HOST_BEHAVIOR => {
                 // ETDAS, LBAFEE and the rest enable what this controller does not have.

@@ -150,19 +150,16 @@ impl Controller {
         let limits = *config.subsys.limits();
         let is_discovery = matches!(config.kind, ControllerKind::Discovery(_));
         let io_queues = if is_discovery { 0 } else { limits.io_queues_max };
+        let keep_alive = keep_alive::KeepAlive::new(config.kato, is_discovery, now);
         Controller {
             cntlid: config.cntlid,
             kind: config.kind,
             hostnqn: config.hostnqn,
             hostid: config.hostid,
             registers: enable::Registers::new(limits.queue_entries_max, is_discovery),
-            keep_alive: keep_alive::KeepAlive::new(config.kato, now),
             aer: aer::AsyncEvents::default(),
-            features: features::Features::new(
-                io_queues,
-                keep_alive::KeepAlive::new(config.kato, now).kato(),
-                now,
-            ),
+            features: features::Features::new(io_queues, keep_alive.kato(), now),
+            keep_alive,
             log: log::Logs::default(),
             queues: vec![false; usize::from(io_queues) + 1],
             instance: None,

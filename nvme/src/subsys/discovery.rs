@@ -519,4 +519,27 @@ mod tests {
         assert_eq!(DiscoveryEntry::parse(&record).unwrap().socket_addr(), None);
         assert_eq!(parse_records(&[0; 1023]).count(), 0);
     }
+
+    proptest::proptest! {
+        /// Whatever a peer sends: entries that are inside the page, in order, and an end.
+        #[test]
+        fn any_extended_page(
+            lengths in proptest::collection::vec(proptest::prelude::any::<[u8; 8]>(), 0..4),
+            cut in 0usize..5000,
+        ) {
+            let mut page = Vec::new();
+            for tail in lengths {
+                page.extend_from_slice(entries()[0].encode().as_bytes());
+                page.extend_from_slice(&[tail[0], 4 | tail[1] & 1, 0, tail[2] & tail[3]]);
+                page.extend_from_slice(&[tail[4] & 3, 0, 0, 0, 2, 0, tail[5] & 12, tail[6] & tail[7] & 1]);
+            }
+            page.truncate(cut);
+            let mut rest = &page[..];
+            while let Ok((entry, left)) = parse_extended(rest) {
+                proptest::prop_assert!(left.len() + RECORD_LEN < rest.len());
+                proptest::prop_assert_eq!(entry.portid, 0);
+                rest = left;
+            }
+        }
+    }
 }

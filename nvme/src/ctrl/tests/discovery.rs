@@ -89,7 +89,8 @@ fn a_persistent_discovery_controller_lives_by_keep_alive() {
     rig.run(Sqe::new(AdminOpcode::KEEP_ALIVE.0)).unwrap();
     assert_eq!(rig.ctrl.deadline(), Some(MS(15_000)));
     rig.set_feature(Feature::KEEP_ALIVE_TIMER, 0).unwrap();
-    assert_eq!(rig.ctrl.deadline(), None);
+    assert_eq!(rig.get_feature(Feature::KEEP_ALIVE_TIMER, 0, 0, 0), Ok(0));
+    assert_eq!(rig.ctrl.deadline(), Some(MS(9_000 + 120_000)), "two minutes without a command");
     assert_eq!(rig.get(Property::CAP).unwrap() & Cap::NSSRS, 0);
     assert_eq!(rig.get(Property::NSSR), Err(INVALID_FIELD));
 }
