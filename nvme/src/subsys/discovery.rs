@@ -217,18 +217,26 @@ impl DiscoveryLog {
     }
 
     /// The page as the Log Specific Parameter asks for it: extended entries, entries of the port
-    /// the host asks on (`portid`; referrals name ports of others and are left out), all NVM
-    /// subsystem entries (which the log always has: those that this host may know of). Reserved
-    /// bits are ignored.
+    /// the host asks on (`portid`), all NVM subsystem entries (which the log always has: those that
+    /// this host may know of). Reserved bits are ignored.
+    ///
+    /// A port is an address: hosts that want the entries of their own network only (nvme-stas does)
+    /// mean the I/O listeners next to the discovery listener, too. Referrals are of every port.
     #[must_use]
     pub fn page(&self, lsp: u8, portid: Option<u16>) -> Cow<'_, [u8]> {
         let flags = lsp & (LSP_EXTENDED | LSP_PORT_LOCAL | LSP_ALL_SUBSYSTEMS);
         if flags == 0 {
             return Cow::Borrowed(&self.bytes);
         }
+        let mut own = self.entries.iter().filter(|entry| Some(entry.portid) == portid);
+        let traddr = own
+            .find(|entry| entry.subtype == SubsystemType::CURRENT_DISCOVERY)
+            .map(|entry| &entry.traddr);
         let is_asked_for = |entry: &&DiscoveryEntry| {
-            let is_local = Some(entry.portid) == portid && entry.subtype != SubsystemType::REFERRAL;
-            flags & LSP_PORT_LOCAL == 0 || is_local
+            flags & LSP_PORT_LOCAL == 0
+                || entry.subtype == SubsystemType::REFERRAL
+                || Some(entry.portid) == portid
+                || Some(&entry.traddr) == traddr
         };
         Cow::Owned(render(self.genctr, self.entries.iter().filter(is_asked_for), flags))
     }
@@ -485,11 +493,16 @@ mod tests {
         };
         assert_eq!(records(0, Some(1)), (3, 0, 3));
         assert_eq!(log.page(0, None), log.bytes());
-        assert_eq!(records(LSP_PORT_LOCAL, Some(1)).0, 1, "the referral is not of this port");
-        assert_eq!(records(LSP_PORT_LOCAL, Some(0)).0, 1);
         assert_eq!(records(LSP_ALL_SUBSYSTEMS, Some(0)), (3, 4, 3));
-        assert_eq!(log.page(LSP_PORT_LOCAL, Some(7)).len(), 1024);
-        assert_eq!(log.page(LSP_PORT_LOCAL, None).len(), 1024, "not on any port");
+        // The discovery listener and the referral; the I/O listener has another address.
+        assert_eq!(records(LSP_PORT_LOCAL, Some(0)).0, 2);
+        assert_eq!(records(LSP_PORT_LOCAL, Some(1)).0, 2, "the I/O listener and the referral");
+        assert_eq!(records(LSP_PORT_LOCAL, None).0, 1, "on no port: the referral");
+
+        list[1].traddr = list[0].traddr.clone();
+        let log = DiscoveryLog::new(4, &list);
+        let page = log.page(LSP_PORT_LOCAL, Some(0));
+        assert_eq!(parse_header(&page, 9).unwrap().records, 3, "a listener next to this one");
 
         let own = DiscoveryEntry::own(addr, 4, Nqn::discovery(), true);
         assert_eq!((own.subtype, own.portid, own.eflags), (SubsystemType(3), 4, 0b111));
