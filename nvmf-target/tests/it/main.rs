@@ -1,6 +1,7 @@
 //! The target against a host that is written out here, in a simulated world.
 
 mod commands;
+mod fence;
 mod fused;
 mod health;
 mod host;

@@ -36,6 +36,9 @@ pub(crate) struct Rig {
     pub(crate) target: Arc<Target>,
     /// Namespace 1's volume.
     pub(crate) faults: FaultHandle,
+    /// Port that connections come through, and keep alive timeout of controllers, from now on.
+    pub(crate) port: u16,
+    pub(crate) kato: Duration,
 }
 
 /// One association: admin queue and I/O queues.
@@ -87,7 +90,7 @@ impl Rig {
             let task = target.core_task(index, &core.local()).expect("the core's first task");
             core.spawn(task);
         }
-        Rig { world, cores, target, faults }
+        Rig { world, cores, target, faults, port: PORT, kato: Duration::ZERO }
     }
 
     /// Runs until `condition` holds.
@@ -104,7 +107,7 @@ impl Rig {
 
     pub(crate) fn connection(&mut self) -> Queue {
         let (near, far) = self.world.socket_pair();
-        self.target.add_connection(far, PORT);
+        self.target.add_connection(far, self.port);
         Queue::open(&mut self.cores[CORES], near)
     }
 
@@ -125,7 +128,7 @@ impl Rig {
         let request = ConnectRequest {
             qid,
             queue_entries: u32::from(DEPTH) + 1,
-            kato: Duration::ZERO,
+            kato: if qid == 0 { self.kato } else { Duration::ZERO },
             sq_flow_disabled: false,
             hostid: [n; 16],
             cntlid,
