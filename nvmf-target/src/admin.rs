@@ -42,6 +42,8 @@ pub(crate) struct Admin {
     pub(crate) controller: Controller,
     /// What a discovery controller serves; empty for the others.
     log: Arc<DiscoveryLog>,
+    /// Of the directory that it was last made from.
+    log_generation: u64,
     /// Commands that wait for something that they began.
     awaited: Vec<(u16, Awaited)>,
     /// What the controller returns, command by command; kept for its memory.
@@ -287,6 +289,7 @@ impl Conn {
         let admin = Box::new(Admin {
             controller,
             log,
+            log_generation: env.table.directory.generation,
             awaited: Vec::new(),
             out: Vec::new(),
             input: Vec::new(),
@@ -578,6 +581,12 @@ impl Conn {
                 self.view = Some(view);
             }
             Served::Discovery => {
+                let generation = env.table.directory.generation;
+                if let Role::Admin(admin) = &mut self.role
+                    && std::mem::replace(&mut admin.log_generation, generation) == generation
+                {
+                    return;
+                }
                 let log = env.table.discovery_log(self.port(), &association.host.hostnqn);
                 // The counter of a log that says the same as before stays: nobody is woken for it.
                 if let Role::Admin(admin) = &mut self.role

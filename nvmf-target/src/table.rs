@@ -96,11 +96,37 @@ pub(crate) struct SubsystemState {
     pub(crate) ana: Ana,
     /// The table's when this came to be.
     pub(crate) generation: u64,
-    views: Mutex<BTreeMap<ViewKey, Weak<View>>>,
+    /// Those that not every host sees.
+    masked: Vec<Arc<NamespaceState>>,
+    views: Mutex<Views>,
 }
 
-/// A port, and which of the masked namespaces are seen.
-type ViewKey = (u16, Vec<u32>);
+/// Views in use.
+#[derive(Debug, Default)]
+struct Views {
+    /// By port and the masked namespaces that are seen: hosts with the same rights share one.
+    by_rights: BTreeMap<(u16, Vec<u32>), Weak<View>>,
+    /// By host and port, where anything is masked: rights are looked up once per change.
+    by_host: BTreeMap<String, BTreeMap<u16, Weak<View>>>,
+}
+
+/// Hosts whose views are remembered before those that are gone are forgotten.
+const HOSTS_REMEMBERED: usize = 4096;
+
+impl Views {
+    fn of_host(&self, port: u16, hostnqn: &str) -> Option<Arc<View>> {
+        self.by_host.get(hostnqn)?.get(&port)?.upgrade()
+    }
+
+    fn remember(&mut self, port: u16, hostnqn: &str, view: &Arc<View>) {
+        if self.by_host.len() >= HOSTS_REMEMBERED {
+            let is_used = |view: &Weak<View>| view.strong_count() > 0;
+            self.by_host.retain(|_, ports| ports.values().any(is_used));
+        }
+        let ports = self.by_host.entry(hostnqn.to_owned()).or_default();
+        ports.insert(port, Arc::downgrade(view));
+    }
+}
 
 /// ANA states of a subsystem.
 #[derive(Clone, Debug, Default)]
@@ -181,6 +207,7 @@ impl SubsystemState {
             .and_then(|info| info.with_namespaces(infos))
             .and_then(|info| info.with_ana_groups(ana.groups(0)))
             .map_err(|e| e.to_string())?;
+        let masked = namespaces.iter().filter(|ns| !ns.hosts.is_open()).cloned().collect();
         Ok(SubsystemState {
             fixed,
             base,
@@ -189,6 +216,7 @@ impl SubsystemState {
             hidden,
             ana,
             generation,
+            masked,
             views: Mutex::default(),
         })
     }
@@ -200,20 +228,34 @@ impl SubsystemState {
 
     /// What controllers of `port` show `hostnqn`.
     pub(crate) fn view(&self, port: u16, hostnqn: &str) -> Arc<View> {
-        let masked = |ns: &&Arc<NamespaceState>| !ns.hosts.is_open();
-        let seen: Vec<u32> = self
-            .namespaces
-            .iter()
-            .filter(masked)
-            .filter(|ns| ns.hosts.admits(hostnqn))
-            .map(|ns| ns.info.nsid)
-            .collect();
-        // Two cores may make the same view at the same time: whoever is first with the lock wins,
-        // and nobody waits for the making of it more than once.
+        // Two cores may want the same view at the same time: whoever is first with the lock makes
+        // it. Those of connected hosts are made before a change is put in force.
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(view) = views.get(&(port, seen.clone())).and_then(Weak::upgrade) {
+        if !self.masked.is_empty()
+            && let Some(view) = views.of_host(port, hostnqn)
+        {
             return view;
         }
+        let admitting = self.masked.iter().filter(|ns| ns.hosts.admits(hostnqn));
+        let seen: Vec<u32> = admitting.map(|ns| ns.info.nsid).collect();
+        let key = (port, seen);
+        let view = match views.by_rights.get(&key).and_then(Weak::upgrade) {
+            Some(view) => view,
+            None => {
+                let view = Arc::new(self.make_view(port, &key.1));
+                views.by_rights.retain(|_, view| view.strong_count() > 0);
+                views.by_rights.insert(key, Arc::downgrade(&view));
+                view
+            }
+        };
+        if !self.masked.is_empty() {
+            views.remember(port, hostnqn, &view);
+        }
+        view
+    }
+
+    /// The view of a port, with these of the masked namespaces.
+    fn make_view(&self, port: u16, seen: &[u32]) -> View {
         let sees =
             |ns: &NamespaceState| ns.hosts.is_open() || seen.binary_search(&ns.info.nsid).is_ok();
         let visible: Vec<_> = self.namespaces.iter().filter(|ns| sees(ns)).collect();
@@ -227,15 +269,12 @@ impl SubsystemState {
         } else {
             info.restricted(|ns| visible.binary_search_by_key(&ns.nsid, |v| v.info.nsid).is_ok())
         };
-        let view = Arc::new(View {
+        View {
             info: Arc::new(info),
             volumes: visible.iter().map(|ns| Arc::clone(&ns.volume)).collect(),
             generation: self.generation,
             subsystem: Arc::clone(&self.fixed),
-        });
-        views.retain(|_, view| view.strong_count() > 0);
-        views.insert((port, seen), Arc::downgrade(&view));
-        view
+        }
     }
 }
 
@@ -292,5 +331,142 @@ impl Table {
         }
         entries.extend(self.directory.referrals.iter().cloned());
         DiscoveryLog::new(self.directory.generation, &entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use nvme::subsys::discovery::{HEADER_LEN, parse_records};
+
+    use super::*;
+    use crate::busy::BusyClock;
+    use crate::config::{Limits, SubsystemConfig};
+
+    fn nqn(n: u32) -> Nqn {
+        Nqn::new(format!("nqn.2014-08.org.example:{n}").as_str()).expect("well formed")
+    }
+
+    fn namespace(nsid: u32, hosts: Option<Vec<Nqn>>) -> Arc<NamespaceState> {
+        Arc::new(NamespaceState {
+            info: NamespaceInfo::new(nsid, 512, 2048),
+            volume: Arc::new(VolumeState::sample(nsid)),
+            hosts: Mask::new(hosts),
+        })
+    }
+
+    fn subsystem(
+        n: u32,
+        namespaces: Vec<Arc<NamespaceState>>,
+        hosts: Option<Vec<Nqn>>,
+        ana: Ana,
+    ) -> SubsystemState {
+        let config = SubsystemConfig::new(nqn(n).as_str(), "S");
+        let empty = crate::admin::subsystem_info(&config, Vec::new(), &Limits::default());
+        let fixed = Subsystem {
+            id: n,
+            nqn: nqn(n),
+            counters: Vec::new(),
+            was_reset: AtomicBool::new(false),
+            busy: BusyClock::default(),
+        };
+        let (hosts, empty) = (Mask::new(hosts), empty.expect("sound"));
+        SubsystemState::new(Arc::new(fixed), &empty, namespaces, hosts, false, ana, 5)
+            .expect("sound")
+    }
+
+    #[test]
+    fn hosts_with_the_same_rights_share_a_view() {
+        let mask = |hosts: &[u32]| Some(hosts.iter().copied().map(nqn).collect());
+        let namespaces = vec![
+            namespace(4, mask(&[11])),
+            namespace(1, None),
+            namespace(2, mask(&[11, 12])),
+            namespace(3, mask(&[12, 11])),
+        ];
+        let subsystem = subsystem(1, namespaces, None, Ana::default());
+        let nsids = |view: &View| view.info.namespaces().iter().map(|ns| ns.nsid).collect();
+        let view = |port, host| subsystem.view(port, nqn(host).as_str());
+        let seen: [Vec<u32>; 3] = [11, 12, 13].map(|host| nsids(&view(1, host)));
+        assert_eq!(seen, [vec![1, 2, 3, 4], vec![1, 2, 3], vec![1]]);
+        let (a, b) = (view(1, 13), view(1, 14));
+        assert!(Arc::ptr_eq(&a, &b), "neither sees anything that is masked");
+        assert!(Arc::ptr_eq(&a, &view(1, 13)));
+        assert!(!Arc::ptr_eq(&a, &view(2, 13)), "ports may differ in their ANA states");
+        for (index, ns) in view(1, 12).info.namespaces().iter().enumerate() {
+            assert_eq!(view(1, 12).volumes[index].index, ns.nsid, "volumes lie beside");
+        }
+        // A view that nobody uses is not kept.
+        let weak = Arc::downgrade(&a);
+        drop((a, b));
+        assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
+    fn ana_states_are_those_of_the_port_and_counts_grow() {
+        let mut ana = Ana::default();
+        ana.member_changed(1);
+        assert!(ana.set(2, 3, AnaState::Inaccessible));
+        assert!(!ana.set(2, 3, AnaState::Inaccessible), "nothing new");
+        let states = |ana: &Ana, port| -> Vec<_> {
+            ana.groups(port).iter().map(|g| (g.id, g.state, g.change_count)).collect()
+        };
+        assert_eq!(states(&ana, 1), [(1, AnaState::Optimized, 2), (3, AnaState::Optimized, 1)]);
+        assert_eq!(states(&ana, 2), [(1, AnaState::Optimized, 2), (3, AnaState::Inaccessible, 2)]);
+        ana.set(2, 3, AnaState::Optimized);
+        ana.member_changed(3);
+        assert_eq!(states(&ana, 2)[1], (3, AnaState::Optimized, 4), "never the same number again");
+        assert_eq!(states(&Ana::default(), 1), [(1, AnaState::Optimized, 1)], "always group 1");
+    }
+
+    #[test]
+    fn discovery_log_tells_each_host_what_it_may_use_and_itself_once() {
+        let addr = |n: u8| SocketAddr::from(([10, 0, 0, n], 4420));
+        let port = |id, kind| Port { id, kind, addr: addr(id as u8) };
+        let ports: Arc<[Port]> = Arc::new([
+            port(1, ListenerKind::Io),
+            port(2, ListenerKind::Io),
+            port(3, ListenerKind::Discovery),
+        ]);
+        let info = crate::admin::discovery_info(Some(&nqn(99)), &Limits::default());
+        let referral = DiscoveryEntry::tcp(SubsystemType::REFERRAL, addr(9), 0, nqn(98));
+        let all = [
+            subsystem(1, Vec::new(), None, Ana::default()),
+            subsystem(2, Vec::new(), Some(vec![nqn(11)]), Ana::default()),
+            SubsystemState { hidden: true, ..subsystem(3, Vec::new(), None, Ana::default()) },
+        ];
+        let table = Table {
+            generation: 1,
+            ids: all.iter().map(|s| (s.fixed.nqn.clone(), s.fixed.id)).collect(),
+            subsystems: all.into_iter().map(|s| (s.fixed.id, Arc::new(s))).collect(),
+            ports,
+            directory: Directory {
+                generation: 7,
+                referrals: Arc::new([referral]),
+                info: Arc::new(info.expect("sound")),
+            },
+        };
+        let told = |port: u16, host: u32| -> Vec<(Nqn, u16)> {
+            let port = table.port(port).expect("there");
+            let log = table.discovery_log(port, nqn(host).as_str());
+            assert_eq!(log.genctr(), 7);
+            let records = parse_records(&log.bytes()[HEADER_LEN..]);
+            records.map(|r| r.expect("sound")).map(|r| (r.subnqn, r.portid)).collect()
+        };
+        let (itself, one, two) = (nqn(99), nqn(1), nqn(2));
+        let other = (nqn(98), 0);
+        assert_eq!(
+            told(3, 11),
+            [
+                (itself.clone(), 3),
+                (one.clone(), 1),
+                (one.clone(), 2),
+                (two.clone(), 1),
+                (two, 2),
+                other.clone()
+            ]
+        );
+        assert_eq!(told(1, 12), [(itself, 1), (one.clone(), 1), (one, 2), other]);
     }
 }

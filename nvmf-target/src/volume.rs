@@ -27,6 +27,19 @@ impl Drop for VolumeState {
     }
 }
 
+#[cfg(test)]
+impl VolumeState {
+    /// One of nothing, with this number.
+    pub(crate) fn sample(index: u32) -> VolumeState {
+        use block::Identity;
+        use block::ram::RamVolume;
+        let volume = RamVolume::new(Identity::from_uuid([index as u8; 16]), 1 << 20, 512);
+        let volume = Arc::new(volume.expect("memory"));
+        let home = crate::home::Homes::default().home([index as u8; 16]).expect("nothing to load");
+        VolumeState { index, serial: index.into(), attached: 1, volume, home }
+    }
+}
+
 impl fmt::Debug for VolumeState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VolumeState")
