@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nvme::spec::Nqn;
-use nvme::spec::discovery::{EFLAGS_DUPRETINFO, EFLAGS_EPCSD, SubsystemType};
+use nvme::spec::discovery::SubsystemType;
 use nvme::subsys::ana::{AnaGroup, AnaState};
 use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvme::subsys::{NamespaceInfo, SubsystemInfo};
@@ -313,15 +313,8 @@ impl Table {
     /// there once per I/O port; this discovery subsystem once, for the port that it is read
     /// through: another of its addresses would tell the same again.
     pub(crate) fn discovery_log(&self, port: &Port, hostnqn: &str) -> DiscoveryLog {
-        let mut entries = vec![DiscoveryEntry {
-            eflags: EFLAGS_DUPRETINFO | EFLAGS_EPCSD,
-            ..DiscoveryEntry::tcp(
-                SubsystemType::CURRENT_DISCOVERY,
-                port.addr,
-                port.id,
-                self.directory.info.nqn().clone(),
-            )
-        }];
+        let own_nqn = self.directory.info.nqn().clone();
+        let mut entries = vec![DiscoveryEntry::own(port.addr, port.id, own_nqn, true)];
         let told = self.subsystems.values().filter(|s| !s.hidden && s.hosts.admits(hostnqn));
         for subsystem in told {
             for port in self.ports.iter().filter(|p| p.kind == ListenerKind::Io) {
