@@ -214,7 +214,8 @@ impl Conn {
 
     /// Looks after a command in `env.awaiting`. `true`: it has moved on.
     pub(crate) fn follow(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        if self.slots[slot as usize].phase != Phase::Awaiting {
+        // The connection that was meant may be gone, and another have its number.
+        if self.slots.get(slot as usize).is_none_or(|entry| entry.phase != Phase::Awaiting) {
             return false;
         }
         if self.life != Life::Open {

@@ -1,11 +1,16 @@
 //! What the SMART and Error Information logs say of I/O.
 
+use std::time::Duration;
+
 use block::fault::FaultPlan;
 use block::{IoError, Op};
 use nvme::spec::{NvmOpcode, Status};
+use nvmf_target::PowerHistory;
 
 use crate::host::Data;
 use crate::rig::{BLOCK, Rig, compare, pattern, ranged, rw, status, write};
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 const ERRORS: u8 = 0x01;
 const SMART: u8 = 0x02;
@@ -87,4 +92,38 @@ fn smart_counts_units_and_commands_by_kind() {
     assert_eq!(u64_at(&smart, 48), 2, "thousands of units written, rounded up");
     assert_eq!(u64_at(&smart, 64), 2, "a Read and a Compare");
     assert_eq!(u64_at(&smart, 80), 2, "two Writes");
+}
+
+#[test]
+fn power_and_busy_time_go_on_from_where_they_were() {
+    let history = PowerHistory { power_cycles: 7, power_on: 40 * HOUR, unsafe_shutdowns: 2 };
+    let mut rig = Rig::with(3, |config| config.power = history);
+    let host = rig.host(1, 2);
+    let smart = rig.log_page(&host, SMART, 512);
+    let [cycles, hours, unsafe_shutdowns] = [112, 128, 144].map(|at| u64_at(&smart, at));
+    assert_eq!((cycles, hours, unsafe_shutdowns), (7, 40, 2));
+    assert_eq!(u64_at(&smart, 96), 0, "busy minutes");
+    // Two queues have something outstanding for the same ninety minutes.
+    rig.faults.hold();
+    let sent: Vec<_> = host
+        .io
+        .iter()
+        .map(|queue| {
+            let (sqe, data) = write(1, &pattern(1, BLOCK));
+            (queue.clone(), queue.send(sqe, data))
+        })
+        .collect();
+    rig.run_for(HOUR * 3 / 2);
+    let smart = rig.log_page(&host, SMART, 512);
+    assert!((89..=90).contains(&u64_at(&smart, 96)), "while it goes on");
+    rig.faults.release();
+    for (queue, id) in sent {
+        assert_eq!(status(&rig.outcome(&queue, id)), Ok(()));
+    }
+    rig.run_for(HOUR);
+    let smart = rig.log_page(&host, SMART, 512);
+    assert!((89..=90).contains(&u64_at(&smart, 96)), "not a minute while idle");
+    assert_eq!(u64_at(&smart, 128), 42, "hours");
+    let kelvin = u16_at(&smart, 1);
+    assert!(kelvin == 0 || (200..=450).contains(&kelvin), "{kelvin} K");
 }
