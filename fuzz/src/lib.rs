@@ -1,5 +1,7 @@
 //! What the fuzz targets share: reading decisions off the fuzzer's input, and cutting a stream.
 
+pub mod nvm;
+
 /// The fuzzer's input, read from the front. An empty input gives zeros, so that a decision is
 /// always possible.
 #[derive(Clone, Copy)]
