@@ -1,6 +1,6 @@
 //! A target in this process, on real sockets: for tests that are hosts themselves.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -17,12 +17,14 @@ pub const SUBNQN: &str = "nqn.2026-11.io.penstock:rig";
 
 /// A running target; stopped when dropped.
 pub struct Rig {
-    /// Where it listens.
+    /// Where it listens first.
     pub addr: SocketAddr,
+    /// Where it listens: port identifiers 1, 2, … in this order.
+    pub addrs: Vec<SocketAddr>,
     /// Its handle.
     pub target: Arc<Target>,
     cores: Vec<(CoreHandle, JoinHandle<()>)>,
-    acceptor: Option<JoinHandle<()>>,
+    acceptors: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -32,6 +34,19 @@ impl Rig {
     /// # Errors
     /// No io_uring, no port, or a configuration that the target refuses.
     pub fn start(volumes: Vec<Arc<dyn Volume>>, cores: usize, limits: Limits) -> Result<Rig> {
+        Rig::start_on(&[Ipv4Addr::LOCALHOST.into()], volumes, cores, limits)
+    }
+
+    /// The same with a port of its own for each of the addresses.
+    ///
+    /// # Errors
+    /// As [`Rig::start`], or an address that this machine does not have.
+    pub fn start_on(
+        listen: &[IpAddr],
+        volumes: Vec<Arc<dyn Volume>>,
+        cores: usize,
+        limits: Limits,
+    ) -> Result<Rig> {
         let (to_us, handles) = mpsc::channel();
         let (mut starts, mut threads) = (Vec::new(), Vec::new());
         // A receive and a send for each connection, and what the volumes have under way.
@@ -71,14 +86,24 @@ impl Rig {
             .zip(1..)
             .map(|(volume, nsid)| NamespaceConfig::new(nsid, volume))
             .collect();
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let addr = listener.local_addr()?;
+        let listeners = listen
+            .iter()
+            .map(|ip| TcpListener::bind((*ip, 0)))
+            .collect::<std::io::Result<Vec<_>>>()
+            .context("listening")?;
+        let addrs = listeners
+            .iter()
+            .map(TcpListener::local_addr)
+            .collect::<std::io::Result<Vec<SocketAddr>>>()?;
+        let addr = *addrs.first().context("no address to listen on")?;
+        let ports =
+            (1..).zip(&addrs).map(|(id, addr)| Port { id, kind: ListenerKind::Io, addr: *addr });
         let config = TargetConfig {
             subsystems: vec![SubsystemConfig {
                 namespaces,
                 ..SubsystemConfig::new(SUBNQN, "RIG0001")
             }],
-            ports: vec![Port { id: 1, kind: ListenerKind::Io, addr }],
+            ports: ports.collect(),
             limits,
             ..TargetConfig::default()
         };
@@ -87,17 +112,22 @@ impl Rig {
             start.send(Arc::clone(&target)).ok().context("a core ended early")?;
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let (stopping, accepted) = (Arc::clone(&stop), Arc::clone(&target));
-        let acceptor = std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                if stopping.load(Ordering::Acquire) {
-                    return;
-                }
-                accepted.add_connection(Socket::from(stream), 1);
-            }
-        });
+        let acceptors = (1..)
+            .zip(listeners)
+            .map(|(port, listener)| {
+                let (stopping, accepted) = (Arc::clone(&stop), Arc::clone(&target));
+                std::thread::spawn(move || {
+                    for stream in listener.incoming().map_while(Result::ok) {
+                        if stopping.load(Ordering::Acquire) {
+                            return;
+                        }
+                        accepted.add_connection(Socket::from(stream), port);
+                    }
+                })
+            })
+            .collect();
         let cores = cores.into_iter().zip(threads).collect();
-        Ok(Rig { addr, target, cores, acceptor: Some(acceptor), stop })
+        Ok(Rig { addr, addrs, target, cores, acceptors, stop })
     }
 
     /// Runs `f` on every core.
@@ -115,9 +145,9 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        // One last connection lets the acceptor see the flag.
-        drop(std::net::TcpStream::connect(self.addr));
-        if let Some(acceptor) = self.acceptor.take() {
+        // One last connection lets each acceptor see the flag.
+        for (addr, acceptor) in self.addrs.iter().zip(self.acceptors.drain(..)) {
+            drop(std::net::TcpStream::connect(addr));
             drop(acceptor.join());
         }
         for (handle, thread) in self.cores.drain(..) {

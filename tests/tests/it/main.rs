@@ -3,6 +3,7 @@
 mod allocation;
 mod counting;
 mod faults;
+mod ipv6;
 mod junk;
 mod scale;
 mod sim;
