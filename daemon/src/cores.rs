@@ -16,6 +16,10 @@ const POOL_REGISTERED_BYTES: usize = 16 << 20;
 /// Operations in flight on a core: two for each connection, and what its volumes have under way.
 const RING_ENTRIES: u32 = 4096;
 
+/// The same on a core of a target. All connections that a target takes (4,096) may be those of one
+/// core, each with a receive and a send; without a place for its receive one would not be served.
+const TARGET_RING_ENTRIES: u32 = 12_288;
+
 /// How many cores a role gets if the operator does not say: the processors there are, shared with
 /// the other role if this process has both, and no more than four, which serve more than a NIC.
 pub fn default_count(roles: usize) -> u16 {
@@ -31,7 +35,11 @@ pub fn core_config() -> CoreConfig {
 /// The configuration of a core that serves volumes: files and block devices read and write a little
 /// of its pool at less cost.
 pub fn target_config() -> CoreConfig {
-    CoreConfig { pool_registered_bytes: POOL_REGISTERED_BYTES, ..core_config() }
+    CoreConfig {
+        entries: TARGET_RING_ENTRIES,
+        pool_registered_bytes: POOL_REGISTERED_BYTES,
+        ..core_config()
+    }
 }
 
 /// Why the cores could not be had.
