@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nvme::ctrl::io::Fuse;
 use nvme::spec::Status;
 
 use crate::conn::{Conn, Phase};
@@ -90,20 +91,16 @@ impl Aborts {
 
 impl Conn {
     /// Answers the Aborts that name this queue. What is not at a volume yet, and needs nothing more
-    /// from the host, is aborted; the rest ends by itself.
+    /// from the host, is aborted; the rest ends by itself, also one half of a fused pair.
     #[cold]
     pub(crate) fn abort_commands(&mut self, env: &mut Env<'_>) {
         let Some(association) = self.association.clone() else { return };
         for abort in association.aborts.take(Some(self.qid)) {
             let found = (0..self.slots.len() as u16).find(|slot| {
                 let entry = &self.slots[*slot as usize];
-                let waits = match entry.phase {
-                    Phase::WaitFetch | Phase::WaitSubmit => true,
-                    // A fused command whose other half is not there.
-                    Phase::Awaiting => entry.turn.is_paired(),
-                    _ => false,
-                };
-                waits && self.cid(*slot) == abort.cid
+                matches!(entry.phase, Phase::WaitFetch | Phase::WaitSubmit)
+                    && self.cid(*slot) == abort.cid
+                    && Fuse::of(&entry.sqe) == Fuse::None
             });
             match found {
                 Some(slot) => {

@@ -5,5 +5,6 @@ mod fence;
 mod fused;
 mod health;
 mod host;
+mod manage;
 mod reservations;
 mod rig;

@@ -124,7 +124,8 @@ impl Rig {
         queue.take(id).expect("the connection ended before the command")
     }
 
-    fn connect(&mut self, n: u8, subnqn: &str, qid: u16, cntlid: u16) -> (Queue, Done) {
+    /// One queue, by a Connect command whatever comes of it.
+    pub(crate) fn connect(&mut self, n: u8, subnqn: &str, qid: u16, cntlid: u16) -> (Queue, Done) {
         let request = ConnectRequest {
             qid,
             queue_entries: u32::from(DEPTH) + 1,
@@ -152,13 +153,7 @@ impl Rig {
         let (admin, done) = self.connect(n, subnqn, 0, 0xffff);
         assert!(done.cqe.status().is_success(), "connect: {}", done.cqe.status());
         let cntlid = done.cqe.dw0() as u16;
-        // CC.EN with the entry sizes that fabrics wants.
-        let mut enable = [0; 64];
-        (enable[0], enable[1]) = (0x7f, 0x40);
-        enable[44] = 0x14;
-        enable[48..52].copy_from_slice(&0x0046_0001_u32.to_le_bytes());
-        let done = self.command(&admin, Sqe::from_bytes(&enable), Data::None);
-        assert!(done.cqe.status().is_success(), "enable: {}", done.cqe.status());
+        self.enable(&admin);
         let mut sqe = Sqe::new(AdminOpcode::SET_FEATURES.0);
         sqe.cdw10.set(Feature::NUMBER_OF_QUEUES.0.into());
         sqe.cdw11.set(u32::from(queues - 1) << 16 | u32::from(queues - 1));
@@ -172,6 +167,13 @@ impl Rig {
             })
             .collect();
         Host { admin, io }
+    }
+
+    /// CC.EN with the entry sizes that fabrics wants.
+    #[track_caller]
+    pub(crate) fn enable(&mut self, admin: &Queue) {
+        let done = self.command(admin, property_set(0x14, 0x0046_0001), Data::None);
+        assert!(done.cqe.status().is_success(), "enable: {}", done.cqe.status());
     }
 
     /// Writes and insists on success.
@@ -205,6 +207,23 @@ impl Rig {
 
 pub(crate) fn hostnqn(n: u8) -> String {
     format!("nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-0000000000{n:02x}")
+}
+
+/// Property Set of four bytes.
+pub(crate) fn property_set(offset: u32, value: u32) -> Sqe {
+    let mut bytes = [0; 64];
+    (bytes[0], bytes[1]) = (0x7f, 0x40);
+    bytes[44..48].copy_from_slice(&offset.to_le_bytes());
+    bytes[48..52].copy_from_slice(&value.to_le_bytes());
+    Sqe::from_bytes(&bytes)
+}
+
+/// Property Get of four bytes.
+pub(crate) fn property_get(offset: u32) -> Sqe {
+    let mut bytes = [0; 64];
+    (bytes[0], bytes[1], bytes[4]) = (0x7f, 0x40, 4);
+    bytes[44..48].copy_from_slice(&offset.to_le_bytes());
+    Sqe::from_bytes(&bytes)
 }
 
 /// A command on namespace 1 with a range and a data pointer of `len` bytes.
