@@ -19,7 +19,7 @@ use crate::change::{self, Change, Request};
 use crate::config::{Limits, ListenerKind, SubsystemConfig};
 use crate::conn::{Conn, Held, Role};
 use crate::core::Env;
-use crate::limits::hit;
+use crate::limits::count;
 use crate::registry::{Applicant, Association, HostKey, Refusal, Served};
 use crate::table::{Table, View};
 use crate::target::Shared;
@@ -206,6 +206,7 @@ impl Conn {
         if env.shared.registry.is_fenced(served, &host) {
             // The host was here before and its old controller still has writes that can land. The
             // new one begins when they are done: what it is sent then comes after them.
+            self.keep_handshake();
             self.hold(Held::Connect(slot));
             return;
         }
@@ -225,9 +226,9 @@ impl Conn {
     fn refuse(&mut self, slot: u16, refusal: Refusal, env: &mut Env<'_>) {
         let hits = &env.shared.hits;
         match refusal {
-            Refusal::Controllers => hit(&hits.controllers),
-            Refusal::ControllersOfHost => hit(&hits.controllers_of_host),
-            Refusal::QueuesOfHost => hit(&hits.connections_of_host),
+            Refusal::Controllers => count(&hits.controllers),
+            Refusal::ControllersOfHost => count(&hits.controllers_of_host),
+            Refusal::QueuesOfHost => count(&hits.connections_of_host),
             _ => {}
         }
         self.reject(slot, reject_of(refusal), env);
@@ -295,7 +296,6 @@ impl Conn {
             input: Vec::new(),
         });
         self.become_queue(Role::Admin(admin), association, view, request, None);
-        self.end_handshake(env);
         self.respond_connected(slot, cntlid, env);
     }
 
@@ -326,7 +326,6 @@ impl Conn {
         let in_capsule = view.info.limits().in_capsule_bytes;
         let role = Role::Io { epoch };
         self.become_queue(role, association, Some(view), request, Some(in_capsule));
-        self.end_handshake(env);
         self.respond_connected(slot, cntlid, env);
     }
 
@@ -340,16 +339,6 @@ impl Conn {
             debug_assert!(false, "admin commands come on admin queues");
             return;
         };
-        let is_counted = !matches!(
-            AdminOpcode(sqe.opcode),
-            AdminOpcode::KEEP_ALIVE | AdminOpcode::ASYNC_EVENT_REQUEST
-        );
-        if is_counted && !association.bucket.take(env.now) {
-            self.role = Role::Admin(admin);
-            hit(&env.shared.hits.admin_commands);
-            // "The host should retry the command" (NVMe Base 2.0, Command Interrupted).
-            return self.respond(slot, Status::COMMAND_INTERRUPTED, 0, env);
-        }
         admin.input.resize(len, 0);
         let mut input = std::mem::take(&mut admin.input);
         self.slot_data(slot, &mut input);

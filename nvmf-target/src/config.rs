@@ -110,8 +110,11 @@ pub struct Limits {
     /// Bytes that a host may send in one H2CData PDU; a multiple of 4, at least 4,096.
     pub h2c_data_bytes: u32,
     /// Buffer memory that the commands of one connection may hold, in bytes. One command is always
-    /// allowed, and no connection gets more than is left for the others of its core.
+    /// allowed.
     pub buffer_bytes_per_connection: usize,
+    /// Buffer memory that the commands of one host NQN may hold on one core, in bytes. No host gets
+    /// more than is left for others on that core, but always enough for one command.
+    pub buffer_bytes_per_host: usize,
     /// How long a connection may take from accept to Connect.
     pub handshake: Duration,
     /// How long a change of the configuration is waited for; see [`ChangeError::StillDraining`].
@@ -134,6 +137,7 @@ impl Default for Limits {
             in_capsule_bytes: 16 << 10,
             h2c_data_bytes: 1 << 20,
             buffer_bytes_per_connection: 8 << 20,
+            buffer_bytes_per_host: 32 << 20,
             handshake: Duration::from_secs(10),
             change_wait: Duration::from_secs(30),
         }

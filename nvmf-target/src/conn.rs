@@ -18,10 +18,12 @@ use crate::admin::Admin;
 use crate::config::{Limits, Port};
 use crate::core::Env;
 use crate::fence::Place;
+use crate::limits::{Pass, count};
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
 use crate::table::View;
 use crate::turn::Turn;
+use crate::wait::Waits;
 
 /// Received buffers looked at per turn and connection, so that one host cannot hold up the others.
 const CHUNKS_PER_TURN: usize = 4;
@@ -80,6 +82,9 @@ pub(crate) struct Slot {
     pub(crate) len: u32,
     /// In-capsule data begins this far into the capsule's data.
     pub(crate) skip: u32,
+    /// Pool bytes that it holds, and those of them that are with the stream.
+    pub(crate) held: u32,
+    pub(crate) unsent: u32,
     /// Next range of a deallocate or copy, or next namespace of a flush to all.
     pub(crate) step: u32,
     /// What a command of several pieces needs beside that.
@@ -101,6 +106,8 @@ impl Slot {
             io: None,
             len: 0,
             skip: 0,
+            held: 0,
+            unsent: 0,
             step: 0,
             pieces: Pieces::default(),
             turn: Turn::default(),
@@ -128,8 +135,8 @@ pub(crate) struct Conn {
     port: Port,
     /// Address of the host's end.
     peer: String,
-    /// Counted as a connection without Connect.
-    is_handshake: bool,
+    /// Its place among the connections, and before Connect among the handshakes.
+    pass: Pass,
     /// What the controller sees of its subsystem; of queues of subsystems alone.
     pub(crate) view: Option<Arc<View>>,
     pub(crate) role: Role,
@@ -141,6 +148,9 @@ pub(crate) struct Conn {
     /// Submission queue flow control is off: reads may end with their data.
     no_flow_control: bool,
     pub(crate) at_volume: usize,
+    /// Commands whose response is not with the stream yet.
+    unanswered: u32,
+    pub(crate) waits: Waits,
     /// Received bytes that could not be processed for want of a buffer, and the slot that wants it.
     backlog: Vec<u8>,
     stalled: Option<u16>,
@@ -218,6 +228,7 @@ impl Conn {
         stream: Stream,
         port: Port,
         peer: String,
+        pass: Pass,
         limits: &Limits,
         now: Duration,
     ) -> Conn {
@@ -233,7 +244,7 @@ impl Conn {
             machine,
             port,
             peer,
-            is_handshake: true,
+            pass,
             view: None,
             role: Role::Fresh,
             association: None,
@@ -243,6 +254,8 @@ impl Conn {
             sq_entries: FRESH_SLOTS,
             no_flow_control: false,
             at_volume: 0,
+            unanswered: 0,
+            waits: Waits::default(),
             backlog: Vec::new(),
             stalled: None,
             life: Life::Open,
@@ -318,6 +331,12 @@ impl Conn {
         self.role = role;
         self.association = Some(association);
         self.handshake_deadline = None;
+        self.pass.connected();
+    }
+
+    /// The connection's Connect command waits for us: it is not idle.
+    pub(crate) fn keep_handshake(&self) {
+        self.pass.keep();
     }
 
     /// Takes what the socket has, as far as this turn goes.
@@ -443,6 +462,10 @@ impl Conn {
             DataPtr::InCapsule { offset, len } => (len, offset),
             data => (data.len(), 0),
         };
+        self.unanswered += 1;
+        if self.unanswered > self.sq_entries.into() {
+            self.overrun(env);
+        }
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
         (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
@@ -457,6 +480,15 @@ impl Conn {
             self.fetch(slot, env);
         } else {
             self.execute(slot, env);
+        }
+    }
+
+    /// The host has more commands outstanding than its queue has entries.
+    #[cold]
+    fn overrun(&self, env: &Env<'_>) {
+        count(&env.shared.hits.queue_overruns);
+        if let Some(association) = &self.association {
+            count(&association.account.overruns);
         }
     }
 
@@ -500,18 +532,33 @@ impl Conn {
 
     /// Gives a slot whose data follows its capsule the memory for it.
     fn take_buffer(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
+        let entry = &self.slots[slot as usize];
+        let is_urgent = entry.phase == Phase::Capsule;
+        let store_len = match &entry.work {
+            Work::Io(command) => pieces::store_len(command),
+            _ => 0,
+        };
+        let len = entry.len as usize + store_len as usize;
+        if !self.may_take(len, is_urgent, env) {
+            return false;
+        }
         let entry = &mut self.slots[slot as usize];
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
         let mut got = env.pool.alloc(entry.len as usize, &mut io.data).is_ok();
-        if got && let Work::Io(command) = &entry.work {
+        if got {
             // All at once: who has one buffer and waits for another holds up others for nothing.
-            got = entry.pieces.take_store(pieces::store_len(command), env);
+            got = entry.pieces.take_store(store_len, env);
             if !got {
                 io.data.clear();
             }
         }
         entry.io = Some(io);
-        got
+        self.taken(slot, len, got, env)
+    }
+
+    /// Nothing is received until a command gets its memory.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
     }
 
     /// Asks the host for a command's data, as soon as there is memory for it.
@@ -522,9 +569,7 @@ impl Conn {
             return true;
         }
         if !self.take_buffer(slot, env) {
-            self.slots[slot as usize].phase = Phase::WaitFetch;
-            env.waiting.push_back((self.index, slot));
-            return false;
+            return self.wait_in(Phase::WaitFetch, slot, env);
         }
         let entry = &mut self.slots[slot as usize];
         entry.phase = Phase::Fetching;
@@ -560,7 +605,7 @@ impl Conn {
             Work::Nothing => debug_assert!(false, "a free slot has nothing to execute"),
             Work::Refuse(status) => self.respond(slot, status, 0, env),
             Work::Connect => self.connect(slot, env),
-            Work::Admin => self.admin(slot, env),
+            Work::Admin => self.admit_admin(slot, env),
             Work::Disconnect => self.respond_and_part(slot, Status::SUCCESS, 0, env),
             Work::Io(_) if self.slots[slot as usize].turn.is_paired() => self.pair_ready(slot, env),
             Work::Io(_) => {
@@ -619,6 +664,8 @@ impl Conn {
         // the queue's head, and where there is nothing else to say (NVMe/TCP, C2HData SUCCESS).
         let success = self.no_flow_control && result == 0;
         let head = self.machine.c2h_data(slot, 0, len, true, success);
+        self.unanswered -= 1;
+        self.sending(slot, len);
         let entry = &mut self.slots[slot as usize];
         entry.phase = Phase::Sending;
         let Some(io) = &entry.io else {
@@ -669,6 +716,7 @@ impl Conn {
             self.respond(slot, Status::INTERNAL_ERROR, 0, env);
             return;
         }
+        self.taken(slot, bytes.len(), true, env);
         self.respond_data(slot, bytes.len() as u32, result);
     }
 
@@ -685,8 +733,11 @@ impl Conn {
     }
 
     pub(crate) fn free(&mut self, slot: u16, env: &mut Env<'_>) {
+        self.given_back(slot, env);
         let entry = &mut self.slots[slot as usize];
-        entry.phase = Phase::Free;
+        if std::mem::replace(&mut entry.phase, Phase::Free) != Phase::Sending {
+            self.unanswered -= 1;
+        }
         entry.work = Work::Nothing;
         if let Some(io) = entry.io.take() {
             env.ios.give(io);
@@ -741,7 +792,8 @@ impl Conn {
             self.close("the termination was not taken");
         }
         if let (Role::Admin(admin), Some(association)) = (&mut self.role, &self.association) {
-            if association.take_touched() {
+            // While we do not read, silence says nothing.
+            if association.take_touched() || self.stalled.is_some() {
                 admin.controller.touch(env.now);
             }
             if self.life == Life::Open && admin.controller.is_expired(env.now) {
@@ -773,9 +825,14 @@ impl Conn {
     pub(crate) fn finish_turn(&mut self, env: &mut Env<'_>) -> bool {
         let mut worked = false;
         self.note_busy(self.machine.outstanding() > 0, env.now);
+        if self.pass.is_revoked() && self.life != Life::Draining {
+            self.close("newer connections need the room");
+            worked = true;
+        }
         if self.life == Life::Open {
             worked |= self.follow_association(env);
             worked |= self.poll_held(env);
+            worked |= self.poll_delayed(env);
         }
         if self.life == Life::Draining {
             if matches!(self.role, Role::Admin(_))
@@ -817,24 +874,18 @@ impl Conn {
         self.life == Life::Draining && self.at_volume == 0 && self.stream.is_quiet()
     }
 
-    /// The connection is a queue now, or gone.
-    pub(crate) fn end_handshake(&mut self, env: &Env<'_>) {
-        if std::mem::take(&mut self.is_handshake) {
-            env.shared.handshakes.end(&self.peer);
-        }
-    }
-
     /// Last call before the connection is dropped.
     pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
         self.note_busy(false, env.now);
+        self.leave_rota(env);
         for slot in 0..self.slots.len() {
+            self.given_back(slot as u16, env);
             if let Some(io) = self.slots[slot].io.take() {
                 env.ios.give(io);
             }
             self.slots[slot].pieces.clear(env);
             self.slots[slot].turn.clear(env);
         }
-        self.end_handshake(env);
         if let Some(association) = self.association.take() {
             env.shared.registry.leave(&association, self.qid);
             env.shared.settled();

@@ -1,6 +1,5 @@
 //! The task that a core runs for the target: all of its qpairs, one channel per volume.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use crate::fence::CoreFences;
 use crate::table::Table;
 use crate::target::{Handover, Shared};
 use crate::volume::VolumeState;
+use crate::wait::Rota;
 
 /// How often time-outs are looked at: keep alive, handshakes, terminations. They are seconds long.
 const TICK: Duration = Duration::from_millis(500);
@@ -24,9 +24,6 @@ const CHANNEL_DEPTH: u32 = 1024;
 
 /// Segments that an I/O has room for from the start: the pool's largest pieces of a full transfer.
 const SEGMENTS: usize = 16;
-
-/// A command that waits for memory or for room in a channel, in order of arrival.
-pub(crate) type Waiting = VecDeque<(u32, u16)>;
 
 /// What a connection may use of its core while it is called.
 pub(crate) struct Env<'a> {
@@ -39,7 +36,9 @@ pub(crate) struct Env<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) volumes: &'a mut Volumes,
     pub(crate) ios: &'a mut IoCache,
-    pub(crate) waiting: &'a mut Waiting,
+    pub(crate) rota: &'a mut Rota,
+    /// Number of the core's turn.
+    pub(crate) lap: u64,
     /// Commands that wait for their turn, see `turn.rs`; each is looked at once per turn.
     pub(crate) awaiting: &'a mut Vec<(u32, u16)>,
     pub(crate) now: Duration,
@@ -184,7 +183,8 @@ pub(crate) struct CoreTask {
     free: Vec<u32>,
     volumes: Volumes,
     ios: IoCache,
-    waiting: Waiting,
+    rota: Rota,
+    lap: u64,
     awaiting: Vec<(u32, u16)>,
     /// The other list, empty between turns.
     followed: Vec<(u32, u16)>,
@@ -215,7 +215,8 @@ impl CoreTask {
             free: Vec::new(),
             volumes,
             ios: IoCache::default(),
-            waiting: Waiting::new(),
+            rota: Rota::default(),
+            lap: 0,
             awaiting: Vec::new(),
             followed: Vec::new(),
             done: Vec::new(),
@@ -233,8 +234,6 @@ impl CoreTask {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "a connection was closed: no stream for it");
-                self.shared.handshakes.end(&peer);
-                self.shared.connections.fetch_sub(1, Ordering::AcqRel);
                 return;
             }
         };
@@ -242,7 +241,8 @@ impl CoreTask {
             self.conns.push(None);
             (self.conns.len() - 1) as u32
         });
-        let conn = Conn::new(index, stream, handover.port, peer, &self.shared.limits, now);
+        let Handover { port, pass, .. } = handover;
+        let conn = Conn::new(index, stream, port, peer, pass, &self.shared.limits, now);
         self.conns[index as usize] = Some(Box::new(conn));
     }
 }
@@ -272,11 +272,12 @@ impl CoreTask {
                 conns,
                 volumes,
                 ios,
-                waiting,
+                rota,
+                lap,
                 awaiting,
                 ..
             } = self;
-            let (core, pool) = (*core, local.pool());
+            let (core, pool, lap) = (*core, local.pool(), *lap);
             let mut env = Env {
                 core,
                 shared,
@@ -286,7 +287,8 @@ impl CoreTask {
                 pool,
                 volumes,
                 ios,
-                waiting,
+                rota,
+                lap,
                 awaiting,
                 now,
             };
@@ -326,33 +328,42 @@ impl Task for CoreTask {
             conns,
             volumes,
             ios,
-            waiting,
+            rota,
+            lap,
             awaiting,
             followed,
             done,
             ..
         } = self;
-        let (core, pool) = (*core, local.pool());
-        let mut env =
-            Env { core, shared, table, fences, local, pool, volumes, ios, waiting, awaiting, now };
+        *lap += 1;
+        let (core, pool, lap) = (*core, local.pool(), *lap);
+        let mut env = Env {
+            core,
+            shared,
+            table,
+            fences,
+            local,
+            pool,
+            volumes,
+            ios,
+            rota,
+            lap,
+            awaiting,
+            now,
+        };
 
         // Commands that waited go before new ones.
-        for _ in 0..env.waiting.len() {
-            let Some((index, slot)) = env.waiting.pop_front() else { break };
-            let served = match conns.get_mut(index as usize) {
-                Some(Some(conn)) => conn.retry(slot, &mut env),
-                _ => true,
-            };
-            if !served {
-                // Still nothing to be had; `retry` has queued it again, at the back: turn it round.
-                if let Some(again) = env.waiting.pop_back() {
-                    env.waiting.push_front(again);
-                }
-                break;
+        for _ in 0..env.rota.begin(now) {
+            let Some(index) = env.rota.next() else { break };
+            if let Some(Some(conn)) = conns.get_mut(index as usize) {
+                worked |= conn.serve(&mut env);
             }
-            worked = true;
         }
-        for conn in conns.iter_mut().flatten() {
+        env.rota.end();
+        // Another connection is the first in each turn: none always finds memory before others.
+        let first = (lap as usize).checked_rem(conns.len()).unwrap_or(0);
+        let (before, from_first) = conns.split_at_mut(first);
+        for conn in from_first.iter_mut().chain(before).flatten() {
             worked |= conn.receive(&mut env);
         }
         env.volumes.poll(&mut |io| done.push(io));
@@ -389,7 +400,6 @@ impl Task for CoreTask {
                 conn.leave(&mut env);
                 *entry = None;
                 self.free.push(index as u32);
-                shared.connections.fetch_sub(1, Ordering::AcqRel);
                 worked = true;
             }
         }
@@ -406,9 +416,7 @@ impl Task for CoreTask {
     }
 
     fn deadline(&self) -> Option<Duration> {
-        match (self.next_tick, self.volumes.deadline()) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        let times = [self.next_tick, self.volumes.deadline(), self.rota.due()];
+        times.into_iter().flatten().min()
     }
 }

@@ -38,7 +38,7 @@ impl Failed {
 const CONFLICT: Status = Status::RESERVATION_CONFLICT.dnr();
 
 impl Conn {
-    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits in `env.waiting`.
+    /// Hands an I/O command (or its next piece) to the volume; `false`: it waits.
     pub(crate) fn submit(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
         let is_current = self
             .view
@@ -85,16 +85,18 @@ impl Conn {
 
     /// A command whose data, if it has any, is the volume's as it is the host's.
     fn submit_plain(&mut self, slot: u16, command: IoCommand, env: &mut Env<'_>) -> bool {
+        if let IoCommand::Read { len, .. } = command
+            && self.slots[slot as usize].held == 0
+            && !self.take_read_buffer(slot, len, env)
+        {
+            return self.wait(slot, env);
+        }
         let entry = &mut self.slots[slot as usize];
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
         io.fua = false;
         io.no_unmap = false;
         match command {
             IoCommand::Read { offset, len, fua, .. } => {
-                if io.data.is_empty() && env.pool.alloc(len as usize, &mut io.data).is_err() {
-                    entry.io = Some(io);
-                    return self.wait(slot, env);
-                }
                 (io.op, io.offset, io.len, io.fua) = (Op::Read, offset, u64::from(len), fua);
             }
             IoCommand::Write { offset, len, fua, .. } => {
@@ -174,13 +176,10 @@ impl Conn {
 
     /// Queues the command for memory or room in a channel.
     pub(crate) fn wait(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        self.slots[slot as usize].phase = Phase::WaitSubmit;
-        env.waiting.push_back((self.index, slot));
-        false
+        self.wait_in(Phase::WaitSubmit, slot, env)
     }
 
-    /// Submits an I/O of a command to number `volume` of the view; `false`: it waits in
-    /// `env.waiting`.
+    /// Submits an I/O of a command to number `volume` of the view; `false`: it waits.
     pub(crate) fn launch(
         &mut self,
         slot: u16,
@@ -274,18 +273,6 @@ impl Conn {
             // successfully copied" (NVM Command Set 1.0, "Copy command").
             Work::Io(IoCommand::Copy { .. }) => u64::from(entry.step),
             _ => 0,
-        }
-    }
-
-    /// Tries a waiting command again; `false`: it was queued anew.
-    pub(crate) fn retry(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
-        if self.life != Life::Open {
-            return true;
-        }
-        match self.slots[slot as usize].phase {
-            Phase::WaitFetch => self.fetch(slot, env),
-            Phase::WaitSubmit => self.submit(slot, env),
-            _ => true,
         }
     }
 

@@ -47,6 +47,7 @@ mod temperature;
 mod turn;
 mod vitals;
 mod volume;
+mod wait;
 
 pub use change::{Change, Request};
 pub use config::{
@@ -55,5 +56,7 @@ pub use config::{
 };
 pub use counters::Totals;
 pub use nvme::subsys::ana::AnaState;
-pub use state::{ControllerStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus};
+pub use state::{
+    ControllerStatus, HostStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus,
+};
 pub use target::Target;

@@ -72,14 +72,14 @@ pub(crate) fn store_len(command: &IoCommand) -> u32 {
 }
 
 impl Conn {
-    /// Submits the next piece; `false`: the command waits in `env.waiting`.
+    /// Submits the next piece; `false`: the command waits.
     pub(crate) fn submit_piece(
         &mut self,
         slot: u16,
         command: IoCommand,
         env: &mut Env<'_>,
     ) -> bool {
-        if !self.slots[slot as usize].pieces.take_store(store_len(&command), env) {
+        if !self.take_store(slot, store_len(&command), env) {
             // Only a Verify comes here without a buffer, and it has nothing else.
             return self.wait(slot, env);
         }
@@ -123,6 +123,17 @@ impl Conn {
         };
         debug_assert!(shared, "the buffer was taken above and no piece is longer");
         self.launch(slot, volume, io, env)
+    }
+
+    fn take_store(&mut self, slot: u16, len: u32, env: &mut Env<'_>) -> bool {
+        if len == 0 || self.slots[slot as usize].pieces.store.is_some() {
+            return true;
+        }
+        if !self.may_take(len as usize, false, env) {
+            return false;
+        }
+        let got = self.slots[slot as usize].pieces.take_store(len, env);
+        self.taken(slot, len as usize, got, env)
     }
 
     /// What a copy does next: read from a source range, or write what was read.

@@ -3,7 +3,7 @@
 //! The registry is shared by all cores and locked only when a queue is connected or torn down. What
 //! the data path needs of it is in [`Association`] and atomic.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,7 +11,8 @@ use nvme::ctrl::Instance;
 
 use crate::abort::{Abort, Aborts};
 use crate::letters::Letters;
-use crate::limits::Bucket;
+use crate::limits::Account;
+use crate::state::HostStatus;
 
 /// Which subsystem an association is with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +59,8 @@ pub(crate) struct Association {
     pub(crate) port: u16,
     /// Address of the host's end of the admin queue.
     pub(crate) peer: String,
-    /// Admin commands that the host may send; shared by all its associations.
-    pub(crate) bucket: Arc<Bucket>,
+    /// What the host uses; shared by all associations of its NQN.
+    pub(crate) account: Arc<Account>,
     /// Set once and for good: every queue closes when it sees this.
     dead: AtomicBool,
     /// CC.EN is 1 and CSTS.RDY is: I/O queues may connect.
@@ -155,8 +156,8 @@ pub(crate) struct Bounds {
     pub(crate) controllers: usize,
     pub(crate) controllers_per_host: usize,
     pub(crate) queues_per_host: usize,
-    pub(crate) admin_per_second: u32,
-    pub(crate) admin_burst: u32,
+    /// Cores of the target, which count a host's memory each by itself.
+    pub(crate) cores: usize,
 }
 
 /// Who asks for a controller, and where.
@@ -167,23 +168,48 @@ pub(crate) struct Applicant<'a> {
     pub(crate) peer: &'a str,
 }
 
-/// What a host NQN has.
+/// A host NQN, whatever the host identifiers are that it is used with.
 #[derive(Debug)]
-struct Account {
+struct Host {
     queues: usize,
-    controllers: usize,
-    bucket: Arc<Bucket>,
+    /// Its controllers.
+    cntlids: Vec<u16>,
+    account: Arc<Account>,
 }
 
 /// Hosts without any queue whose spent admin commands are still remembered.
-const ACCOUNTS_MAX: usize = 4096;
+const GONE_MAX: usize = 1024;
 
 #[derive(Debug)]
 struct Table {
-    accounts: BTreeMap<String, Account>,
+    hosts: HashMap<String, Host>,
+    /// Hosts that had no queue left, in that order; some may be back, or stand here twice.
+    gone: VecDeque<String>,
     by_cntlid: BTreeMap<u16, Arc<Association>>,
     next_cntlid: u16,
     next_ciu: u8,
+}
+
+impl Table {
+    /// The controllers of a host.
+    fn of_host<'a>(&'a self, host: &'a HostKey) -> impl Iterator<Item = &'a Arc<Association>> {
+        let cntlids = self.hosts.get(&host.hostnqn).map_or(&[][..], |found| &found.cntlids[..]);
+        cntlids
+            .iter()
+            .filter_map(|cntlid| self.by_cntlid.get(cntlid))
+            .filter(move |a| a.host == *host)
+    }
+
+    /// A host has no queue left; the one that is so for longest is forgotten if there are many.
+    fn note_gone(&mut self, hostnqn: &str) {
+        self.gone.push_back(hostnqn.to_owned());
+        if self.gone.len() > GONE_MAX
+            && let Some(oldest) = self.gone.pop_front()
+            && self.hosts.get(&oldest).is_some_and(|host| host.queues == 0)
+        {
+            self.hosts.remove(&oldest);
+        }
+    }
 }
 
 /// Controller identifiers FFF0h and above are reserved (NVMe Base 2.0, Connect command).
@@ -192,7 +218,8 @@ const CNTLID_MAX: u16 = 0xffef;
 impl Registry {
     pub(crate) fn new(bounds: Bounds) -> Registry {
         let associations = Mutex::new(Table {
-            accounts: BTreeMap::new(),
+            hosts: HashMap::new(),
+            gone: VecDeque::new(),
             by_cntlid: BTreeMap::new(),
             next_cntlid: 1,
             next_ciu: 1,
@@ -217,22 +244,14 @@ impl Registry {
         if table.by_cntlid.len() >= self.bounds.controllers.min(CNTLID_MAX as usize) {
             return Err(Refusal::Controllers);
         }
-        if table.accounts.len() >= ACCOUNTS_MAX {
-            table.accounts.retain(|_, account| account.queues > 0);
-        }
-        let account = table.accounts.entry(host.hostnqn.clone()).or_insert_with(|| {
-            let bucket = Bucket::new(self.bounds.admin_per_second, self.bounds.admin_burst);
-            Account { queues: 0, controllers: 0, bucket: Arc::new(bucket) }
-        });
-        if account.controllers >= self.bounds.controllers_per_host {
+        let known = table.hosts.get(&host.hostnqn);
+        let (queues, controllers) = known.map_or((0, 0), |h| (h.queues, h.cntlids.len()));
+        if controllers >= self.bounds.controllers_per_host {
             return Err(Refusal::ControllersOfHost);
         }
-        if account.queues >= self.bounds.queues_per_host {
+        if queues >= self.bounds.queues_per_host {
             return Err(Refusal::QueuesOfHost);
         }
-        account.controllers += 1;
-        account.queues += 1;
-        let bucket = Arc::clone(&account.bucket);
         // Identifiers go round, so that a late queue of a dead controller finds no namesake.
         let mut cntlid = table.next_cntlid;
         while table.by_cntlid.contains_key(&cntlid) {
@@ -241,6 +260,14 @@ impl Registry {
         table.next_cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
         let instance = Instance { ciu: table.next_ciu, cirn: random.max(1) };
         table.next_ciu = if table.next_ciu == u8::MAX { 1 } else { table.next_ciu + 1 };
+        let known = table.hosts.entry(host.hostnqn.clone()).or_insert_with(|| Host {
+            queues: 0,
+            cntlids: Vec::new(),
+            account: Arc::new(Account::new(self.bounds.cores)),
+        });
+        known.queues += 1;
+        known.cntlids.push(cntlid);
+        let account = Arc::clone(&known.account);
         let association = Arc::new(Association {
             cntlid,
             instance,
@@ -248,7 +275,7 @@ impl Registry {
             host,
             port,
             peer: peer.to_owned(),
-            bucket,
+            account,
             dead: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             io_epoch: AtomicU32::new(0),
@@ -289,11 +316,11 @@ impl Registry {
         {
             return Err(Refusal::QueueIdentifier);
         }
-        if let Some(account) = table.accounts.get_mut(&association.host.hostnqn) {
-            if account.queues >= self.bounds.queues_per_host {
+        if let Some(known) = table.hosts.get_mut(&association.host.hostnqn) {
+            if known.queues >= self.bounds.queues_per_host {
                 return Err(Refusal::QueuesOfHost);
             }
-            account.queues += 1;
+            known.queues += 1;
         }
         connected.push(qid);
         association.queues.fetch_add(1, Ordering::AcqRel);
@@ -315,9 +342,15 @@ impl Registry {
         if is_last {
             table.by_cntlid.remove(&association.cntlid);
         }
-        if let Some(account) = table.accounts.get_mut(&association.host.hostnqn) {
-            account.queues -= 1;
-            account.controllers -= usize::from(is_last);
+        let hostnqn = &association.host.hostnqn;
+        if let Some(known) = table.hosts.get_mut(hostnqn) {
+            known.queues -= 1;
+            if is_last {
+                known.cntlids.retain(|cntlid| *cntlid != association.cntlid);
+            }
+            if known.queues == 0 {
+                table.note_gone(hostnqn);
+            }
         }
     }
 
@@ -332,7 +365,7 @@ impl Registry {
     /// host waits for it: what the host sends there must not be overtaken by what it sent before.
     pub(crate) fn is_fenced(&self, served: Served, host: &HostKey) -> bool {
         let table = self.table();
-        table.by_cntlid.values().any(|a| a.served == served && a.host == *host && a.is_dead())
+        table.of_host(host).any(|a| a.served == served && a.is_dead())
     }
 
     /// Whether controller `cntlid` still is what a host means by `instance`: of that host, in that
@@ -360,6 +393,22 @@ impl Registry {
         self.table().by_cntlid.values().filter(|a| a.served == served).for_each(|a| a.kill());
     }
 
+    /// What each host that has a queue uses, by NQN.
+    pub(crate) fn hosts(&self) -> Vec<HostStatus> {
+        let table = self.table();
+        let connected = table.hosts.iter().filter(|(_, host)| host.queues > 0);
+        let mut hosts: Vec<HostStatus> = connected
+            .map(|(hostnqn, host)| HostStatus {
+                hostnqn: hostnqn.clone(),
+                controllers: host.cntlids.len(),
+                connections: host.queues,
+                queue_overruns: host.account.overruns.load(Ordering::Relaxed),
+            })
+            .collect();
+        hosts.sort_by(|a, b| a.hostnqn.cmp(&b.hostnqn));
+        hosts
+    }
+
     /// Number of live or draining associations.
     pub(crate) fn len(&self) -> usize {
         self.table().by_cntlid.len()
@@ -381,13 +430,7 @@ mod tests {
     }
 
     fn registry(controllers: usize, controllers_per_host: usize) -> Registry {
-        Registry::new(Bounds {
-            controllers,
-            controllers_per_host,
-            queues_per_host: 5,
-            admin_per_second: 1,
-            admin_burst: 1,
-        })
+        Registry::new(Bounds { controllers, controllers_per_host, queues_per_host: 5, cores: 1 })
     }
 
     fn ready(registry: &Registry, host: HostKey) -> Arc<Association> {
@@ -494,5 +537,42 @@ mod tests {
         registry.join(c.cntlid, 1, &applicant(host(2))).expect("others feel nothing");
         registry.leave(&a, 2);
         registry.join(b.cntlid, 1, &applicant(host(1))).expect("room again");
+    }
+
+    #[test]
+    fn accounts_outlive_a_reconnect_and_are_bounded() {
+        let registry = registry(10, 10);
+        let first = ready(&registry, host(1));
+        let account = Arc::clone(&first.account);
+        registry.leave(&first, 0);
+        let again = ready(&registry, host(1));
+        assert!(Arc::ptr_eq(&account, &again.account));
+        for n in 0..3 * GONE_MAX {
+            let hostnqn = format!("nqn.2014-08.org.example:churn{n}");
+            registry.leave(&ready(&registry, HostKey { hostnqn, hostid: [1; 16] }), 0);
+        }
+        let table = registry.table();
+        assert!(table.hosts.len() <= GONE_MAX + 1 && table.gone.len() <= GONE_MAX);
+        assert!(Arc::ptr_eq(&account, &table.hosts[&host(1).hostnqn].account), "it is in use");
+    }
+
+    #[test]
+    fn thousand_hosts_come_and_go() {
+        let registry = registry(4096, 4);
+        let name = |n: usize| HostKey { hostnqn: format!("nqn.org.example:{n}"), hostid: [1; 16] };
+        let all: Vec<_> = (0..1000).map(|n| ready(&registry, name(n))).collect();
+        for (n, association) in all.iter().enumerate() {
+            for qid in 1..=4 {
+                registry.join(association.cntlid, qid, &applicant(name(n))).expect("a queue");
+            }
+            assert!(!registry.is_fenced(SERVED, &name(n)));
+        }
+        let hosts = registry.hosts();
+        assert!(hosts.iter().all(|h| (h.controllers, h.connections) == (1, 5)));
+        assert_eq!(hosts.len(), 1000);
+        for association in &all {
+            (0..=4).rev().for_each(|qid| registry.leave(association, qid));
+        }
+        assert_eq!((registry.len(), registry.hosts().len()), (0, 0));
     }
 }

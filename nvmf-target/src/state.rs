@@ -14,8 +14,23 @@ pub struct TargetStatus {
     pub controllers: Vec<ControllerStatus>,
     /// Connections, those that have not come to a Connect command among them.
     pub connections: usize,
+    /// Who uses how much, by host NQN.
+    pub hosts: Vec<HostStatus>,
     /// How often hosts met a limit.
     pub limits: LimitsHit,
+}
+
+/// What a host NQN uses at one moment, over all of its controllers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostStatus {
+    /// Host NQN.
+    pub hostnqn: String,
+    /// Controllers.
+    pub controllers: usize,
+    /// Queues, admin queues among them.
+    pub connections: usize,
+    /// Commands beyond the size of their queue, since the host is known.
+    pub queue_overruns: u64,
 }
 
 /// A subsystem at one moment.
@@ -85,16 +100,20 @@ pub struct LimitsHit {
     pub connections: u64,
     /// Connections closed at once: too many of one peer before their Connect command.
     pub handshakes: u64,
+    /// Connections closed before their Connect command to make room for newer ones.
+    pub handshakes_dropped: u64,
     /// Queues refused: too many of one host.
     pub connections_of_host: u64,
     /// Controllers refused: too many in all.
     pub controllers: u64,
     /// Controllers refused: too many of one host.
     pub controllers_of_host: u64,
+    /// Admin commands held back: too many of one host in a short time.
+    pub admin_waits: u64,
     /// Admin commands answered with Command Interrupted: too many of one host in a short time.
     pub admin_commands: u64,
     /// Commands beyond the size of their queue, which were taken all the same.
     pub queue_overruns: u64,
-    /// Commands that waited because their connection held its share of the buffers.
+    /// Commands that waited because their connection or host held its share of the buffers.
     pub buffers: u64,
 }

@@ -14,7 +14,7 @@ use crate::counters::Totals;
 use crate::fence::{Board, Fence, Scope};
 use crate::home::Homes;
 use crate::jobs::Jobs;
-use crate::limits::{Handshakes, Hits, hit};
+use crate::limits::{Closed, Door, LimitCounters, Pass, Rate, count, peer_of};
 use crate::registry::{Bounds, Registry, Served};
 use crate::state::{ControllerStatus, NamespaceStatus, SubsystemStatus, TargetStatus};
 use crate::table::{Ana, Directory, Table};
@@ -34,9 +34,11 @@ pub(crate) struct Shared {
     pub(crate) vitals: Vitals,
     pub(crate) registry: Registry,
     pub(crate) limits: Limits,
-    pub(crate) hits: Hits,
-    pub(crate) handshakes: Handshakes,
-    pub(crate) connections: AtomicUsize,
+    pub(crate) hits: LimitCounters,
+    /// Of the admin commands of one host NQN.
+    pub(crate) admin_rate: Rate,
+    /// Counts connections from accept to close.
+    pub(crate) door: Arc<Door>,
     pub(crate) cores: Vec<CoreHandle>,
     /// Channel numbers that no core uses, and the first that was never used.
     free_volumes: Arc<Mutex<Vec<u32>>>,
@@ -113,6 +115,7 @@ fn free_numbers(free: &Mutex<Vec<u32>>, numbers: &[u32]) {
 pub(crate) struct Handover {
     pub(crate) socket: Socket,
     pub(crate) port: Port,
+    pub(crate) pass: Pass,
 }
 
 /// Handle to a target. Cheap to share; every call may come from any thread, those that change
@@ -180,8 +183,7 @@ impl Target {
             controllers: limits.controllers,
             controllers_per_host: limits.controllers_per_host,
             queues_per_host: limits.connections_per_host,
-            admin_per_second: limits.admin_commands_per_second,
-            admin_burst: limits.admin_commands_burst,
+            cores: cores.len(),
         });
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(table.generation),
@@ -192,10 +194,10 @@ impl Target {
             jobs: Jobs::default(),
             vitals: Vitals::new(config.power),
             registry,
+            admin_rate: Rate::new(limits.admin_commands_per_second, limits.admin_commands_burst),
+            door: Door::new(limits.connections, limits.handshakes_per_peer),
             limits,
-            hits: Hits::default(),
-            handshakes: Handshakes::default(),
-            connections: AtomicUsize::new(0),
+            hits: LimitCounters::default(),
             cores,
             free_volumes: Arc::default(),
             next_volume: AtomicU32::new(0),
@@ -237,25 +239,25 @@ impl Target {
             tracing::warn!(port, "connection refused: there is no such port");
             return;
         };
-        let limits = &shared.limits;
-        if shared.connections.fetch_add(1, Ordering::AcqRel) >= limits.connections {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-            hit(&shared.hits.connections);
-            tracing::debug!(limit = limits.connections, "connection refused: too many");
-            return;
-        }
-        let peer = socket.peer();
-        if !shared.handshakes.begin(&peer, limits.handshakes_per_peer) {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-            hit(&shared.hits.handshakes);
-            tracing::debug!(peer, "connection refused: too many of this peer without Connect");
-            return;
-        }
+        let pass = match shared.door.admit(peer_of(&socket.peer())) {
+            Ok((pass, false)) => pass,
+            Ok((pass, true)) => {
+                count(&shared.hits.handshakes_dropped);
+                shared.wake_all();
+                pass
+            }
+            Err(closed) => {
+                count(match closed {
+                    Closed::Connections => &shared.hits.connections,
+                    Closed::Handshakes => &shared.hits.handshakes,
+                });
+                tracing::debug!(?closed, "connection refused: too many");
+                return;
+            }
+        };
         let core = self.next.fetch_add(1, Ordering::Relaxed) % self.inboxes.len();
-        if self.inboxes[core].send(Handover { socket, port: port.clone() }).is_err() {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-            shared.handshakes.end(&peer);
-            hit(&shared.hits.connections);
+        if self.inboxes[core].send(Handover { socket, port: port.clone(), pass }).is_err() {
+            count(&shared.hits.connections);
             tracing::debug!(core, "connection refused: the core's inbox is full");
         }
     }
@@ -303,8 +305,9 @@ impl Target {
         TargetStatus {
             subsystems: subsystems.collect(),
             controllers: controllers.collect(),
-            connections: self.shared.connections.load(Ordering::Acquire),
-            limits: self.shared.hits.read(),
+            connections: self.shared.door.connections(),
+            hosts: self.shared.registry.hosts(),
+            limits: self.shared.hits.snapshot(),
         }
     }
 
@@ -317,6 +320,6 @@ impl Target {
 
     /// Connections and associations that exist at this moment.
     pub fn connected(&self) -> (usize, usize) {
-        (self.shared.connections.load(Ordering::Acquire), self.shared.registry.len())
+        (self.shared.door.connections(), self.shared.registry.len())
     }
 }

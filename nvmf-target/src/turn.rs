@@ -7,7 +7,7 @@
 //! ```
 //!
 //! What waits here stands in `Env::awaiting` and is looked at once per turn of the core. It does
-//! not stand in `Env::waiting`, where those wait who want memory: it has all the memory it needs,
+//! not stand in `wait.rs`'s lists, where those wait who want memory: it has all the memory it needs,
 //! and others may be waiting for that very memory.
 
 use std::sync::{Arc, Mutex, PoisonError};
