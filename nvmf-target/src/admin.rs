@@ -118,7 +118,7 @@ pub(crate) fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity
 }
 
 /// The counters of the SMART log, as far as the cores count them.
-fn health(view: Option<&View>, shared: &Arc<Shared>, now: Duration) -> HealthCounters {
+pub(crate) fn health(view: Option<&View>, shared: &Arc<Shared>, now: Duration) -> HealthCounters {
     let Some(view) = view else { return HealthCounters::default() };
     let totals = view.subsystem.totals();
     let power = shared.vitals.power(now);

@@ -14,7 +14,7 @@ use nvme::tcp::{self, TargetEvent};
 use nvme::xfer::{self, DataPtr};
 use reactor::net::{Rx, RxChunk, Stream};
 
-use crate::admin::Admin;
+use crate::admin::{Admin, health};
 use crate::config::{Limits, Port};
 use crate::core::Env;
 use crate::fence::Place;
@@ -795,6 +795,10 @@ impl Conn {
             // While we do not read, silence says nothing.
             if association.take_touched() || self.stalled.is_some() {
                 admin.controller.touch(env.now);
+            }
+            if admin.controller.has_health_events() {
+                let health = health(self.view.as_deref(), env.shared, env.now);
+                admin.controller.set_health(health);
             }
             if self.life == Life::Open && admin.controller.is_expired(env.now) {
                 tracing::info!(

@@ -4,15 +4,18 @@
 //!
 //! ```text
 //!   Connect qid 0 ─► admit_admin ─► Controller::new
-//!   SQE (qid 0)   ─► Controller::admin ─► Complete | Pending (AER) | ResetQueues
+//!   SQE (qid 0)   ─► Controller::admin ─► Complete | Pending (AER) | ResetQueues | Abort | ..
 //!   Connect qid n ─► Controller::connect_io
 //!   SQE (qid n)   ─► io::decode                  (needs no Controller, only the SubsystemInfo)
-//!   config change ─► update_subsys / update_discovery ─► poll_event (AER completions)
+//!   config change ─► update_subsys / update_discovery ─┐
+//!   set_health, internal_error, reservation_notice ────┴► poll_event (AER completions)
 //!   any command   ─► touch;   timer ─► is_expired
 //! ```
 //!
 //! The parts: `enable` (registers), `admin` (dispatch), `identify`, `features`, `log`, `aer`,
-//! `keep_alive`, and [`io`]. Not here: authentication, ANA, reservations, namespace management.
+//! `keep_alive`, and [`io`]. ANA states and reservations are in [`crate::subsys`]. Not here:
+//! authentication; namespace management, which no host is offered. `docs/support.md` lists what is
+//! supported, code by code.
 
 mod admin;
 mod aer;
@@ -31,7 +34,7 @@ use std::sync::Arc;
 pub use self::admin::{ABORT_NOT_DONE, AdminOutcome, CROSS_RESET_IMMEDIATE, io_queue_fabrics};
 pub use self::log::{ErrorRecord, HealthCounters};
 use crate::fabrics::{ConnectReject, ConnectRequest};
-use crate::spec::{AdminOpcode, Cns, Nqn, Sqe, Status};
+use crate::spec::{AdminOpcode, Cns, Nqn, Sqe, Status, critical_warning};
 use crate::subsys::SubsystemInfo;
 use crate::subsys::discovery::DiscoveryLog;
 use crate::subsys::reservation::NoticeKind;
@@ -387,6 +390,13 @@ impl Controller {
     pub fn set_health(&mut self, counters: HealthCounters) {
         self.log.health.set(counters);
         self.check_health();
+    }
+
+    /// Whether the host wants to be told of critical warnings: [`Controller::set_health`] is to be
+    /// called from time to time then, and not just before the log is read.
+    #[must_use]
+    pub fn has_health_events(&self) -> bool {
+        self.aer.config() & u32::from(critical_warning::ALL) != 0
     }
 
     /// The Critical Warning bits ([`crate::spec::critical_warning`]) are these from now on (the

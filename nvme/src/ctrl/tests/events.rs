@@ -71,7 +71,10 @@ fn reservation_notices_raise_an_event_until_all_are_read() {
 #[test]
 fn warnings_and_errors_reach_the_host() {
     let mut rig = Rig::io();
+    rig.set_feature(Feature::ASYNC_EVENT_CONFIGURATION, 1 << 8).unwrap();
+    assert!(!rig.ctrl.has_health_events());
     rig.expect_events(0b1001);
+    assert!(rig.ctrl.has_health_events());
     rig.ctrl.health_warning(0b0100);
     assert_eq!(rig.event(), None, "not enabled");
     rig.ctrl.health_warning(0b1100);

@@ -181,7 +181,9 @@ fn temperature_and_thresholds_make_a_warning() {
         |temperature_kelvin| HealthCounters { temperature_kelvin, ..HealthCounters::default() };
     rig.ctrl.set_health(at(300));
     assert_eq!(warning(&mut rig), 0);
+    rig.expect_events(2);
     rig.set_feature(Feature::TEMPERATURE_THRESHOLD, 300).unwrap();
+    assert_eq!(rig.event(), Some(0x0002_0101));
     assert_eq!(warning(&mut rig), 2);
     rig.ctrl.set_health(at(270));
     assert_eq!(warning(&mut rig), 2, "too cold");
