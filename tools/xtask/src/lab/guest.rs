@@ -31,6 +31,8 @@ pub(super) struct Job<'a> {
     pub(super) files: Vec<(String, Vec<u8>)>,
     /// Whether the guest reaches this machine's 127.0.0.1, as 10.0.2.2.
     pub(super) has_network: bool,
+    /// More words for the kernel's command line.
+    pub(super) kernel_words: &'a str,
     /// QEMU arguments for the machine and its memory, in place of the usual ones.
     pub(super) machine: Option<Vec<String>>,
     /// QEMU arguments that add devices.
@@ -44,7 +46,17 @@ impl<'a> Job<'a> {
         // Several times what the longest script takes on two busy cores.
         let limit = Duration::from_secs(360);
         let (args, files, devices) = (Vec::new(), Vec::new(), Vec::new());
-        Self { script, args, files, has_network: false, machine: None, devices, limit }
+        let kernel_words = "";
+        Self {
+            script,
+            args,
+            files,
+            has_network: false,
+            kernel_words,
+            machine: None,
+            devices,
+            limit,
+        }
     }
 
     pub(super) fn args(mut self, args: &[&str]) -> Self {
@@ -54,6 +66,12 @@ impl<'a> Job<'a> {
 
     pub(super) fn network(mut self) -> Self {
         self.has_network = true;
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub(super) fn kernel_words(mut self, words: &'a str) -> Self {
+        self.kernel_words = words;
         self
     }
 
@@ -126,7 +144,8 @@ impl Guest {
         };
         qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string()]);
         qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&initrd);
-        qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        let words = format!("console=ttyS0 quiet panic=-1 {}", job.kernel_words);
+        qemu.args(["-append", words.trim_end()]);
         qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);
         qemu.args(["-device", "virtio-serial-pci", "-chardev"]);
         qemu.arg(format!("file,id=result,path={}", quoted(&folder.join("result.tar"))));

@@ -1,8 +1,13 @@
 //! The scenarios, and what they share: starting our target and our emulator.
 
+mod ana_failover;
 mod fio_jobs;
 mod kernel_host;
 mod kill_target;
+mod manage;
+mod namespaces;
+mod nvme_cli;
+mod resv;
 mod selftest;
 mod up;
 mod virtio_disk;
@@ -46,6 +51,30 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "the same with Debian 13's own kernel",
         needs_penstock: true,
         run: kernel_host::stable,
+    },
+    Scenario {
+        name: "nvme-cli",
+        shows: "every command of nvme-cli that asks a target something, each answer checked",
+        needs_penstock: true,
+        run: nvme_cli::run,
+    },
+    Scenario {
+        name: "resv",
+        shows: "two hosts contend for a namespace with reservations",
+        needs_penstock: true,
+        run: resv::run,
+    },
+    Scenario {
+        name: "ana-failover",
+        shows: "I/O follows the ANA states of two ports, 20 times, and survives a cut path",
+        needs_penstock: true,
+        run: ana_failover::run,
+    },
+    Scenario {
+        name: "namespaces",
+        shows: "namespaces grow, come and go under load; the guest hears of it by events",
+        needs_penstock: true,
+        run: namespaces::run,
     },
     Scenario {
         name: "virtio-disk",

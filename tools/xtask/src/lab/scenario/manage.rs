@@ -1,0 +1,221 @@
+//! The management API of a running target, as any program of an operator uses it.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use serde_json::Value;
+
+use super::super::Scene;
+use super::super::service::{Service, free_ports, is_listening};
+use super::{HOST_ADDRESS, READY_LIMIT, SUBNQN};
+use crate::report::Outcome;
+
+/// A target with several I/O ports and a management socket.
+pub(super) struct Managed {
+    pub(super) service: Service,
+    pub(super) ports: Vec<u16>,
+    socket: PathBuf,
+}
+
+impl Managed {
+    /// Serves `volumes` as namespaces, in their order, through `N` ports with IDs from 1.
+    pub(super) fn start<const N: usize>(scene: &Scene<'_>, volumes: &[String]) -> Result<Managed> {
+        let ports = free_ports::<N>()?;
+        let socket = scene.socket("api.sock");
+        let mut command = scene.penstock();
+        command.arg("target");
+        for volume in volumes {
+            command.args(["--volume", volume]);
+        }
+        for port in ports {
+            let listen = format!("127.0.0.1:{port},advertise={HOST_ADDRESS}:{port}");
+            command.args(["--listen", &listen]);
+        }
+        command.args(["--subnqn", SUBNQN, "--api"]).arg(&socket);
+        let mut service = Service::start("penstock target", &command, &scene.path("target.log"))?;
+        service.wait_until("listening ports", READY_LIMIT, |_| {
+            ports.iter().all(|port| is_listening(*port)) && socket.exists()
+        })?;
+        Ok(Managed { service, ports: ports.to_vec(), socket })
+    }
+
+    /// One request; anything but success is an error. An empty answer is `Null`.
+    pub(super) fn call(&self, method: &str, path: &str, body: &Value) -> Result<Value> {
+        let said = request(&self.socket, method, path, body);
+        said.with_context(|| format!("{method} {path} {body}"))
+    }
+}
+
+fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<Value> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    ensure!(status.starts_with('2'), "refused: {}", answer.trim());
+    if body.trim().is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(body)?) }
+}
+
+/// Why the release binary cannot be managed, if so.
+pub(super) fn missing(scene: &Scene<'_>) -> Result<Option<Outcome>> {
+    let help = crate::exec::output(scene.penstock().args(["target", "--help"]))?;
+    let why = "this penstock has no management API (target --api)";
+    Ok((!help.contains("--api")).then(|| Outcome::Skipped(why.to_owned())))
+}
+
+/// A way to a port of the target that can be cut.
+pub(super) struct Relay {
+    pub(super) port: u16,
+    to: u16,
+    running: Option<Running>,
+}
+
+struct Running {
+    is_cut: Arc<AtomicBool>,
+    sockets: Arc<Mutex<Vec<TcpStream>>>,
+    acceptor: JoinHandle<()>,
+}
+
+impl Relay {
+    pub(super) fn start(to: u16) -> Result<Relay> {
+        let [port] = free_ports()?;
+        let mut relay = Relay { port, to, running: None };
+        relay.restore()?;
+        Ok(relay)
+    }
+
+    /// Ends every connection and takes no more.
+    pub(super) fn cut(&mut self) -> Result<()> {
+        let running = self.running.take().context("cut twice")?;
+        running.is_cut.store(true, Ordering::SeqCst);
+        // Wakes the one that accepts.
+        drop(TcpStream::connect(("127.0.0.1", self.port)));
+        let ended = running.acceptor.join();
+        for socket in running.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        ended.map_err(|_| anyhow!("the relay's thread panicked"))
+    }
+
+    /// Takes connections again.
+    pub(super) fn restore(&mut self) -> Result<()> {
+        let listener = TcpListener::bind(("127.0.0.1", self.port))?;
+        let (is_cut, sockets) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let (cut, kept, to) = (Arc::clone(&is_cut), Arc::clone(&sockets), self.to);
+        let acceptor = std::thread::spawn(move || {
+            for near in listener.incoming() {
+                if cut.load(Ordering::SeqCst) {
+                    return;
+                }
+                let far = TcpStream::connect(("127.0.0.1", to));
+                let (Ok(near), Ok(far)) = (near, far) else { continue };
+                // A connection that cannot be set up is one that ends at once.
+                let _ = forward(&near, &far).and_then(|()| forward(&far, &near));
+                kept.lock().unwrap_or_else(PoisonError::into_inner).extend([near, far]);
+            }
+        });
+        self.running = Some(Running { is_cut, sockets, acceptor });
+        Ok(())
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if self.running.is_some() {
+            let _ = self.cut();
+        }
+    }
+}
+
+/// Moves bytes one way on a thread of its own, until either end is gone.
+fn forward(from: &TcpStream, to: &TcpStream) -> std::io::Result<()> {
+    let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
+    from.set_nodelay(true)?;
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = from.shutdown(Shutdown::Both);
+        let _ = to.shutdown(Shutdown::Both);
+    });
+    Ok(())
+}
+
+/// A port by which a guest's script is told to come to its end: it takes no connection before.
+pub(super) struct StopPort(u16);
+
+impl StopPort {
+    pub(super) fn new() -> Result<StopPort> {
+        let [port] = free_ports()?;
+        Ok(StopPort(port))
+    }
+
+    pub(super) fn name(&self) -> String {
+        self.0.to_string()
+    }
+
+    /// Takes connections from now on, until what it returns is dropped.
+    pub(super) fn open(&self) -> Result<TcpListener> {
+        let listener = TcpListener::bind(("127.0.0.1", self.0))?;
+        Ok(listener)
+    }
+}
+
+/// Makes a file of the scenario longer or shorter behind the target's back.
+pub(super) fn resize(path: &Path, mib: u64) -> Result<()> {
+    Ok(File::options().write(true).open(path)?.set_len(mib << 20)?)
+}
+
+/// The words behind the last whole line of a console that begins with `key`.
+pub(super) fn last_line<'a>(console: &'a str, key: &str) -> Option<Vec<&'a str>> {
+    let whole = &console[..console.rfind('\n')?];
+    let line = whole.lines().rev().find_map(|line| line.trim().strip_prefix(key))?;
+    Some(line.split_whitespace().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_is_cut_and_restored() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut relay = Relay::start(listener.local_addr().unwrap().port()).unwrap();
+        for _ in 0..2 {
+            let mut near = TcpStream::connect(("127.0.0.1", relay.port)).unwrap();
+            let (mut far, _) = listener.accept().unwrap();
+            near.write_all(b"ping").unwrap();
+            let mut said = [0; 4];
+            far.read_exact(&mut said).unwrap();
+            far.write_all(b"pong").unwrap();
+            near.read_exact(&mut said).unwrap();
+            assert_eq!(&said, b"pong");
+            relay.cut().unwrap();
+            assert!(matches!(near.read(&mut said), Ok(0) | Err(_)), "the connection is cut");
+            assert!(!is_listening(relay.port));
+            relay.restore().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_last_whole_line_counts() {
+        let console = "boot\r\npaths: 1 2\r\nnoise\r\npaths: 3 4\r\npaths: 5";
+        assert_eq!(last_line(console, "paths: ").unwrap(), ["3", "4"]);
+        assert_eq!(last_line(console, "sectors: "), None);
+        assert_eq!(last_line("paths: 1", "paths: "), None);
+    }
+}
