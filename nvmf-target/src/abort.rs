@@ -4,7 +4,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nvme::ctrl::io::Fuse;
 use nvme::spec::Status;
 
 use crate::conn::{Conn, Phase};
@@ -91,16 +90,20 @@ impl Aborts {
 
 impl Conn {
     /// Answers the Aborts that name this queue. What is not at a volume yet, and needs nothing more
-    /// from the host, is aborted; the rest ends by itself, also one half of a fused pair.
+    /// from the host, is aborted; the rest ends by itself.
     #[cold]
     pub(crate) fn abort_commands(&mut self, env: &mut Env<'_>) {
         let Some(association) = self.association.clone() else { return };
         for abort in association.aborts.take(Some(self.qid)) {
             let found = (0..self.slots.len() as u16).find(|slot| {
                 let entry = &self.slots[*slot as usize];
-                matches!(entry.phase, Phase::WaitFetch | Phase::WaitSubmit)
-                    && self.cid(*slot) == abort.cid
-                    && Fuse::of(&entry.sqe) == Fuse::None
+                let waits = match entry.phase {
+                    Phase::WaitFetch | Phase::WaitSubmit => true,
+                    // A fused command whose other half is not there.
+                    Phase::Awaiting => entry.turn.is_paired(),
+                    _ => false,
+                };
+                waits && self.cid(*slot) == abort.cid
             });
             match found {
                 Some(slot) => {
