@@ -74,11 +74,9 @@ fn agree(heading: &str, code: u32, said: &str, result: Result<u64, Status>) {
     assert_eq!(said, describe(result), "{heading} {code:x}h");
 }
 
-/// A controller that has everything, and one for discovery.
+/// A controller that has everything that the target has to offer, and one for discovery.
 fn rigs() -> [Rig; 2] {
-    let mut namespaces = shared().namespaces().to_vec();
-    namespaces[0].write_uncorrectable = true;
-    let mut io = Rig::of(shared().with_namespaces(namespaces).unwrap());
+    let mut io = Rig::of(shared());
     io.ctrl.set_instance(Instance { ciu: 1, cirn: 2 });
     [io, Rig::discovery()]
 }
