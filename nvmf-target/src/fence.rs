@@ -348,3 +348,90 @@ impl CoreFences {
         board.leave(self.core, self.known);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    fn counted(done: &Arc<AtomicU32>) -> Option<Then> {
+        let done = Arc::clone(done);
+        Some(Box::new(move || {
+            done.fetch_add(1, Ordering::Relaxed);
+        }))
+    }
+
+    #[test]
+    fn fence_is_done_when_every_running_core_has_nothing_left() {
+        let board = Board::new(3);
+        let done = Arc::new(AtomicU32::new(0));
+        assert!(board.raise(Scope::Table, counted(&done)).is_done(), "no core runs");
+        assert_eq!(done.load(Ordering::Relaxed), 1);
+
+        let mut a = CoreFences::new(0, &board);
+        let mut b = CoreFences::new(2, &board);
+        let fence = board.raise(Scope::Volume(7), counted(&done));
+        assert!(a.has_news(&board) && b.has_news(&board) && !fence.is_done());
+        a.take(&board, &mut |scope| {
+            assert_eq!(*scope, Scope::Volume(7));
+            0
+        });
+        assert!(!a.has_news(&board) && !a.is_counting());
+        b.take(&board, &mut |_| 2);
+        assert!(b.is_counting() && !fence.is_done());
+        b.leave(&board);
+        assert!(fence.is_done(), "a core that ends has nothing left");
+        assert_eq!(done.load(Ordering::Relaxed), 2, "once per fence");
+
+        // The core that has left is not waited for any more.
+        let fence = board.raise(Scope::Table, counted(&done));
+        a.take(&board, &mut |_| 0);
+        assert!(fence.is_done());
+        assert!(board.state().fences.is_empty(), "nothing is kept that all know");
+    }
+
+    #[test]
+    fn core_that_begins_later_is_not_asked_about_the_past() {
+        let board = Board::new(2);
+        let mut a = CoreFences::new(0, &board);
+        let fence = board.raise(Scope::Table, None);
+        let mut b = CoreFences::new(1, &board);
+        assert!(!b.has_news(&board));
+        a.take(&board, &mut |_| 0);
+        assert!(fence.is_done());
+        b.leave(&board);
+        a.leave(&board);
+        assert!(board.raise(Scope::Table, None).is_done());
+    }
+
+    #[test]
+    fn channels_are_reported_when_all_of_them_are_dropped() {
+        let board = Board::new(1);
+        let mut core = CoreFences::new(0, &board);
+        let fence = board.raise(Scope::Retire(vec![3, 5]), None);
+        core.take(&board, &mut |_| unreachable!("channels are not counted"));
+        assert!(core.is_retiring());
+        assert!(!core.retire(&mut |volume| volume == 3));
+        assert!(!fence.is_done());
+        assert!(core.retire(&mut |volume| {
+            assert_eq!(volume, 5, "the other is dropped already");
+            true
+        }));
+        assert!(fence.is_done() && !core.is_retiring());
+    }
+
+    #[test]
+    fn waiter_is_woken_by_what_it_waits_for_or_by_the_clock() {
+        let board = Arc::new(Board::new(1));
+        let mut core = CoreFences::new(0, &board);
+        let fence = board.raise(Scope::Table, None);
+        assert!(!board.wait(Duration::from_millis(1), &|| fence.is_done()));
+        let waiter = std::thread::spawn({
+            let (board, fence) = (Arc::clone(&board), Arc::clone(&fence));
+            move || board.wait(Duration::from_secs(60), &|| fence.is_done())
+        });
+        core.take(&board, &mut |_| 0);
+        assert!(waiter.join().expect("no panic"));
+    }
+}

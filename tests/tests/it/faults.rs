@@ -332,7 +332,7 @@ fn still_answers(queue: &mut Queue, state: State, cell: &str) {
 }
 
 /// Writes and reads back, until told to stop; returns how often, and the slowest round.
-fn witness(
+pub(crate) fn witness(
     addr: SocketAddr,
     nth: u64,
     digests: Digests,

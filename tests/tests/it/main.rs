@@ -1,6 +1,7 @@
 //! The one integration test binary.
 
 mod allocation;
+mod change;
 mod counting;
 mod faults;
 mod ipv6;
