@@ -17,6 +17,7 @@ use reactor::net::{Rx, RxChunk, Stream};
 use crate::admin::{Admin, health};
 use crate::config::{Limits, Port};
 use crate::core::Env;
+use crate::counters::Counters;
 use crate::fence::Place;
 use crate::limits::{Pass, count};
 use crate::pieces::{self, Pieces};
@@ -139,6 +140,8 @@ pub(crate) struct Conn {
     pass: Pass,
     /// What the controller sees of its subsystem; of queues of subsystems alone.
     pub(crate) view: Option<Arc<View>>,
+    /// What an I/O queue has done.
+    pub(crate) counters: Option<Arc<Counters>>,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
     pub(crate) qid: u16,
@@ -246,6 +249,7 @@ impl Conn {
             peer,
             pass,
             view: None,
+            counters: None,
             role: Role::Fresh,
             association: None,
             qid: 0,
@@ -320,6 +324,7 @@ impl Conn {
         io_in_capsule: Option<u32>,
     ) {
         self.view = view;
+        self.counters = (request.qid != 0).then(|| association.counters.join());
         let entries = u16::try_from(request.queue_entries).unwrap_or(u16::MAX);
         let slots = slots_of(entries);
         self.machine.set_limits(slots, io_in_capsule.unwrap_or(ADMIN_IN_CAPSULE));
@@ -891,6 +896,9 @@ impl Conn {
             self.slots[slot].turn.clear(env);
         }
         if let Some(association) = self.association.take() {
+            if let Some(counters) = self.counters.take() {
+                association.counters.leave(&counters);
+            }
             env.shared.registry.leave(&association, self.qid);
             env.shared.settled();
         }

@@ -1,8 +1,10 @@
 //! What a core counts of its I/O, readable from outside without disturbing it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Counters of one subsystem on one core. Only that core writes, so a plain load and store will do.
+/// Counters of one subsystem on one core, or of one queue. Only that core writes, so a plain load and
+/// store will do.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     reads: AtomicU64,
@@ -25,6 +27,39 @@ pub struct Totals {
     pub written_bytes: u64,
     /// Commands failed by the medium.
     pub media_errors: u64,
+}
+
+/// I/O of one controller: that of its queues, and of those that it had.
+#[derive(Debug, Default)]
+pub(crate) struct QueueCounters(Mutex<(Vec<Arc<Counters>>, Totals)>);
+
+impl QueueCounters {
+    fn lock(&self) -> MutexGuard<'_, (Vec<Arc<Counters>>, Totals)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counters for another queue.
+    pub(crate) fn join(&self) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        self.lock().0.push(Arc::clone(&counters));
+        counters
+    }
+
+    /// The queue is gone; what it did stays.
+    pub(crate) fn leave(&self, counters: &Arc<Counters>) {
+        let mut state = self.lock();
+        let (queues, past) = &mut *state;
+        if let Some(at) = queues.iter().position(|other| Arc::ptr_eq(other, counters)) {
+            queues.swap_remove(at).add_to(past);
+        }
+    }
+
+    pub(crate) fn totals(&self) -> Totals {
+        let state = self.lock();
+        let mut totals = state.1;
+        state.0.iter().for_each(|counters| counters.add_to(&mut totals));
+        totals
+    }
 }
 
 fn bump(counter: &AtomicU64, by: u64) {
@@ -62,5 +97,31 @@ impl Counters {
         totals.read_bytes += self.read_bytes.load(Ordering::Relaxed);
         totals.written_bytes += self.written_bytes.load(Ordering::Relaxed);
         totals.media_errors += self.media_errors.load(Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controller_keeps_what_its_queues_did() {
+        let controller = QueueCounters::default();
+        let (a, b) = (controller.join(), controller.join());
+        a.read(512);
+        b.write(4096);
+        controller.leave(&a);
+        b.write(4096);
+        let expected = Totals {
+            reads: 1,
+            read_bytes: 512,
+            writes: 2,
+            written_bytes: 8192,
+            ..Totals::default()
+        };
+        assert_eq!(controller.totals(), expected);
+        controller.leave(&b);
+        controller.leave(&b);
+        assert_eq!(controller.totals(), expected);
     }
 }

@@ -357,10 +357,11 @@ impl Conn {
         if self.at_volume == 0 { 0 } else { self.slots.iter().filter(covers).count() }
     }
 
-    /// Adds to the subsystem's counters of this core.
-    pub(crate) fn tally(&self, env: &Env<'_>, add: impl FnOnce(&Counters)) {
-        if let Some(view) = &self.view {
+    /// Adds to the subsystem's counters of this core, and to the queue's own.
+    pub(crate) fn tally(&self, env: &Env<'_>, add: impl Fn(&Counters)) {
+        if let (Some(view), Some(counters)) = (&self.view, &self.counters) {
             add(&view.subsystem.counters[env.core]);
+            add(counters);
         }
     }
 

@@ -13,6 +13,10 @@
 //! channels, queue the responses, flush every connection once. Responses are so coalesced without a
 //! timer. All queues of an association may lie on different cores; they meet in the registry.
 //!
+//! What is served may change at any time (`change.rs`): it is an immutable table (`table.rs`) that
+//! cores take up at the begin of a turn, and a change is finished when a fence (`fence.rs`) says
+//! that no I/O of before can land any more. Nothing is locked for it on the data path.
+//!
 //! What it does not do: listen (the daemon hands accepted sockets over), read a clock of its own, or
 //! allocate per I/O: `Io` objects and slots are recycled.
 //!

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nvme::ctrl::Instance;
 
 use crate::abort::{Abort, Aborts};
+use crate::counters::QueueCounters;
 use crate::letters::Letters;
 use crate::limits::Account;
 use crate::state::HostStatus;
@@ -78,6 +79,8 @@ pub(crate) struct Association {
     connected: Mutex<Vec<u16>>,
     /// What the host wants aborted on the I/O queues.
     pub(crate) aborts: Aborts,
+    /// I/O of its queues.
+    pub(crate) counters: QueueCounters,
     /// What is to be told to the controller.
     pub(crate) letters: Letters,
 }
@@ -285,6 +288,7 @@ impl Registry {
             io_queues: AtomicUsize::new(0),
             connected: Mutex::new(Vec::new()),
             aborts: Aborts::default(),
+            counters: QueueCounters::default(),
             letters: Letters::default(),
         });
         table.by_cntlid.insert(cntlid, Arc::clone(&association));

@@ -89,6 +89,8 @@ pub struct ControllerStatus {
     pub peer: String,
     /// I/O queues.
     pub io_queues: usize,
+    /// I/O of its queues, those of before among them.
+    pub totals: Totals,
     /// It has ended, and I/O of it is still at a volume.
     pub draining: bool,
 }

@@ -299,6 +299,7 @@ impl Target {
                 port: association.port,
                 peer: association.peer.clone(),
                 io_queues: association.io_queues(),
+                totals: association.counters.totals(),
                 draining: association.is_dead(),
             }
         });
