@@ -193,11 +193,12 @@ impl Controller {
         self.subsys.namespace(nsid).map(Target::One).ok_or(INVALID_FIELD)
     }
 
-    /// The one namespace that a namespace specific feature is read of: values of several have no
-    /// place in one completion.
-    fn feature_namespace(&self, nsid: u32) -> Result<&NamespaceInfo, Status> {
+    /// The one namespace that a namespace specific feature is read of. For the features of
+    /// reservations it is the field that is invalid when all are named, for others the namespace.
+    fn feature_namespace(&self, fid: Feature, nsid: u32) -> Result<&NamespaceInfo, Status> {
         match self.feature_target(nsid)? {
             Target::One(ns) => Ok(ns),
+            Target::All if fid == Feature::NAMESPACE_WRITE_PROTECTION => Err(INVALID_NAMESPACE),
             Target::All => Err(INVALID_FIELD),
         }
     }
@@ -240,7 +241,7 @@ impl Controller {
         if fid != Feature::RESERVATION_PERSISTENCE {
             return Ok(None);
         }
-        let ns = self.feature_namespace(nsid)?;
+        let ns = self.feature_namespace(fid, nsid)?;
         if !ns.reservations {
             return Err(INVALID_FIELD);
         }
@@ -276,7 +277,7 @@ impl Controller {
             Feature::ERROR_RECOVERY => {
                 // Hosts that know no namespaces leave the NSID clear: what is set for all of them.
                 if !matches!(nsid, 0 | NSID_ALL) {
-                    self.feature_namespace(nsid)?;
+                    self.feature_namespace(fid, nsid)?;
                 }
                 let own = features.namespaces.get(&nsid).and_then(|ns| ns.error_recovery);
                 own.unwrap_or(features.error_recovery)
@@ -306,20 +307,20 @@ impl Controller {
                 1
             }
             Feature::RESERVATION_NOTIFICATION_MASK => {
-                let ns = self.feature_namespace(nsid)?;
+                let ns = self.feature_namespace(fid, nsid)?;
                 if !ns.reservations {
                     return Err(INVALID_FIELD);
                 }
                 features.namespaces.get(&nsid).map_or(0, |ns| u32::from(ns.notice_mask))
             }
             Feature::RESERVATION_PERSISTENCE => {
-                if !self.feature_namespace(nsid)?.reservations {
+                if !self.feature_namespace(fid, nsid)?.reservations {
                     return Err(INVALID_FIELD);
                 }
                 0
             }
             Feature::NAMESPACE_WRITE_PROTECTION => {
-                let ns = self.feature_namespace(nsid)?;
+                let ns = self.feature_namespace(fid, nsid)?;
                 u32::from(ns.write_protect && !is_default)
             }
             _ => return Err(INVALID_FIELD),
@@ -434,7 +435,7 @@ impl Controller {
                     let namespaces = self.features.namespaces.values_mut();
                     namespaces.for_each(|ns| ns.error_recovery = None);
                 } else {
-                    let nsid = self.feature_namespace(nsid)?.nsid;
+                    let nsid = self.feature_namespace(fid, nsid)?.nsid;
                     let own = self.features.namespaces.entry(nsid).or_default();
                     own.error_recovery = Some(cdw11);
                 }
@@ -474,10 +475,7 @@ impl Controller {
                     // The other states are not supported (NWPC).
                     _ => return Err(INVALID_FIELD),
                 };
-                let ns = match self.feature_target(nsid)? {
-                    Target::One(ns) => ns,
-                    Target::All => return Err(INVALID_NAMESPACE),
-                };
+                let ns = self.feature_namespace(fid, nsid)?;
                 if ns.write_protect == (state == WriteProtectState::WriteProtect) {
                     return done;
                 }

@@ -135,10 +135,12 @@ const _: () = assert!(size_of::<ExtendedAttribute>() == 4);
 pub const LSP_EXTENDED: u8 = 1 << 0;
 /// LSP bit 1 of LID 70h, PLEO: Port Local Entries Only.
 pub const LSP_PORT_LOCAL: u8 = 1 << 1;
-/// LSP bit 2 of LID 70h, ALLSUBE: All NVM Subsystem Entries.
+/// LSP bit 2 of LID 70h, ALLSUBE: All NVM Subsystem Entries, those that the host may not use
+/// included.
 pub const LSP_ALL_SUBSYSTEMS: u8 = 1 << 2;
-/// LID specific field of LID 70h in the Supported Log Pages: EXTDLPES, PLEOS and ALLSUBES.
-pub const DISCOVERY_LID_SPECIFIC: u16 = 0b111;
+/// LID specific field of LID 70h in the Supported Log Pages: EXTDLPES and PLEOS. ALLSUBES is clear:
+/// no host is told of what others may use.
+pub const DISCOVERY_LID_SPECIFIC: u16 = 0b011;
 
 /// EFLAGS bit 0: Duplicate Returned Information.
 pub const EFLAGS_DUPRETINFO: u16 = 1;

@@ -17,8 +17,8 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::spec::discovery::{
     ASQSZ_MIN, AddressFamily, DiscoveryHeader, DiscoveryRecord, EFLAGS_DUPRETINFO, EFLAGS_EPCSD,
-    EFLAGS_NCC, ExtendedAttribute, ExtendedTail, LSP_ALL_SUBSYSTEMS, LSP_EXTENDED, LSP_PORT_LOCAL,
-    SubsystemType, TREQ_SQ_FLOW_DISABLE, TransportType,
+    EFLAGS_NCC, ExtendedAttribute, ExtendedTail, LSP_EXTENDED, LSP_PORT_LOCAL, SubsystemType,
+    TREQ_SQ_FLOW_DISABLE, TransportType,
 };
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::{InvalidNqn, Nqn};
@@ -217,14 +217,14 @@ impl DiscoveryLog {
     }
 
     /// The page as the Log Specific Parameter asks for it: extended entries, entries of the port
-    /// the host asks on (`portid`), all NVM subsystem entries (which the log always has: those that
-    /// this host may know of). Reserved bits are ignored.
+    /// the host asks on (`portid`). Other bits are ignored, All NVM Subsystem Entries too: the log
+    /// has what its host may know of, and the flags in the header do not say otherwise.
     ///
     /// A port is an address: hosts that want the entries of their own network only (nvme-stas does)
     /// mean the I/O listeners next to the discovery listener, too. Referrals are of every port.
     #[must_use]
     pub fn page(&self, lsp: u8, portid: Option<u16>) -> Cow<'_, [u8]> {
-        let flags = lsp & (LSP_EXTENDED | LSP_PORT_LOCAL | LSP_ALL_SUBSYSTEMS);
+        let flags = lsp & (LSP_EXTENDED | LSP_PORT_LOCAL);
         if flags == 0 {
             return Cow::Borrowed(&self.bytes);
         }
@@ -393,6 +393,7 @@ pub fn parse_records(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::discovery::LSP_ALL_SUBSYSTEMS;
 
     fn entries() -> Vec<DiscoveryEntry> {
         let nqn = |s: &str| Nqn::new(s).unwrap();
@@ -493,7 +494,7 @@ mod tests {
         };
         assert_eq!(records(0, Some(1)), (3, 0, 3));
         assert_eq!(log.page(0, None), log.bytes());
-        assert_eq!(records(LSP_ALL_SUBSYSTEMS, Some(0)), (3, 4, 3));
+        assert_eq!(records(LSP_ALL_SUBSYSTEMS, Some(0)), (3, 0, 3), "not supported");
         // The discovery listener and the referral; the I/O listener has another address.
         assert_eq!(records(LSP_PORT_LOCAL, Some(0)).0, 2);
         assert_eq!(records(LSP_PORT_LOCAL, Some(1)).0, 2, "the I/O listener and the referral");

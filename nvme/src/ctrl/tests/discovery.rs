@@ -47,7 +47,7 @@ fn log_specific_parameters() {
     let supported = rig.log(LogPage::SUPPORTED_LOG_PAGES, 1024).unwrap();
     let lids: Vec<usize> = (0..256).filter(|lid| supported[lid * 4] & 1 != 0).collect();
     assert_eq!(lids, [0, 0x70]);
-    assert_eq!(supported[0x70 * 4..][..4], [1, 0, 0b111, 0], "EXTDLPES, PLEOS, ALLSUBES");
+    assert_eq!(supported[0x70 * 4..][..4], [1, 0, 0b011, 0], "EXTDLPES, PLEOS, no ALLSUBES");
 
     let with = |lsp| GetLogPage { lsp, ..read(LogPage::DISCOVERY, 8192) };
     let extended = rig.log_page(with(1), 0).unwrap();
