@@ -203,6 +203,28 @@ impl Controller {
         }
     }
 
+    /// Whether a namespace specific feature is available in the ANA state of its namespace (NVMe Base
+    /// 2.2, Figure 589; NVM Command Set, Figure 133): those of reservations and of I/O are not
+    /// without access, and nothing can be set after a persistent loss. Without Do Not Retry: the
+    /// host is to take another path.
+    fn check_access(&self, fid: Feature, nsid: u32, is_set: bool) -> Result<(), Status> {
+        if !is_namespace_specific(fid) {
+            return Ok(());
+        }
+        // What is set for all namespaces is set for each; there is nothing to read of all.
+        let is_broadcast = is_set && matches!(nsid, 0 | NSID_ALL);
+        for ns in self.subsys.namespaces().iter().filter(|ns| is_broadcast || ns.nsid == nsid) {
+            match self.subsys.ana_state(ns).refusal() {
+                Some(Status::ANA_PERSISTENT_LOSS) if is_set => {
+                    return Err(Status::ANA_PERSISTENT_LOSS);
+                }
+                Some(status) if fid != Feature::NAMESPACE_WRITE_PROTECTION => return Err(status),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Get Features; data goes to `out`.
     pub(crate) fn get_features(
         &self,
@@ -219,6 +241,9 @@ impl Controller {
         let is_broadcast = matches!(nsid, 0 | NSID_ALL);
         if !is_broadcast && nsid > self.subsys.limits().namespaces_max {
             return Err(INVALID_NAMESPACE);
+        }
+        if select != Select::CAPABILITIES {
+            self.check_access(fid, nsid, false)?;
         }
         let cdw11 = sqe.cdw11.get();
         let value = match select {
@@ -345,6 +370,7 @@ impl Controller {
             return Err(Status::FEATURE_NOT_SAVEABLE.dnr());
         }
         if is_namespace_specific(fid) {
+            self.check_access(fid, nsid, true)?;
             return self.set_namespace_feature(fid, nsid, cdw11);
         }
         if !matches!(nsid, 0 | NSID_ALL) {

@@ -231,8 +231,9 @@ impl Controller {
 
     fn identify_namespace(&self, ns: &NamespaceInfo, state: AnaState) -> IdentifyNamespace {
         let mut id = identify_namespace(ns);
-        // Without access the capacity in use is not known. The size stays: hosts drop the path of
-        // a namespace without one.
+        // Without access "capacity fields are cleared to 0h" (NVMe Base 2.2, Figure 589): the
+        // utilization is. The size stays, against the letter, because Linux takes a namespace
+        // without one for gone and drops the path.
         if matches!(state, AnaState::Inaccessible | AnaState::PersistentLoss) {
             id.nuse = U64::ZERO;
         }

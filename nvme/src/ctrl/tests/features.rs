@@ -236,3 +236,34 @@ fn defaults_are_what_the_association_began_with() {
     assert_eq!(discovery.set_feature(fid, 1 << 31), Ok(0));
     assert_eq!(discovery.set_feature(fid, 1), Err(INVALID_FIELD), "no SMART log");
 }
+
+#[test]
+fn features_of_namespaces_without_access() {
+    let of_reservations =
+        [Feature::RESERVATION_NOTIFICATION_MASK, Feature::RESERVATION_PERSISTENCE];
+    let protection = Feature::NAMESPACE_WRITE_PROTECTION;
+    for (state, status) in [
+        (AnaState::Inaccessible, Status::ANA_INACCESSIBLE),
+        (AnaState::PersistentLoss, Status::ANA_PERSISTENT_LOSS),
+        (AnaState::Change, Status::ANA_TRANSITION),
+    ] {
+        // Namespace 3 is in the second group.
+        let groups = vec![AnaGroup::new(1, AnaState::NonOptimized), AnaGroup::new(2, state)];
+        let mut rig = Rig::of(shared().with_ana_groups(groups).unwrap());
+        for fid in of_reservations.into_iter().chain([Feature::ERROR_RECOVERY]) {
+            for select in 0..3 {
+                assert_eq!(rig.get_feature_of(3, fid, select), Err(status), "{fid:?}");
+            }
+            assert!(rig.get_feature_of(3, fid, 3).is_ok(), "{fid:?}: capabilities");
+            assert_eq!(rig.set_feature_of(3, fid, 0), Err(status), "{fid:?}");
+            assert_eq!(rig.set_feature_of(NSID_ALL, fid, 0), Err(status), "{fid:?}");
+            assert!(rig.get_feature_of(1, fid, 0).is_ok(), "{fid:?}: the other group");
+            assert!(rig.set_feature_of(1, fid, 0).is_ok(), "{fid:?}: the other group");
+        }
+        assert_eq!(rig.get_feature_of(3, protection, 0), Ok(0));
+        let set = rig.set_feature_of(3, protection, 1);
+        let is_lost = state == AnaState::PersistentLoss;
+        assert_eq!(set, if is_lost { Err(status) } else { Ok(ASKED) });
+        assert_eq!(rig.set_feature(Feature::ARBITRATION, 7), Ok(0), "of the controller");
+    }
+}
