@@ -103,18 +103,20 @@ impl Controller {
         }
     }
 
-    /// A read succeeded: events are cleared and what was read is forgotten, unless retained.
+    /// A read succeeded: events are cleared, unless retained, and notices that were read are gone.
     fn log_page_read(&mut self, get: &GetLogPage) {
         const VERSION_LEN: u64 = 8;
         let version = self.log_version(get.lid);
         if get.offset == 0 && get.len >= VERSION_LEN {
             self.aer.version_read(get.lid, version);
         }
+        // A Get Log Page command "removes that Reservation Notification log page from the queue"
+        // (NVMe Base 2.1, section 5.1.12.1.32); retaining is for the event alone.
+        let is_notice = get.lid == LogPage::RESERVATION_NOTIFICATION;
+        let has_more = is_notice && self.log.notices.pop();
         if get.rae {
             return;
         }
-        let is_notice = get.lid == LogPage::RESERVATION_NOTIFICATION;
-        let has_more = is_notice && self.log.notices.pop();
         self.aer.log_read(get.lid, version, has_more);
     }
 

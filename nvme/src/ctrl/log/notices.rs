@@ -9,7 +9,8 @@ use crate::spec::ReservationNotificationLog;
 use crate::subsys::reservation::NoticeKind;
 
 /// Pages kept: the one to read and as many behind it as Number of Available Log Pages can say.
-/// What comes when the queue is full is dropped; the gap in the counts tells the host.
+/// What comes when the queue is full is lost, and the last page has its count, so that the gap tells
+/// the host (NVMe Base 2.1, section 5.1.12.1.32).
 pub(crate) const NOTICES_MAX: usize = 256;
 
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +32,8 @@ impl Notices {
         self.count += 1;
         if self.queue.len() < NOTICES_MAX {
             self.queue.push_back(Notice { count: self.count, kind, nsid });
+        } else if let Some(last) = self.queue.back_mut() {
+            last.count = self.count;
         }
     }
 
@@ -46,7 +49,7 @@ impl Notices {
         page
     }
 
-    /// The oldest page was read and is not retained; whether there is another.
+    /// The oldest page was read; whether there is another.
     pub(crate) fn pop(&mut self) -> bool {
         self.queue.pop_front();
         !self.queue.is_empty()
@@ -87,11 +90,12 @@ mod tests {
             notices.push(nsid, NoticeKind::ReservationReleased);
         }
         assert_eq!(notices.page().available, 255);
-        let mut read = 1;
+        let mut counts = vec![notices.page().count.get()];
         while notices.pop() {
-            read += 1;
+            counts.push(notices.page().count.get());
         }
-        assert_eq!(read, NOTICES_MAX);
+        let expected = (1..NOTICES_MAX as u64).chain([300]);
+        assert!(counts.into_iter().eq(expected), "the last page counts what was lost");
         notices.push(1, NoticeKind::ReservationReleased);
         assert_eq!(notices.page().count.get(), 301);
     }

@@ -60,9 +60,16 @@ fn reservation_notices_raise_an_event_until_all_are_read() {
     assert_eq!(rig.event(), None);
     rig.log(LogPage::RESERVATION_NOTIFICATION, 64).unwrap();
     assert_eq!(rig.event(), Some(0x0080_0006), "one more page");
+    rig.hold_request();
+    rig.log_at(LogPage::RESERVATION_NOTIFICATION, 0, 64, true).unwrap();
+    rig.ctrl.reservation_notice(3, NoticeKind::ReservationReleased);
+    assert_eq!(rig.event(), None, "the event is retained");
+    rig.log(LogPage::RESERVATION_NOTIFICATION, 64).unwrap();
+    assert_eq!(rig.event(), None);
+    rig.ctrl.reservation_notice(3, NoticeKind::ReservationReleased);
+    assert_eq!(rig.event(), Some(0x0080_0006));
     rig.log(LogPage::RESERVATION_NOTIFICATION, 64).unwrap();
     rig.hold_request();
-    assert_eq!(rig.event(), None);
     rig.set_feature_of(1, Feature::RESERVATION_NOTIFICATION_MASK, 0b1110).unwrap();
     rig.ctrl.reservation_notice(1, NoticeKind::ReservationPreempted);
     assert_eq!(rig.event(), None, "masked");
