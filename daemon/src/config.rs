@@ -12,6 +12,7 @@
 //! one. The rest of the daemon sees only [`Config`] and never an unchecked value.
 
 mod check;
+mod fabric;
 mod file;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,12 @@ use std::sync::Arc;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+
+pub(crate) use check::{is_name, parse_nqn};
+pub(crate) use fabric::{
+    ANA_GROUP_MAX, DEFAULT_SUBSYSTEM, SUBSYSTEMS_MAX, hosts_of, parse_referral,
+};
+pub use fabric::{AnaConfig, AnaSetting, LimitsConfig, ReferralConfig, SubsystemConfig};
 
 /// The largest number of request queues of one device.
 pub const QUEUES_MAX: u64 = 64;
@@ -49,10 +56,12 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// Cores the emulated devices run on; `None` lets the daemon choose.
     pub emulator_cores: Option<u16>,
+    /// Unix socket of the management API; `None`: there is none.
+    pub api: Option<PathBuf>,
 }
 
 /// One volume, served as one namespace.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeConfig {
     /// Unique name; identities are kept or derived by it.
     pub name: String,
@@ -60,6 +69,12 @@ pub struct VolumeConfig {
     pub spec: VolumeSpec,
     /// The namespace ID, if the operator chose one.
     pub nsid: Option<u32>,
+    /// Name of the subsystem it is in.
+    pub subsystem: String,
+    /// ANA group.
+    pub ana_group: u32,
+    /// Hosts that see it; `None`: every host of the subsystem.
+    pub hosts: Option<Vec<Nqn>>,
 }
 
 /// The NVMe/TCP target.
@@ -69,14 +84,32 @@ pub struct TargetConfig {
     pub listen: Vec<Listen>,
     /// Where discovery controllers listen; may be empty.
     pub discovery: Vec<Listen>,
-    /// Subsystem NQN, if the operator chose one.
-    pub subnqn: Option<Nqn>,
+    /// What is served: the default subsystem, if it is used, first.
+    pub subsystems: Vec<SubsystemConfig>,
     /// Cores that serve connections; `None` lets the daemon choose.
     pub cores: Option<u16>,
     /// Largest queue a host may ask for, in entries.
     pub queue_entries_max: Option<u16>,
     /// Most I/O queues one association may have.
     pub io_queues_max: Option<u16>,
+    /// Bounds, where the operator chose some.
+    pub limits: LimitsConfig,
+    /// ANA states to begin with; what is not named is optimized.
+    pub ana: Vec<AnaConfig>,
+    /// Other discovery controllers.
+    pub referrals: Vec<ReferralConfig>,
+    /// Unique NQN of the discovery subsystem, if the operator chose one.
+    pub discovery_nqn: Option<Nqn>,
+    /// Whether the discovery listeners are advertised by multicast DNS.
+    pub mdns: bool,
+}
+
+impl TargetConfig {
+    /// The NQN the operator chose for the default subsystem.
+    pub fn subnqn(&self) -> Option<&Nqn> {
+        let default = self.subsystems.iter().find(|s| s.name == DEFAULT_SUBSYSTEM)?;
+        default.nqn.as_ref()
+    }
 }
 
 /// A listening address, and the address hosts are told.
@@ -86,15 +119,20 @@ pub struct Listen {
     pub addr: SocketAddr,
     /// What the discovery log says instead, where hosts reach the listener by another address.
     pub advertise: Option<SocketAddr>,
+    /// Port ID, if the operator chose one.
+    pub portid: Option<u16>,
 }
 
 impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.addr)?;
-        match self.advertise {
-            Some(advertise) => write!(f, ",advertise={advertise}"),
-            None => Ok(()),
+        if let Some(advertise) = self.advertise {
+            write!(f, ",advertise={advertise}")?;
         }
+        if let Some(portid) = self.portid {
+            write!(f, ",portid={portid}")?;
+        }
+        Ok(())
     }
 }
 
@@ -186,6 +224,16 @@ pub enum ConfigError {
     },
 }
 
+/// Where it is, without a value: how another message points at it.
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Flag(flag) => f.write_str(flag),
+            Place::File { path, line, key } => write!(f, "{}:{line}: {key}", path.display()),
+        }
+    }
+}
+
 struct ValueMessage<'a> {
     place: &'a Place,
     value: &'a str,
@@ -230,6 +278,29 @@ struct VolumeDraft {
     name: Setting,
     spec: Setting,
     nsid: Option<Setting>,
+    subsystem: Option<Setting>,
+    ana_group: Option<Setting>,
+    hosts: Option<Vec<Setting>>,
+}
+
+#[derive(Debug, Clone)]
+struct SubsystemDraft {
+    name: Setting,
+    nqn: Option<Setting>,
+    hosts: Option<Vec<Setting>>,
+}
+
+#[derive(Debug, Clone)]
+struct AnaDraft {
+    port: Option<Setting>,
+    group: Setting,
+    state: Setting,
+}
+
+#[derive(Debug, Clone)]
+struct ReferralDraft {
+    addr: Setting,
+    nqn: Option<Setting>,
 }
 
 /// A device before it is checked: its keys by name.
@@ -245,8 +316,8 @@ const DEVICE_KEYS: [&str; 7] =
 
 /// Configuration as given, not yet checked.
 ///
-/// Flags are laid over a file: volumes and devices are added to the file's, single values and
-/// listeners replace the file's.
+/// Flags are laid over a file: volumes, subsystems, ANA states, referrals and devices are added to
+/// the file's, single values and listeners replace the file's.
 #[derive(Debug, Clone, Default)]
 pub struct Draft {
     data_dir: Option<Setting>,
@@ -259,7 +330,45 @@ pub struct Draft {
     emulator_cores: Option<Setting>,
     queue_entries_max: Option<Setting>,
     io_queues_max: Option<Setting>,
+    api: Option<Setting>,
+    limits: BTreeMap<String, Setting>,
+    subsystems: Vec<SubsystemDraft>,
+    ana: Vec<AnaDraft>,
+    referrals: Vec<ReferralDraft>,
+    discovery_nqn: Option<Setting>,
+    mdns: bool,
     has_target: bool,
+}
+
+/// Keys and their values.
+type Pairs<'a> = Vec<(&'static str, &'a str)>;
+
+/// The parts of `head,key=value,...`; a key may be given more than once where `allowed` says so.
+fn parts<'a>(
+    whole: &Setting,
+    text: &'a str,
+    allowed: &[&'static str],
+    repeated: &str,
+    form: &str,
+) -> Result<(&'a str, Pairs<'a>), ConfigError> {
+    let mut pieces = text.split(',');
+    let head = pieces.next().unwrap_or("");
+    let mut found: Pairs<'a> = Vec::new();
+    for piece in pieces {
+        let Some((key, value)) = piece.split_once('=') else {
+            return Err(whole.refuse(format!("{piece:?} is not key=value; {form}")));
+        };
+        let Some(key) = allowed.iter().find(|known| **known == key) else {
+            return Err(
+                whole.refuse(format!("there is no key {key:?}; allowed: {}", allowed.join(", ")))
+            );
+        };
+        if *key != repeated && found.iter().any(|(other, _)| other == key) {
+            return Err(whole.refuse(format!("the key {key:?} is given twice")));
+        }
+        found.push((key, value));
+    }
+    Ok((head, found))
 }
 
 impl Draft {
@@ -295,8 +404,115 @@ impl Draft {
             name: Setting::flag("--volume", name),
             spec: Setting::flag("--volume", spec),
             nsid: None,
+            subsystem: None,
+            ana_group: None,
+            hosts: None,
         });
         Ok(())
+    }
+
+    /// `--namespace VOLUME[,subsystem=NAME][,nsid=N][,ana_group=N][,host=NQN]...`: how a volume of
+    /// the file or of an earlier `--volume` is shown to hosts.
+    pub fn set_namespace(&mut self, argument: &str) -> Result<(), ConfigError> {
+        const FLAG: &str = "--namespace";
+        const FORM: &str = "allowed: VOLUME[,subsystem=NAME][,nsid=N][,ana_group=N][,host=NQN]...";
+        let whole = Setting::flag(FLAG, argument);
+        let keys = ["subsystem", "nsid", "ana_group", "host"];
+        let (name, found) = parts(&whole, argument, &keys, "host", FORM)?;
+        let Some(volume) = self.volumes.iter_mut().find(|volume| volume.name.text == name) else {
+            return Err(whole.refuse(format!("there is no volume {name:?}; {FORM}")));
+        };
+        for (key, value) in found {
+            let setting = Setting::flag(FLAG, value);
+            match key {
+                "subsystem" => volume.subsystem = Some(setting),
+                "nsid" => volume.nsid = Some(setting),
+                "ana_group" => volume.ana_group = Some(setting),
+                _ => volume.hosts.get_or_insert_default().push(setting),
+            }
+        }
+        Ok(())
+    }
+
+    /// `--subsystem NAME[,nqn=NQN][,host=NQN]...`.
+    pub fn add_subsystem(&mut self, argument: &str) -> Result<(), ConfigError> {
+        const FLAG: &str = "--subsystem";
+        const FORM: &str = "allowed: NAME[,nqn=NQN][,host=NQN]...";
+        let whole = Setting::flag(FLAG, argument);
+        let (name, found) = parts(&whole, argument, &["nqn", "host"], "host", FORM)?;
+        let mut draft = SubsystemDraft { name: Setting::flag(FLAG, name), nqn: None, hosts: None };
+        for (key, value) in found {
+            let setting = Setting::flag(FLAG, value);
+            match key {
+                "nqn" => draft.nqn = Some(setting),
+                _ => draft.hosts.get_or_insert_default().push(setting),
+            }
+        }
+        self.subsystems.push(draft);
+        Ok(())
+    }
+
+    /// `--ana group=N,state=STATE[,port=N]`.
+    pub fn add_ana(&mut self, argument: &str) -> Result<(), ConfigError> {
+        const FLAG: &str = "--ana";
+        const FORM: &str = "allowed: group=N,state=STATE[,port=N], such as \
+                            group=2,state=inaccessible,port=1";
+        let whole = Setting::flag(FLAG, argument);
+        let list = format!(",{argument}");
+        let (_, found) = parts(&whole, &list, &["port", "group", "state"], "", FORM)?;
+        let value = |key: &str| {
+            let (_, value) = found.iter().find(|(found, _)| *found == key)?;
+            Some(Setting::flag(FLAG, *value))
+        };
+        let (Some(group), Some(state)) = (value("group"), value("state")) else {
+            return Err(whole.refuse(FORM));
+        };
+        self.ana.push(AnaDraft { port: value("port"), group, state });
+        Ok(())
+    }
+
+    /// `--referral ADDR:PORT[,nqn=NQN]`.
+    pub fn add_referral(&mut self, argument: &str) -> Result<(), ConfigError> {
+        const FLAG: &str = "--referral";
+        let whole = Setting::flag(FLAG, argument);
+        let form = "allowed: ADDR:PORT[,nqn=NQN]";
+        let (addr, found) = parts(&whole, argument, &["nqn"], "", form)?;
+        self.referrals.push(ReferralDraft {
+            addr: Setting::flag(FLAG, addr),
+            nqn: found.first().map(|(_, nqn)| Setting::flag(FLAG, *nqn)),
+        });
+        Ok(())
+    }
+
+    /// `--limit KEY=N`; replaces the file's value of that key.
+    pub fn add_limit(&mut self, argument: &str) -> Result<(), ConfigError> {
+        let whole = Setting::flag("--limit", argument);
+        let Some((key, value)) = argument.split_once('=') else {
+            return Err(
+                whole.refuse(format!("allowed: KEY=N, KEY one of {}", fabric::limit_keys()))
+            );
+        };
+        if !fabric::is_limit(key) {
+            return Err(whole
+                .refuse(format!("there is no limit {key:?}; allowed: {}", fabric::limit_keys())));
+        }
+        self.limits.insert(key.to_owned(), Setting::flag("--limit", value));
+        Ok(())
+    }
+
+    /// `--discovery-nqn NQN`.
+    pub fn set_discovery_nqn(&mut self, nqn: impl Into<String>) {
+        self.discovery_nqn = Some(Setting::flag("--discovery-nqn", nqn));
+    }
+
+    /// `--mdns`.
+    pub fn set_mdns(&mut self) {
+        self.mdns = true;
+    }
+
+    /// `--api PATH`.
+    pub fn set_api(&mut self, socket: impl Into<String>) {
+        self.api = Some(Setting::flag("--api", socket));
     }
 
     /// `--device NAME=TYPE,key=value,...`.

@@ -60,6 +60,11 @@ pub fn derive_subsystem(nqn: Option<&Nqn>, listen: &str) -> SubsystemIdentity {
     }
 }
 
+/// The discovery subsystem's own NQN where nothing is stored.
+pub(crate) fn derive_discovery(listen: &str) -> Nqn {
+    uuid_nqn(derive(&["discovery", &machine(), listen]))
+}
+
 /// A subsystem named by a UUID.
 pub fn subsystem_from_uuid(uuid: Uuid) -> SubsystemIdentity {
     SubsystemIdentity { nqn: uuid_nqn(uuid), serial: serial(uuid) }

@@ -18,15 +18,20 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+mod caretaker;
 pub mod config;
 pub mod cores;
 pub mod discover;
 mod flush;
+mod http;
 pub mod identity;
 mod listen;
+mod manage;
 pub mod mdns;
+mod reservations;
 mod run;
 pub mod selfcheck;
+mod serve;
 pub mod size;
 pub mod state;
 pub mod up;

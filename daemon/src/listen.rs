@@ -113,14 +113,10 @@ mod tests {
     use super::*;
 
     fn config(listen: SocketAddr) -> TargetConfig {
-        TargetConfig {
-            listen: vec![Listen { addr: listen, advertise: None }],
-            discovery: Vec::new(),
-            subnqn: None,
-            cores: None,
-            queue_entries_max: None,
-            io_queues_max: None,
-        }
+        let mut draft = crate::Draft::new();
+        draft.add_volume("a=null:1MiB").unwrap();
+        draft.set_listen(&[listen.to_string()]);
+        draft.check().unwrap().target.unwrap()
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! Stop: listeners closed, devices drained, associations shut down, target cores finished, volumes
 //! flushed.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,17 +15,18 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use block::{Geometry, Identity, Volume};
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
-use nvmf_target::{Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target};
 use reactor::CoreHandle;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::config::{Config, DeviceConfig, Listen, TargetConfig};
+use crate::config::{Config, DeviceConfig};
 use crate::cores::{self, Cores};
-use crate::flush;
-use crate::identity::{self, HostIdentity, SubsystemIdentity};
+use crate::http;
+use crate::identity::{HostIdentity, SubsystemIdentity};
 use crate::listen;
-use crate::state::DataDir;
+use crate::manage::serial_text;
+use crate::serve::{self, Hidden, RunningTarget};
+use crate::state::State;
 
 /// How long a device waits for its association to say goodbye.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -45,22 +46,6 @@ pub struct Served {
     pub identity: Identity,
     /// Its shape.
     pub geometry: Geometry,
-}
-
-/// A subsystem that hosts can connect to but the discovery log does not tell.
-pub(crate) struct Hidden {
-    pub(crate) subsystem: SubsystemIdentity,
-    pub(crate) volume: Arc<dyn Volume>,
-}
-
-struct RunningTarget {
-    target: Arc<Target>,
-    cores: Cores,
-    /// By name.
-    volumes: Vec<(String, Arc<dyn Volume>)>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
-    listen: Vec<SocketAddr>,
-    discovery: Vec<SocketAddr>,
 }
 
 /// A device on its way to being served, or served.
@@ -87,102 +72,71 @@ struct RunningEmulator {
 
 /// A running process's parts. Must be made inside a tokio runtime.
 pub struct Daemon {
-    subsystem: Option<SubsystemIdentity>,
     host: HostIdentity,
-    served: Vec<Served>,
     emulator_cores: Option<u16>,
     target: Option<RunningTarget>,
     emulator: Option<RunningEmulator>,
     failures: mpsc::UnboundedReceiver<String>,
     failed: mpsc::UnboundedSender<String>,
-    _data: Option<DataDir>,
+    /// Without a target nobody else keeps the lock on the data directory.
+    _state: Option<State>,
 }
 
 impl Daemon {
     /// Starts everything `config` describes.
     pub fn start(config: Config) -> anyhow::Result<Daemon> {
-        let data = match &config.data_dir {
-            Some(dir) => Some(DataDir::open(dir)?),
-            None => None,
+        let state = match &config.data_dir {
+            Some(dir) => State::open(dir)?,
+            None => State::fleeting(),
         };
-        Daemon::start_with(config, data, None)
+        Daemon::start_with(config, state, None)
     }
 
-    /// Starts with a data directory that is already open, and a hidden subsystem beside the others.
+    /// Starts with a state that is already open, and a hidden subsystem beside the others.
     pub(crate) fn start_with(
         config: Config,
-        mut data: Option<DataDir>,
+        mut state: State,
         hidden: Option<Hidden>,
     ) -> anyhow::Result<Daemon> {
+        // A port or socket in use is found before anything is touched.
         let bound = match &config.target {
             Some(target) => Some(listen::bind_all(target)?),
             None => None,
         };
-
-        let subsystem = config.target.as_ref().map(|target| match &mut data {
-            Some(data) => data.subsystem(target.subnqn.as_ref()),
-            None => identity::derive_subsystem(
-                target.subnqn.as_ref(),
-                &target.listen.first().map(Listen::to_string).unwrap_or_default(),
-            ),
-        });
-        let host = match &mut data {
-            Some(data) => data.host(),
-            None => identity::derive_host(),
+        let api = match (&config.target, &config.api) {
+            (Some(_), Some(path)) => Some(http::bind(path)?),
+            _ => None,
         };
-        let mut volumes = Vec::new();
-        let mut served = Vec::new();
-        if let Some(subsystem) = &subsystem {
-            let numbered = number_volumes(&config, subsystem, data.as_mut())?;
-            if let Some(data) = &mut data {
-                data.save()?;
-            }
-            for (volume, (nsid, identity)) in config.volumes.iter().zip(numbered) {
-                let opened = volume
-                    .spec
-                    .open(identity)
-                    .with_context(|| format!("opening volume {:?}", volume.name))?;
-                for notice in opened.notices() {
-                    tracing::info!(volume = %volume.name, "{notice}");
-                }
-                served.push(Served {
-                    name: volume.name.clone(),
-                    spec: volume.spec.to_string(),
-                    nsid,
-                    identity: opened.identity(),
-                    geometry: opened.geometry(),
-                });
-                volumes.push(opened);
-            }
-        } else if let Some(data) = &mut data {
-            data.save()?;
-        }
-
+        let host = state.host();
         let (failed, failures) = mpsc::unbounded_channel();
         let roles = usize::from(config.target.is_some()) + usize::from(!config.devices.is_empty());
-        let target = match (&config.target, bound, &subsystem) {
-            (Some(settings), Some(bound), Some(subsystem)) => Some(start_target(TargetParts {
+        let mut left = None;
+        let target = match (&config.target, bound) {
+            (Some(settings), Some(bound)) => Some(serve::start(serve::Parts {
+                config: &config,
                 settings,
                 bound,
-                subsystem,
-                served: &served,
-                volumes,
+                api,
+                state,
+                host: &host.nqn,
                 hidden,
                 roles,
                 failed: failed.clone(),
             })?),
-            _ => None,
+            _ => {
+                state.save()?;
+                left = Some(state);
+                None
+            }
         };
         let mut daemon = Daemon {
-            subsystem,
             host,
-            served,
             emulator_cores: config.emulator_cores,
             target,
             emulator: None,
             failures,
             failed,
-            _data: data,
+            _state: left,
         };
         for device in config.devices {
             daemon.add_device(device)?;
@@ -190,9 +144,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// The subsystem served, if there is a target.
-    pub fn subsystem(&self) -> Option<&SubsystemIdentity> {
-        self.subsystem.as_ref()
+    /// The first subsystem served, if there is a target: the default one, where it is used.
+    pub fn subsystem(&self) -> Option<SubsystemIdentity> {
+        let target = self.target.as_ref()?;
+        let book = target.manager.book();
+        let first = book.subsystems.first()?;
+        Some(SubsystemIdentity { nqn: first.nqn.clone(), serial: first.serial })
     }
 
     /// This process as a host.
@@ -200,9 +157,21 @@ impl Daemon {
         &self.host
     }
 
-    /// The volumes served.
-    pub fn served(&self) -> &[Served] {
-        &self.served
+    /// The volumes served at this moment.
+    pub fn served(&self) -> Vec<Served> {
+        let Some(target) = &self.target else { return Vec::new() };
+        let book = target.manager.book();
+        let served = book.volumes.iter().filter_map(|entry| {
+            let geometry = entry.volume.as_ref()?.geometry();
+            Some(Served {
+                name: entry.record.name.clone(),
+                spec: entry.record.spec.to_string(),
+                nsid: entry.record.nsid,
+                identity: entry.record.identity,
+                geometry,
+            })
+        });
+        served.collect()
     }
 
     /// Addresses of the I/O listeners, with the ports the system chose where 0 was asked for.
@@ -220,13 +189,27 @@ impl Daemon {
         self.target.as_ref().map_or((0, 0), |target| target.target.connected())
     }
 
+    /// Looks whether backing objects have grown, soon.
+    pub fn refresh(&self) {
+        if let Some(target) = &self.target {
+            target.caretaker.refresh();
+        }
+    }
+
     /// Says in the log what is served where.
     pub fn announce(&self) {
-        if let Some(subsystem) = &self.subsystem {
-            let serial = serial_text(&subsystem.serial);
-            tracing::info!(subnqn = %subsystem.nqn, %serial, "subsystem");
+        if let Some(target) = &self.target {
+            for subsystem in &target.manager.book().subsystems {
+                let serial = serial_text(&subsystem.serial);
+                tracing::info!(
+                    name = %subsystem.name, subnqn = %subsystem.nqn, %serial, "subsystem"
+                );
+            }
+            if let Some(path) = target.api_path() {
+                tracing::info!(socket = %path.display(), "management API");
+            }
         }
-        for served in &self.served {
+        for served in self.served() {
             tracing::info!(
                 volume = %served.name,
                 spec = %served.spec,
@@ -316,9 +299,7 @@ impl Daemon {
     pub fn stop(mut self) -> anyhow::Result<()> {
         let mut problems = Vec::new();
         if let Some(target) = &mut self.target {
-            for task in target.tasks.drain(..) {
-                task.abort();
-            }
+            target.close();
         }
         if let Some(emulator) = self.emulator.take() {
             for device in &emulator.devices {
@@ -335,156 +316,16 @@ impl Daemon {
             }
         }
         if let Some(target) = self.target.take() {
-            let RunningTarget { target, cores, volumes, .. } = target;
-            if !cores.stop() {
-                problems.push("a target core panicked".to_owned());
-            }
-            drop(target);
-            if let Err(error) = flush::flush_all(&volumes) {
-                problems.push(format!("{error:#}"));
-            }
+            target.stop(&mut problems);
         }
         if problems.is_empty() { Ok(()) } else { bail!("{}", problems.join("; ")) }
     }
 }
 
-/// Namespace IDs and identities of the configured volumes, in order.
-fn number_volumes(
-    config: &Config,
-    subsystem: &SubsystemIdentity,
-    mut data: Option<&mut DataDir>,
-) -> anyhow::Result<Vec<(u32, Identity)>> {
-    let mut numbered = Vec::with_capacity(config.volumes.len());
-    // IDs the operator chose are kept free of the others.
-    let chosen: Vec<u32> = config.volumes.iter().filter_map(|volume| volume.nsid).collect();
-    let mut next = 1;
-    for volume in &config.volumes {
-        let pair = match &mut data {
-            Some(data) => data
-                .volume(&volume.name, volume.nsid)
-                .with_context(|| format!("volume {:?}", volume.name))?,
-            None => {
-                let nsid = volume.nsid.unwrap_or_else(|| {
-                    while chosen.contains(&next) {
-                        next += 1;
-                    }
-                    next += 1;
-                    next - 1
-                });
-                (nsid, identity::derive_volume(&subsystem.nqn, &volume.name))
-            }
-        };
-        numbered.push(pair);
-    }
-    Ok(numbered)
-}
-
-/// The text of a serial number.
-fn serial_text(serial: &[u8; 20]) -> String {
-    String::from_utf8_lossy(serial).trim_end().to_owned()
-}
-
-/// The listeners as the target's ports, I/O before discovery: one identifier per listener, the same
-/// after a restart with the same configuration.
-fn ports(bound: &listen::Bound, listen: &[SocketAddr], discovery: &[SocketAddr]) -> Vec<Port> {
-    let io = bound.io.iter().zip(listen).map(|pair| (ListenerKind::Io, pair));
-    let only = bound.discovery.iter().zip(discovery).map(|pair| (ListenerKind::Discovery, pair));
-    io.chain(only)
-        .zip(1..)
-        .map(|((kind, ((listen, _), bound)), id)| Port {
-            id,
-            kind,
-            addr: listen.advertise.unwrap_or(*bound),
-        })
-        .collect()
-}
-
-struct TargetParts<'a> {
-    settings: &'a TargetConfig,
-    bound: listen::Bound,
-    subsystem: &'a SubsystemIdentity,
-    served: &'a [Served],
-    volumes: Vec<Arc<dyn Volume>>,
-    hidden: Option<Hidden>,
-    roles: usize,
-    failed: mpsc::UnboundedSender<String>,
-}
-
-fn start_target(parts: TargetParts<'_>) -> anyhow::Result<RunningTarget> {
-    let TargetParts { settings, bound, subsystem, served, volumes, hidden, roles, failed } = parts;
-    let local = |listeners: &[(Listen, TcpListener)]| -> std::io::Result<Vec<SocketAddr>> {
-        listeners.iter().map(|(_, listener)| listener.local_addr()).collect()
-    };
-    let listen = local(&bound.io)?;
-    let discovery = local(&bound.discovery)?;
-
-    let namespaces = served
-        .iter()
-        .zip(&volumes)
-        .map(|(served, volume)| NamespaceConfig::new(served.nsid, volume.clone()))
-        .collect();
-    let mut subsystems = vec![SubsystemConfig {
-        namespaces,
-        ..SubsystemConfig::new(subsystem.nqn.to_string(), serial_text(&subsystem.serial))
-    }];
-    let mut volumes: Vec<_> =
-        served.iter().map(|served| served.name.clone()).zip(volumes).collect();
-    if let Some(hidden) = hidden {
-        subsystems.push(SubsystemConfig {
-            namespaces: vec![NamespaceConfig::new(1, hidden.volume.clone())],
-            hidden: true,
-            ..SubsystemConfig::new(
-                hidden.subsystem.nqn.to_string(),
-                serial_text(&hidden.subsystem.serial),
-            )
-        });
-        volumes.push(("self-check".to_owned(), hidden.volume));
-    }
-    let defaults = Limits::default();
-    let limits = Limits {
-        io_queues: settings.io_queues_max.unwrap_or(defaults.io_queues),
-        queue_entries: settings.queue_entries_max.unwrap_or(defaults.queue_entries),
-        ..defaults
-    };
-    let ports = ports(&bound, &listen, &discovery);
-    let config = nvmf_target::TargetConfig {
-        subsystems,
-        ports: ports.clone(),
-        // Another start may serve another log: the clock tells them apart.
-        discovery_generation: std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(1, |since| since.as_millis() as u64),
-        limits,
-        ..nvmf_target::TargetConfig::default()
-    };
-
-    let count = settings.cores.unwrap_or_else(|| cores::default_count(roles));
-    let cores = Cores::start("target", count, &cores::target_config(), ended(failed))?;
-    let target = Target::new(config, cores.handles().to_vec())?;
-    for index in 0..cores.handles().len() {
-        let target = target.clone();
-        let started =
-            cores.on(index, move |spawner| match target.core_task(index, spawner.local()) {
-                Some(task) => {
-                    spawner.spawn(task);
-                    true
-                }
-                None => false,
-            })?;
-        if !started {
-            bail!("target core {index} did not take its task");
-        }
-    }
-
-    let mut tasks = Vec::new();
-    for ((_, listener), port) in bound.io.into_iter().chain(bound.discovery).zip(ports) {
-        tasks.push(listen::accept(listener, target.clone(), port.id).context("accepting")?);
-    }
-    Ok(RunningTarget { target, cores, volumes, tasks, listen, discovery })
-}
-
 /// What a core's thread says when it ends.
-fn ended(failed: mpsc::UnboundedSender<String>) -> impl Fn(String) + Send + Clone + 'static {
+pub(crate) fn ended(
+    failed: mpsc::UnboundedSender<String>,
+) -> impl Fn(String) + Send + Clone + 'static {
     move |name| {
         // Nobody listens any more once the process stops in order.
         let _ = failed.send(format!("core {name} ended by itself; this is a defect"));

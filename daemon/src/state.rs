@@ -1,37 +1,47 @@
-//! The data directory: identities that outlive a restart, kept by one process at a time.
+//! What outlives a restart: identities and run-time changes, kept by one process at a time.
 //!
 //! ```text
 //! penstock-data/
 //!   lock          held (flock) while a process uses the directory; holds its process ID
-//!   state.toml    identities; replaced as a whole: temporary file, fsync, rename, fsync directory
+//!   state.toml    replaced as a whole: temporary file, fsync, rename, fsync directory
+//!   reservations/ one file per volume with reservations, replaced in the same way
 //!   volumes/      files of embedded volumes
 //! ```
+//!
+//! Without a directory nothing is kept, and identities are derived from names.
 //!
 //! **Invariant:** an identity is stored before anything is served under it, and a state file that
 //! is damaged, truncated or missing beside existing volumes is an error, never a reason to mint
 //! anew: a disk that changes its identity is another disk to every host.
 
+mod format;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use block::Identity;
 use nvme::spec::Nqn;
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::config::DEFAULT_SUBSYSTEM;
 use crate::identity::{self, HostIdentity, SubsystemIdentity};
+use format::{StoredHost, StoredPort, StoredSubsystem, StoredVolume};
+use format::{parse, serial_bytes, serial_text};
+
+pub(crate) use format::{Change, Hosts, Stored, StoredAna, StoredReferral};
 
 const STATE_FILE: &str = "state.toml";
 const TEMPORARY_FILE: &str = "state.toml.new";
 const LOCK_FILE: &str = "lock";
 const VOLUMES_DIR: &str = "volumes";
-/// The only version there is. A later one is refused, not guessed at.
-const VERSION: u32 = 1;
 const STATE_BYTES_MAX: u64 = 16 << 20;
+/// Port IDs remembered, also of listeners that are gone for now.
+const PORTS_KEPT: usize = 1024;
 
-const HEADER: &str = "# Identities of Penstock volumes. Written by penstock, replaced as a whole.\n\
+const HEADER: &str = "# Identities and run-time changes. Written by penstock, replaced as a whole.\n\
                       # Keep it with the volumes: without it they are other disks to every host.\n";
 
 /// Why a data directory cannot be used.
@@ -105,75 +115,27 @@ fn advice(error: &io::Error) -> String {
     format!(" ({hint})")
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Stored {
-    version: u32,
-    /// How many volumes follow: a file cut off between two tables does not pass for a whole one.
-    volume_count: usize,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    subsystem: Option<StoredSubsystem>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    host: Option<StoredHost>,
-    #[serde(default, rename = "volume", skip_serializing_if = "Vec::is_empty")]
-    volumes: Vec<StoredVolume>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredSubsystem {
-    #[serde(with = "nqn_text")]
-    nqn: Nqn,
-    serial: String,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredHost {
-    #[serde(with = "nqn_text")]
-    nqn: Nqn,
-    id: Uuid,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredVolume {
-    name: String,
-    nsid: u32,
-    uuid: Uuid,
-    nguid: Uuid,
-    serial: String,
-}
-
-/// An NQN is stored as its text, and checked when it is read.
-mod nqn_text {
-    use nvme::spec::Nqn;
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(nqn: &Nqn, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(nqn.as_str())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Nqn, D::Error> {
-        String::deserialize(from)?.parse().map_err(D::Error::custom)
-    }
-}
-
-/// A locked data directory with its state in memory.
+/// The state, in memory and, if there is a data directory, on disk.
 #[derive(Debug)]
-pub struct DataDir {
-    dir: PathBuf,
+pub struct State {
     stored: Stored,
+    /// What is on disk is older than `stored`.
     changed: bool,
     created: bool,
+    home: Option<Home>,
+}
+
+/// A locked data directory.
+#[derive(Debug)]
+struct Home {
+    dir: PathBuf,
     /// Unlocked by the system when the process ends, however it ends.
     _lock: File,
 }
 
-impl DataDir {
+impl State {
     /// Opens `dir`, creating it if needed, and locks it against other processes.
-    pub fn open(dir: &Path) -> Result<DataDir, StateError> {
+    pub fn open(dir: &Path) -> Result<State, StateError> {
         let io = |doing: &'static str, path: &Path| {
             let path = path.to_owned();
             move |source| StateError::Io { doing, path, source }
@@ -199,26 +161,25 @@ impl DataDir {
                 if holds_data(&volumes) {
                     return Err(StateError::Lost { path, volumes });
                 }
-                let stored = Stored {
-                    version: VERSION,
-                    volume_count: 0,
-                    subsystem: None,
-                    host: None,
-                    volumes: Vec::new(),
-                };
-                (stored, true)
+                (Stored::new(), true)
             }
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 return Err(StateError::Damaged { path, problem: error.to_string() });
             }
             Err(source) => return Err(StateError::Io { doing: "read", path, source }),
         };
-        Ok(DataDir { dir: dir.to_owned(), stored, changed: created, created, _lock: lock })
+        let home = Some(Home { dir: dir.to_owned(), _lock: lock });
+        Ok(State { stored, changed: created, created, home })
     }
 
-    /// The directory.
-    pub fn path(&self) -> &Path {
-        &self.dir
+    /// A state that is nowhere kept.
+    pub fn fleeting() -> State {
+        State { stored: Stored::new(), changed: false, created: true, home: None }
+    }
+
+    /// The data directory, if there is one.
+    pub fn path(&self) -> Option<&Path> {
+        self.home.as_ref().map(|home| home.dir.as_path())
     }
 
     /// Whether there was no state before.
@@ -226,11 +187,22 @@ impl DataDir {
         self.created
     }
 
-    /// The directory for files of embedded volumes, created if needed.
-    pub fn volumes_dir(&self) -> Result<PathBuf, StateError> {
-        let path = self.dir.join(VOLUMES_DIR);
+    /// Whether it outlives the process.
+    pub fn is_kept(&self) -> bool {
+        self.home.is_some()
+    }
+
+    /// The directory for files of embedded volumes, created if needed. `None` without a data
+    /// directory.
+    pub fn volumes_dir(&self) -> Result<Option<PathBuf>, StateError> {
+        self.subdir(VOLUMES_DIR)
+    }
+
+    fn subdir(&self, name: &str) -> Result<Option<PathBuf>, StateError> {
+        let Some(home) = &self.home else { return Ok(None) };
+        let path = home.dir.join(name);
         match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path) {
-            Ok(()) => Ok(path),
+            Ok(()) => Ok(Some(path)),
             Err(source) => Err(StateError::Io { doing: "create", path, source }),
         }
     }
@@ -240,26 +212,70 @@ impl DataDir {
         self.stored.volumes.iter().map(|volume| volume.name.as_str())
     }
 
-    /// The subsystem: the stored one, minted if there is none. An NQN the operator chose is kept.
+    /// All that is kept.
+    pub(crate) fn stored(&self) -> &Stored {
+        &self.stored
+    }
+
+    /// All that is kept, to be changed; [`State::save`] makes it durable.
+    pub(crate) fn stored_mut(&mut self) -> &mut Stored {
+        self.changed = true;
+        &mut self.stored
+    }
+
+    /// The default subsystem: the stored one, minted if there is none. An NQN the operator chose is
+    /// kept.
     pub fn subsystem(&mut self, chosen: Option<&Nqn>) -> SubsystemIdentity {
-        let current = match &self.stored.subsystem {
-            Some(stored) => SubsystemIdentity {
-                nqn: stored.nqn.clone(),
+        self.named_subsystem(DEFAULT_SUBSYSTEM, chosen, "")
+    }
+
+    /// The same for subsystem `name`. `place` makes derived identities of two targets on one machine
+    /// differ.
+    pub(crate) fn named_subsystem(
+        &mut self,
+        name: &str,
+        chosen: Option<&Nqn>,
+        place: &str,
+    ) -> SubsystemIdentity {
+        if let Some(stored) = self.stored.subsystems.iter_mut().find(|other| other.name == name) {
+            let nqn = chosen.unwrap_or(&stored.nqn).clone();
+            self.changed |= nqn != stored.nqn;
+            stored.nqn = nqn.clone();
+            return SubsystemIdentity {
+                nqn,
                 serial: serial_bytes(&stored.serial).unwrap_or([b' '; 20]),
-            },
-            None => {
-                self.changed = true;
-                identity::subsystem_from_uuid(Uuid::new_v4())
-            }
+            };
+        }
+        let mut subsystem = match &self.home {
+            Some(_) => identity::subsystem_from_uuid(Uuid::new_v4()),
+            None if name == DEFAULT_SUBSYSTEM => identity::derive_subsystem(chosen, place),
+            None => identity::derive_subsystem(chosen, &format!("{place} {name}")),
         };
-        let nqn = chosen.unwrap_or(&current.nqn).clone();
-        self.changed |= nqn != current.nqn;
-        let subsystem = SubsystemIdentity { nqn, serial: current.serial };
-        self.stored.subsystem = Some(StoredSubsystem {
+        if let Some(chosen) = chosen {
+            subsystem.nqn = chosen.clone();
+        }
+        self.stored.subsystems.push(StoredSubsystem {
+            name: name.to_owned(),
             nqn: subsystem.nqn.clone(),
             serial: serial_text(&subsystem.serial),
+            runtime: false,
+            hosts: None,
         });
+        self.changed = true;
         subsystem
+    }
+
+    /// The discovery subsystem's own NQN: the chosen one, the stored one, or a new one.
+    pub(crate) fn discovery_nqn(&mut self, chosen: Option<&Nqn>, place: &str) -> Nqn {
+        let nqn = match (chosen, &self.stored.discovery_nqn) {
+            (Some(chosen), _) => chosen.clone(),
+            (None, Some(stored)) => stored.clone(),
+            (None, None) if self.is_kept() => identity::uuid_nqn(Uuid::new_v4()),
+            (None, None) => identity::derive_discovery(place),
+        };
+        self.changed |= self.stored.discovery_nqn.as_ref() != Some(&nqn);
+        self.stored.discovery_nqn = Some(nqn.clone());
+        nqn
     }
 
     /// This machine as a host: the stored identity, minted if there is none.
@@ -267,67 +283,164 @@ impl DataDir {
         if let Some(stored) = &self.stored.host {
             return HostIdentity { nqn: stored.nqn.clone(), id: *stored.id.as_bytes() };
         }
+        let host = match self.home {
+            Some(_) => identity::host_from_uuid(Uuid::new_v4()),
+            None => identity::derive_host(),
+        };
         self.changed = true;
-        let id = Uuid::new_v4();
-        let host = identity::host_from_uuid(id);
-        self.stored.host = Some(StoredHost { nqn: host.nqn.clone(), id });
+        self.stored.host =
+            Some(StoredHost { nqn: host.nqn.clone(), id: Uuid::from_bytes(host.id) });
         host
     }
 
-    /// The namespace ID and identity of volume `name`: the stored ones, minted if there are none.
-    ///
-    /// `nsid` is the operator's choice; it replaces a stored one. `Err` names the volume that has
-    /// it already.
+    /// The namespace ID and identity of volume `name` in the default subsystem; see
+    /// [`State::volume_in`].
     pub fn volume(&mut self, name: &str, nsid: Option<u32>) -> Result<(u32, Identity), NsidTaken> {
+        self.volume_in(DEFAULT_SUBSYSTEM, name, nsid, &[])
+    }
+
+    /// The namespace ID and identity of volume `name` in `subsystem`: the stored ones, minted if
+    /// there are none. A volume that was in another subsystem moves with its identity.
+    ///
+    /// `nsid` is the operator's choice; it replaces a stored one. `reserved` are choices for volumes
+    /// to come. `Err` names the volume that has it already.
+    pub(crate) fn volume_in(
+        &mut self,
+        subsystem: &str,
+        name: &str,
+        nsid: Option<u32>,
+        reserved: &[u32],
+    ) -> Result<(u32, Identity), NsidTaken> {
+        let others = || {
+            let here = |other: &&StoredVolume| other.subsystem == subsystem && other.name != name;
+            self.stored.volumes.iter().filter(here)
+        };
         if let Some(nsid) = nsid
-            && let Some(owner) =
-                self.stored.volumes.iter().find(|other| other.nsid == nsid && other.name != name)
+            && let Some(owner) = others().find(|other| other.nsid == nsid)
         {
             return Err(NsidTaken { nsid, owner: owner.name.clone() });
         }
-        let free = (1..=u32::MAX)
-            .find(|nsid| self.stored.volumes.iter().all(|other| other.nsid != *nsid))
-            .unwrap_or(u32::MAX);
-        if let Some(stored) = self.stored.volumes.iter_mut().find(|other| other.name == name) {
-            if let Some(nsid) = nsid
-                && nsid != stored.nsid
-            {
-                stored.nsid = nsid;
-                self.changed = true;
-            }
+        let is_free =
+            |nsid: u32| !reserved.contains(&nsid) && others().all(|other| other.nsid != nsid);
+        let free = (1..u32::MAX).find(|nsid| is_free(*nsid)).unwrap_or(u32::MAX - 1);
+        let known = self.stored.volumes.iter().position(|other| other.name == name);
+        if let Some(index) = known {
+            let kept = self.stored.volumes[index].nsid;
+            let is_taken = others().any(|other| other.nsid == kept);
+            let stored = &mut self.stored.volumes[index];
+            let nsid = nsid.unwrap_or(if is_taken { free } else { kept });
+            self.changed |= stored.nsid != nsid || stored.subsystem != subsystem;
+            stored.nsid = nsid;
+            stored.subsystem = subsystem.to_owned();
             let identity = Identity {
                 uuid: *stored.uuid.as_bytes(),
                 nguid: *stored.nguid.as_bytes(),
                 serial: serial_bytes(&stored.serial).unwrap_or([b' '; 20]),
             };
-            return Ok((stored.nsid, identity));
+            return Ok((nsid, identity));
         }
-        let uuid = Uuid::new_v4();
-        let identity = identity::volume_from_uuid(uuid);
+        let identity = match (&self.home, self.subsystem_nqn(subsystem)) {
+            (None, Some(nqn)) => identity::derive_volume(nqn, name),
+            _ => identity::volume_from_uuid(Uuid::new_v4()),
+        };
         let nsid = nsid.unwrap_or(free);
         self.stored.volumes.push(StoredVolume {
             name: name.to_owned(),
+            subsystem: subsystem.to_owned(),
             nsid,
-            uuid,
-            nguid: uuid,
+            uuid: Uuid::from_bytes(identity.uuid),
+            nguid: Uuid::from_bytes(identity.nguid),
             serial: serial_text(&identity.serial),
+            attached: None,
+            detached: None,
+            write_protect: false,
+            ana_group: None,
+            hosts: None,
         });
         self.changed = true;
         Ok((nsid, identity))
     }
 
-    /// Makes everything minted durable. Called before anything is served under it.
+    fn subsystem_nqn(&self, name: &str) -> Option<&Nqn> {
+        let subsystem = self.stored.subsystems.iter().find(|other| other.name == name)?;
+        Some(&subsystem.nqn)
+    }
+
+    /// Port IDs of `listeners`, in order: the chosen ones, the stored ones, or the next free ones.
+    /// Each listener is named by its kind and address as configured.
+    pub(crate) fn ports(&mut self, listeners: &[(String, Option<u16>)]) -> Vec<u16> {
+        let stored = std::mem::take(&mut self.stored.ports);
+        // The same name twice (port 0, which is another port each time) gets a number.
+        let mut names: Vec<String> = Vec::with_capacity(listeners.len());
+        for (index, (name, _)) in listeners.iter().enumerate() {
+            let earlier = listeners[..index].iter().filter(|(other, _)| other == name).count();
+            names.push(if earlier == 0 { name.clone() } else { format!("{name}#{}", earlier + 1) });
+        }
+        let mut ids: Vec<Option<u16>> = listeners.iter().map(|(_, chosen)| *chosen).collect();
+        for (index, name) in names.iter().enumerate() {
+            let old = stored.iter().find(|port| port.listener == *name).map(|port| port.id);
+            if ids[index].is_none() && !ids.contains(&old) {
+                ids[index] = old;
+            }
+        }
+        for index in 0..ids.len() {
+            if ids[index].is_none() {
+                // An ID that a listener had which is gone for now stays its own while there are others.
+                let is_free = |id: &u16| !ids.contains(&Some(*id));
+                let is_unused = |id: &u16| stored.iter().all(|port| port.id != *id);
+                let id = (1..=u16::MAX).filter(is_free).find(is_unused);
+                ids[index] = id.or_else(|| (1..=u16::MAX).find(is_free));
+            }
+        }
+        let ids: Vec<u16> = ids.into_iter().flatten().collect();
+        let mut ports: Vec<_> = std::iter::zip(&ids, names)
+            .map(|(id, listener)| StoredPort { id: *id, listener })
+            .collect();
+        for old in &stored {
+            if ports.iter().all(|port| port.id != old.id && port.listener != old.listener) {
+                ports.push(old.clone());
+            }
+        }
+        ports.truncate(PORTS_KEPT);
+        self.changed |= ports != stored;
+        self.stored.ports = ports;
+        ids
+    }
+
+    /// Notes a start of the target; what was before is returned: starts with this one, time in
+    /// service before it, starts without an orderly stop.
+    pub(crate) fn power_up(&mut self) -> (u64, Duration, u64) {
+        let mut power = self.stored.power.unwrap_or_default();
+        power.cycles = power.cycles.saturating_add(1);
+        if std::mem::replace(&mut power.running, true) {
+            power.unsafe_shutdowns = power.unsafe_shutdowns.saturating_add(1);
+        }
+        self.stored.power = Some(power);
+        self.changed = true;
+        (power.cycles, Duration::from_secs(power.on_s), power.unsafe_shutdowns)
+    }
+
+    /// Notes the time in service. `stopped`: the target has ended in order.
+    pub(crate) fn power_on(&mut self, total: Duration, stopped: bool) {
+        if let Some(power) = &mut self.stored.power {
+            power.on_s = total.as_secs();
+            power.running &= !stopped;
+            self.changed = true;
+        }
+    }
+
+    /// Makes everything minted and changed durable. Called before anything is served under it.
     pub fn save(&mut self) -> Result<(), StateError> {
+        let Some(home) = &self.home else { return Ok(()) };
         if !self.changed {
             return Ok(());
         }
-        self.stored.volume_count = self.stored.volumes.len();
         let body = toml::to_string(&self.stored).map_err(|error| StateError::Io {
             doing: "write",
-            path: self.dir.join(STATE_FILE),
+            path: home.dir.join(STATE_FILE),
             source: io::Error::other(error),
         })?;
-        replace(&self.dir, &format!("{HEADER}{body}"))?;
+        replace(&home.dir, STATE_FILE, TEMPORARY_FILE, format!("{HEADER}{body}").as_bytes())?;
         self.changed = false;
         Ok(())
     }
@@ -335,7 +448,7 @@ impl DataDir {
 
 /// A namespace ID that another stored volume has.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("namespace ID {nsid} belongs to volume {owner:?} in the data directory; choose another")]
+#[error("namespace ID {nsid} belongs to volume {owner:?}; choose another")]
 pub struct NsidTaken {
     /// The ID.
     pub nsid: u32,
@@ -343,10 +456,15 @@ pub struct NsidTaken {
     pub owner: String,
 }
 
-/// Replaces the state file as a whole. After a crash at any point the old or the new one is there.
-fn replace(dir: &Path, text: &str) -> Result<(), StateError> {
-    let temporary = dir.join(TEMPORARY_FILE);
-    let path = dir.join(STATE_FILE);
+/// Replaces a file as a whole. After a crash at any point the old or the new one is there.
+pub(crate) fn replace(
+    dir: &Path,
+    name: &str,
+    temporary: &str,
+    bytes: &[u8],
+) -> Result<(), StateError> {
+    let temporary = dir.join(temporary);
+    let path = dir.join(name);
     let write = || -> io::Result<()> {
         let mut file = OpenOptions::new()
             .write(true)
@@ -354,7 +472,7 @@ fn replace(dir: &Path, text: &str) -> Result<(), StateError> {
             .truncate(true)
             .mode(0o600)
             .open(&temporary)?;
-        file.write_all(text.as_bytes())?;
+        file.write_all(bytes)?;
         file.sync_all()
     };
     write().map_err(|source| StateError::Io { doing: "write", path: temporary.clone(), source })?;
@@ -369,7 +487,7 @@ fn holds_data(dir: &Path) -> bool {
     entries.flatten().any(|entry| entry.metadata().is_ok_and(|metadata| metadata.blocks() > 0))
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
@@ -419,93 +537,12 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn parse(path: &Path, text: &str) -> Result<Stored, StateError> {
-    let damaged = |problem: String| StateError::Damaged { path: path.to_owned(), problem };
-    if text.trim().is_empty() {
-        return Err(damaged("the file is empty".to_owned()));
-    }
-
-    // The version is looked at first: a newer file should say so, not complain about a key.
-    #[derive(Deserialize)]
-    struct Version {
-        version: u32,
-    }
-    let describe = |error: toml::de::Error| {
-        let line = error
-            .span()
-            .map(|span| text.as_bytes()[..span.start.min(text.len())].iter())
-            .map(|bytes| bytes.filter(|byte| **byte == b'\n').count() + 1)
-            .unwrap_or(1);
-        damaged(format!("line {line}: {}", error.message().replace('\n', ", ")))
-    };
-    let Version { version } = toml::from_str(text).map_err(describe)?;
-    if version != VERSION {
-        return Err(damaged(format!(
-            "written in format {version}, this penstock knows format {VERSION} only"
-        )));
-    }
-    let stored: Stored = toml::from_str(text).map_err(describe)?;
-
-    if stored.volume_count != stored.volumes.len() {
-        return Err(damaged(format!(
-            "it says it holds {} volumes and holds {}: it was cut off or edited",
-            stored.volume_count,
-            stored.volumes.len()
-        )));
-    }
-    if let Some(subsystem) = &stored.subsystem
-        && serial_bytes(&subsystem.serial).is_none()
-    {
-        return Err(damaged(format!(
-            "subsystem.serial {:?} is no serial number of 1 to 20 ASCII characters",
-            subsystem.serial
-        )));
-    }
-    for (index, volume) in stored.volumes.iter().enumerate() {
-        let others = &stored.volumes[..index];
-        if volume.nsid == 0 || volume.nsid == u32::MAX {
-            return Err(damaged(format!(
-                "volume {:?} has namespace ID {}",
-                volume.name, volume.nsid
-            )));
-        }
-        if serial_bytes(&volume.serial).is_none() {
-            return Err(damaged(format!(
-                "volume {:?} has the serial number {:?}, which is not 1 to 20 ASCII characters",
-                volume.name, volume.serial
-            )));
-        }
-        let twin = others.iter().find(|other| {
-            other.name == volume.name || other.nsid == volume.nsid || other.uuid == volume.uuid
-        });
-        if let Some(twin) = twin {
-            return Err(damaged(format!(
-                "volumes {:?} (namespace {}) and {:?} (namespace {}) share a name, namespace ID \
-                 or UUID",
-                twin.name, twin.nsid, volume.name, volume.nsid
-            )));
-        }
-    }
-    Ok(stored)
-}
-
-fn serial_text(serial: &[u8; 20]) -> String {
-    String::from_utf8_lossy(serial).trim_end().to_owned()
-}
-
-fn serial_bytes(text: &str) -> Option<[u8; 20]> {
-    let good = (1..=20).contains(&text.len()) && text.bytes().all(|b| (0x20..0x7f).contains(&b));
-    let mut serial = [b' '; 20];
-    good.then(|| serial[..text.len()].copy_from_slice(text.as_bytes()))?;
-    Some(serial)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn open(dir: &Path) -> DataDir {
-        DataDir::open(dir).unwrap()
+    fn open(dir: &Path) -> State {
+        State::open(dir).unwrap()
     }
 
     fn filled(dir: &Path) -> (SubsystemIdentity, HostIdentity, (u32, Identity)) {
@@ -558,7 +595,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let _held = open(scratch.path());
         // flock belongs to the open file, so a second open in this process is refused alike.
-        let message = DataDir::open(scratch.path()).unwrap_err().to_string();
+        let message = State::open(scratch.path()).unwrap_err().to_string();
         assert!(message.contains("in use by another penstock"), "{message}");
         assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
         assert!(message.contains("--data"), "{message}");
@@ -569,14 +606,15 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         filled(scratch.path());
         let path = scratch.path().join(STATE_FILE);
-        let whole = std::fs::read_to_string(&path).unwrap();
-        // Two volumes, so that there is a cut between two tables.
+        // Several tables of each kind, so that there are cuts between them.
         let mut data = open(scratch.path());
         data.volume("vol1", None).unwrap();
+        data.named_subsystem("other", None, "");
+        data.ports(&[("io 127.0.0.1:4420".to_owned(), None)]);
+        data.power_up();
         data.save().unwrap();
         drop(data);
         let whole_of_two = std::fs::read_to_string(&path).unwrap();
-        assert!(whole_of_two.len() > whole.len());
         assert!(parse(&path, &whole_of_two).is_ok());
         for len in 0..whole_of_two.trim_end().len() {
             let Err(error) = parse(&path, &whole_of_two[..len]) else {
@@ -584,9 +622,9 @@ mod tests {
             };
             assert!(matches!(error, StateError::Damaged { .. }), "{error}");
         }
-        let cut = &whole_of_two[..whole.len()];
+        let cut = &whole_of_two[..whole_of_two.rfind("[end]").unwrap()];
         std::fs::write(&path, cut).unwrap();
-        assert!(matches!(DataDir::open(scratch.path()), Err(StateError::Damaged { .. })));
+        assert!(matches!(State::open(scratch.path()), Err(StateError::Damaged { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), cut, "the evidence is left alone");
     }
 
@@ -597,8 +635,8 @@ mod tests {
         let path = scratch.path().join(STATE_FILE);
         let whole = std::fs::read_to_string(&path).unwrap();
         let cases = [
-            (whole.replace("version = 1", "version = 2"), "format 2"),
-            (whole.replace("volume_count = 1", "volume_count = 2"), "cut off or edited"),
+            (whole.replace("version = 2", "version = 3"), "format 3"),
+            (whole.replace("[end]", ""), "missing field `end`"),
             (whole.replace("nsid = 1", "nsid = 0"), "namespace ID 0"),
             (whole.replace("nsid = 1", "nsid = 1\ncolour = 3"), "unknown field `colour`"),
             (whole.replace("nqn.2014", "nqm.2014"), "an NQN begins with"),
@@ -608,14 +646,161 @@ mod tests {
         ];
         for (text, expected) in cases {
             std::fs::write(&path, &text).unwrap();
-            let message = DataDir::open(scratch.path()).unwrap_err().to_string();
+            let message = State::open(scratch.path()).unwrap_err().to_string();
             assert!(message.contains(expected), "{expected:?} not in {message:?}");
             assert!(message.contains("state.toml"), "{message}");
             assert!(message.contains("restore"), "{message}");
             assert!(!message.contains('\n'), "{message}");
         }
         std::fs::write(&path, [0xff, 0xfe]).unwrap();
-        assert!(matches!(DataDir::open(scratch.path()).unwrap_err(), StateError::Damaged { .. }));
+        assert!(matches!(State::open(scratch.path()).unwrap_err(), StateError::Damaged { .. }));
+    }
+
+    const VERSION_1: &str = r#"version = 1
+volume_count = 1
+
+[subsystem]
+nqn = "nqn.2014-08.org.nvmexpress:uuid:6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+serial = "PS0123456789ABCDEF"
+
+[host]
+nqn = "nqn.2014-08.org.nvmexpress:uuid:0f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+id = "0f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+
+[[volume]]
+name = "vol0"
+nsid = 3
+uuid = "1f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+nguid = "1f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
+serial = "1f5b8d2e5a0c4f0e9d3b"
+"#;
+
+    #[test]
+    fn version_1_is_read_and_written_as_version_2() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join(STATE_FILE);
+        std::fs::write(&path, VERSION_1).unwrap();
+        let look = |data: &mut State| {
+            assert!(data.subsystem(None).nqn.as_str().contains("6f5b8d2e"));
+            assert_eq!(&data.subsystem(None).serial, b"PS0123456789ABCDEF  ");
+            assert_eq!(data.host().id[0], 0x0f);
+            let (nsid, identity) = data.volume("vol0", None).unwrap();
+            assert_eq!(
+                (nsid, identity.uuid[0], &identity.serial),
+                (3, 0x1f, b"1f5b8d2e5a0c4f0e9d3b")
+            );
+        };
+        let mut data = open(scratch.path());
+        look(&mut data);
+        data.power_up();
+        data.save().unwrap();
+        drop(data);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("version = 2"));
+        look(&mut open(scratch.path()));
+
+        let cut = VERSION_1.replace("volume_count = 1", "volume_count = 2");
+        std::fs::write(&path, cut).unwrap();
+        let message = State::open(scratch.path()).unwrap_err().to_string();
+        assert!(message.contains("cut off or edited"), "{message}");
+    }
+
+    #[test]
+    fn namespace_ids_are_per_subsystem_and_a_volume_moves_with_its_identity() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut data = open(scratch.path());
+        let (nsid, identity) = data.volume_in("a", "v", None, &[]).unwrap();
+        assert_eq!(nsid, 1);
+        assert_eq!(data.volume_in("b", "w", None, &[1]).unwrap().0, 2, "1 is for another");
+        assert_eq!(data.volume_in("b", "x", None, &[]).unwrap().0, 1);
+        let moved = data.volume_in("b", "v", None, &[]).unwrap();
+        assert_eq!(moved, (3, identity), "1 is taken there");
+        assert_eq!(data.volume_in("b", "v", None, &[]).unwrap(), moved);
+    }
+
+    #[test]
+    fn ports_keep_their_ids() {
+        let scratch = tempfile::tempdir().unwrap();
+        let listener = |name: &str| (name.to_owned(), None);
+        let (a, b, c) = (listener("io a"), listener("io b"), listener("discovery c"));
+        let mut data = open(scratch.path());
+        assert_eq!(data.ports(&[a.clone(), b.clone(), c.clone()]), [1, 2, 3]);
+        data.save().unwrap();
+        drop(data);
+        let mut data = open(scratch.path());
+        assert_eq!(data.ports(&[c.clone(), b.clone()]), [3, 2], "whatever the order");
+        let new = listener("io d");
+        assert_eq!(data.ports(&[new.clone(), b.clone()]), [4, 2], "1 is still that of a");
+        assert_eq!(data.ports(&[a.clone(), (new.0.clone(), Some(2)), b]), [1, 2, 5]);
+        assert_eq!(data.ports(&[a.clone(), a.clone(), a]), [1, 4, 6], "port 0 may be there twice");
+    }
+
+    #[test]
+    fn starts_are_counted_and_those_without_a_stop_too() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut data = open(scratch.path());
+        assert_eq!(data.power_up(), (1, Duration::ZERO, 0));
+        data.power_on(Duration::from_secs(600), false);
+        data.save().unwrap();
+        drop(data);
+        let mut data = open(scratch.path());
+        assert_eq!(data.power_up(), (2, Duration::from_secs(600), 1), "no orderly stop");
+        data.power_on(Duration::from_secs(700), true);
+        data.save().unwrap();
+        drop(data);
+        assert_eq!(open(scratch.path()).power_up(), (3, Duration::from_secs(700), 1));
+    }
+
+    #[test]
+    fn a_change_holds_until_the_configuration_says_something_new() {
+        let mut change = None;
+        Change::set(&mut change, 2, &1);
+        assert_eq!(Change::resolve(&mut change, &1), (2, false));
+        assert_eq!(Change::resolve(&mut change, &5), (5, true), "the file was edited since");
+        assert_eq!(change, None);
+        Change::set(&mut change, 2, &1);
+        Change::set(&mut change, 1, &1);
+        assert_eq!(change, None, "back to what the file says");
+    }
+
+    #[test]
+    fn run_time_changes_are_read_back() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut data = open(scratch.path());
+        data.volume("v", None).unwrap();
+        let host: Nqn = "nqn.2014-08.com.example:h".parse().unwrap();
+        let every = Hosts::of(None);
+        let these = Hosts::of(Some(std::slice::from_ref(&host)));
+        let stored = data.stored_mut();
+        Change::set(&mut stored.volumes[0].hosts, these.clone(), &every);
+        Change::set(&mut stored.volumes[0].ana_group, 2, &1);
+        stored.volumes[0].attached = Some("ram:1M".to_owned());
+        Change::set(
+            &mut stored.referrals,
+            vec![StoredReferral { addr: "192.0.2.1:8009".to_owned(), nqn: host.to_string() }],
+            &Vec::new(),
+        );
+        let ana = StoredAna {
+            subsystem: "default".to_owned(),
+            port: 1,
+            group: 2,
+            to: "change".to_owned(),
+            from: "optimized".to_owned(),
+        };
+        stored.ana.push(ana);
+        let before = stored.clone();
+        data.save().unwrap();
+        drop(data);
+        let data = open(scratch.path());
+        assert_eq!(*data.stored(), before);
+        assert_eq!(these.nqns(), Some(Some(vec![host])));
+        drop(data);
+
+        // A list that cannot be read must not become "every host".
+        let path = scratch.path().join(STATE_FILE);
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, whole.replace("nqn.2014-08.com.example:h\"]", "nqm\"]")).unwrap();
+        let message = State::open(scratch.path()).unwrap_err().to_string();
+        assert!(message.contains("no list of NQNs"), "{message}");
     }
 
     #[test]
@@ -623,14 +808,14 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         filled(scratch.path());
         std::fs::remove_file(scratch.path().join(STATE_FILE)).unwrap();
-        let volumes = open(scratch.path()).volumes_dir().unwrap();
-        assert!(DataDir::open(scratch.path()).is_ok(), "no volume in it yet");
+        let volumes = open(scratch.path()).volumes_dir().unwrap().unwrap();
+        assert!(State::open(scratch.path()).is_ok(), "no volume in it yet");
         let volume = File::create(volumes.join("vol0.img")).unwrap();
         volume.set_len(1 << 20).unwrap();
-        assert!(DataDir::open(scratch.path()).is_ok(), "nothing was ever written to it");
+        assert!(State::open(scratch.path()).is_ok(), "nothing was ever written to it");
         (&volume).write_all(&[1; 4096]).unwrap();
         volume.sync_all().unwrap();
-        let error = DataDir::open(scratch.path()).unwrap_err();
+        let error = State::open(scratch.path()).unwrap_err();
         assert!(matches!(error, StateError::Lost { .. }), "{error}");
         assert!(!scratch.path().join(STATE_FILE).exists());
     }
@@ -652,7 +837,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let file = scratch.path().join("file");
         std::fs::write(&file, b"").unwrap();
-        let message = DataDir::open(&file.join("data")).unwrap_err().to_string();
+        let message = State::open(&file.join("data")).unwrap_err().to_string();
         assert!(message.contains("--data DIR"), "{message}");
         let full = advice(&io::Error::from(io::ErrorKind::StorageFull));
         assert!(full.contains("free some space"), "{full}");

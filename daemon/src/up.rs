@@ -16,10 +16,11 @@ use uuid::Uuid;
 
 use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft};
 use crate::identity;
-use crate::run::{Daemon, Hidden};
+use crate::run::Daemon;
 use crate::selfcheck::{self, Figures, SCRATCH_BYTES, Step};
+use crate::serve::Hidden;
 use crate::size;
-use crate::state::DataDir;
+use crate::state::State;
 
 const FIRST_VOLUME: &str = "vol0";
 /// Volumes are multiples of this, so that any logical block size fits.
@@ -78,13 +79,14 @@ impl Up {
         judged.add_volume("first=null:1GiB")?;
         judged.check()?;
 
-        let mut data = DataDir::open(&config.data)?;
-        let dir = std::path::absolute(data.path())
-            .with_context(|| format!("finding the path of {}", data.path().display()))?;
+        let mut data = State::open(&config.data)?;
+        let dir = std::path::absolute(&config.data)
+            .with_context(|| format!("finding the path of {}", config.data.display()))?;
         let mut notices = Vec::new();
         let mut created = None;
         let mut names: Vec<String> = data.volume_names().map(str::to_owned).collect();
-        let volumes_dir = std::path::absolute(data.volumes_dir()?)?;
+        let volumes_dir = data.volumes_dir()?.context("there is no directory for volumes")?;
+        let volumes_dir = std::path::absolute(volumes_dir)?;
         if names.is_empty() {
             let path = volumes_dir.join(volume_file(FIRST_VOLUME));
             make_volume(&path, size)
@@ -111,7 +113,7 @@ impl Up {
             if !path.exists() {
                 bail!(
                     "volume {name:?}: its file {} is missing; put it back, or take its [[volume]] \
-                     table out of {} (and lower volume_count) to give it up",
+                     table out of {} to give it up",
                     path.display(),
                     dir.join("state.toml").display()
                 );
@@ -128,12 +130,12 @@ impl Up {
             false => None,
         };
         let scratch_nqn = hidden.as_ref().map(|hidden| hidden.subsystem.nqn.clone());
-        let mut daemon = Daemon::start_with(settings, Some(data), hidden)?;
+        let mut daemon = Daemon::start_with(settings, data, hidden)?;
         let listen =
             *daemon.io_addresses().first().ok_or_else(|| anyhow!("there is no listener"))?;
         let connect = reachable(listen);
         let subnqn = match daemon.subsystem() {
-            Some(subsystem) => subsystem.nqn.clone(),
+            Some(subsystem) => subsystem.nqn,
             None => bail!("there is no subsystem"),
         };
 
@@ -187,7 +189,7 @@ impl Up {
         for (name, socket) in &self.devices {
             let capacity = selfcheck::look(socket)
                 .with_context(|| format!("self-check of device {name:?}"))?;
-            let served = self.daemon.served().iter().find(|served| served.name == *name);
+            let served = self.daemon.served().into_iter().find(|served| served.name == *name);
             if let Some(served) = served
                 && served.geometry.bytes() != capacity
             {
@@ -241,8 +243,8 @@ impl Up {
     /// The lines to use next, for people to copy.
     pub fn next_steps(&self) -> String {
         let discovery = self.daemon.discovery_addresses().first().copied().map(reachable);
-        let nqn = self.daemon.subsystem().map(|subsystem| subsystem.nqn.as_str());
-        let mut text = hints::kernel_host(discovery, self.connect, nqn.unwrap_or_default());
+        let nqn = self.daemon.subsystem().map(|subsystem| subsystem.nqn.to_string());
+        let mut text = hints::kernel_host(discovery, self.connect, &nqn.unwrap_or_default());
         if let Some((name, socket)) = self.devices.first() {
             text.push_str(&hints::qemu(name, &socket.display().to_string(), DEVICE_QUEUES));
             text.push_str(&hints::fio(&socket.display().to_string()));

@@ -31,12 +31,6 @@ const MODEL: &str = "Penstock";
 /// Firmware revision: the version of this crate, which is eight characters at the most.
 const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
-/// Longest keep alive timeout granted.
-const KATO_MAX: Duration = Duration::from_secs(600);
-
-/// Largest namespace identifier of a subsystem.
-const NAMESPACES_MAX: u32 = 10_240;
-
 /// What an admin queue has beside its commands.
 pub(crate) struct Admin {
     pub(crate) controller: Controller,
@@ -78,8 +72,8 @@ pub(crate) fn subsystem_info(
         io_queues_max: limits.io_queues,
         mdts_bytes: limits.transfer_bytes,
         in_capsule_bytes: limits.in_capsule_bytes,
-        kato_max: KATO_MAX,
-        namespaces_max: NAMESPACES_MAX,
+        kato_max: limits.kato_max,
+        namespaces_max: limits.namespaces_max,
     };
     let ascii = |e: nvme::spec::InvalidAscii| format!("serial \"{}\" {e}", config.serial);
     SubsystemInfo::new(

@@ -115,6 +115,10 @@ pub struct Limits {
     /// Buffer memory that the commands of one host NQN may hold on one core, in bytes. No host gets
     /// more than is left for others on that core, but always enough for one command.
     pub buffer_bytes_per_host: usize,
+    /// Largest namespace identifier of a subsystem, and most namespaces it may have.
+    pub namespaces_max: u32,
+    /// Longest keep alive timeout granted.
+    pub kato_max: Duration,
     /// How long a connection may take from accept to Connect.
     pub handshake: Duration,
     /// How long a change of the configuration is waited for; see [`ChangeError::StillDraining`].
@@ -138,6 +142,8 @@ impl Default for Limits {
             h2c_data_bytes: 1 << 20,
             buffer_bytes_per_connection: 8 << 20,
             buffer_bytes_per_host: 32 << 20,
+            namespaces_max: 10_240,
+            kato_max: Duration::from_secs(600),
             handshake: Duration::from_secs(10),
             change_wait: Duration::from_secs(30),
         }

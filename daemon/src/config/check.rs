@@ -8,7 +8,7 @@ use nvme::spec::Nqn;
 
 use super::{
     Config, ConfigError, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
-    IO_QUEUES_MAX, Listen, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft,
+    IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, fabric,
 };
 
 /// Names become file names, log fields and NQN suffixes.
@@ -33,17 +33,11 @@ impl Draft {
     pub fn check(self) -> Result<Config, ConfigError> {
         let volumes = check_volumes(&self.volumes)?;
         let devices = check_devices(&self.devices)?;
-        let listen = check_listeners(&self.listen)?;
-        let discovery = check_listeners(&self.discovery)?;
-        for entry in &self.discovery {
-            let addr = listener(entry)?.addr;
-            if addr.port() != 0 && listen.iter().any(|other| other.addr == addr) {
-                return Err(entry.refuse(
-                    "is also an I/O listener; allowed: another port, such as 8009, for discovery",
-                ));
-            }
-        }
-
+        let api = match &self.api {
+            Some(setting) => Some(socket_path(setting)?),
+            None => None,
+        };
+        let (listen, discovery) = fabric::check_listeners(&self.listen, &self.discovery)?;
         if !discovery.is_empty() {
             for (entry, listen) in self.listen.iter().zip(&listen) {
                 if listen.addr.ip().is_unspecified() && listen.advertise.is_none() {
@@ -58,12 +52,15 @@ impl Draft {
         let has_target = self.has_target
             || !volumes.is_empty()
             || !self.listen.is_empty()
-            || !self.discovery.is_empty();
+            || !self.discovery.is_empty()
+            || !self.subsystems.is_empty();
         let target = if has_target {
-            if volumes.is_empty() {
+            // Volumes may be attached at run time where there is a way to do it.
+            if volumes.is_empty() && api.is_none() {
                 return Err(ConfigError::Missing(
                     "no volume to serve: give --volume NAME=SPEC, or a [[volume]] table with name \
-                     and spec; SPEC is file:PATH[,size=SIZE], blockdev:PATH, ram:SIZE or null:SIZE"
+                     and spec; SPEC is file:PATH[,size=SIZE], blockdev:PATH, ram:SIZE or null:SIZE \
+                     (or give --api PATH to attach volumes later)"
                         .to_owned(),
                 ));
             }
@@ -74,17 +71,53 @@ impl Draft {
                         .to_owned(),
                 ));
             }
-            let subnqn = match &self.subnqn {
+            let subsystems =
+                fabric::check_subsystems(&self.subsystems, self.subnqn.as_ref(), &volumes)?;
+            for (draft, volume) in self.volumes.iter().zip(&volumes) {
+                if !subsystems.iter().any(|subsystem| subsystem.name == volume.subsystem)
+                    && let Some(setting) = &draft.subsystem
+                {
+                    let names: Vec<_> = subsystems.iter().map(|s| s.name.as_str()).collect();
+                    return Err(setting.refuse(format!(
+                        "is the name of no subsystem; allowed: {}",
+                        names.join(", ")
+                    )));
+                }
+            }
+            let limits = fabric::check_limits(&self.limits)?;
+            check_nsids(&self.volumes, &volumes, limits.namespaces_max)?;
+            let discovery_nqn = match &self.discovery_nqn {
                 Some(setting) => Some(own_nqn(setting)?),
                 None => None,
             };
+            if let (Some(setting), Some(nqn)) = (&self.discovery_nqn, &discovery_nqn)
+                && let Some(twin) = subsystems.iter().find(|s| s.nqn.as_ref() == Some(nqn))
+            {
+                return Err(setting.refuse(format!(
+                    "is the NQN of subsystem {:?}; allowed: an NQN of its own",
+                    twin.name
+                )));
+            }
+            if self.mdns && discovery.is_empty() {
+                return Err(ConfigError::Missing(
+                    "mDNS advertises discovery listeners and there is none: give --discovery \
+                     ADDR:PORT, or target.discovery in the file"
+                        .to_owned(),
+                ));
+            }
+            let ana = fabric::check_ana(&self.ana, &listen)?;
             Some(TargetConfig {
                 listen,
                 discovery,
-                subnqn,
+                subsystems,
                 cores: optional(&self.cores, 1..=CORES_MAX)?,
                 queue_entries_max: optional(&self.queue_entries_max, QUEUE_ENTRIES)?,
                 io_queues_max: optional(&self.io_queues_max, 1..=IO_QUEUES_MAX)?,
+                limits,
+                ana,
+                referrals: fabric::check_referrals(&self.referrals)?,
+                discovery_nqn,
+                mdns: self.mdns,
             })
         } else {
             None
@@ -109,6 +142,7 @@ impl Draft {
             target,
             devices,
             emulator_cores: optional(&self.emulator_cores, 1..=CORES_MAX)?,
+            api,
         })
     }
 }
@@ -128,20 +162,57 @@ fn check_volumes(drafts: &[VolumeDraft]) -> Result<Vec<VolumeConfig>, ConfigErro
         let spec =
             draft.spec.text.parse().map_err(|error| draft.spec.refuse(format!("{error}")))?;
         let nsid = match &draft.nsid {
-            Some(setting) => {
-                let nsid = number(setting, 1..=NSID_MAX)? as u32;
-                if let Some(other) = nsids.insert(nsid, name.clone()) {
-                    return Err(setting.refuse(format!(
-                        "is the namespace ID of volume {other:?}; allowed: unique IDs"
-                    )));
-                }
-                Some(nsid)
-            }
+            Some(setting) => Some(number(setting, 1..=NSID_MAX)? as u32),
             None => None,
         };
-        volumes.push(VolumeConfig { name, spec, nsid });
+        let subsystem = match &draft.subsystem {
+            Some(setting) => self::name(setting)?,
+            None => fabric::DEFAULT_SUBSYSTEM.to_owned(),
+        };
+        if let (Some(setting), Some(nsid)) = (&draft.nsid, nsid)
+            && let Some(other) = nsids.insert((subsystem.clone(), nsid), name.clone())
+        {
+            return Err(setting
+                .refuse(format!("is the namespace ID of volume {other:?}; allowed: unique IDs")));
+        }
+        let ana_group = match &draft.ana_group {
+            Some(setting) => number(setting, 1..=fabric::ANA_GROUP_MAX)? as u32,
+            None => 1,
+        };
+        let hosts = fabric::hosts(draft.hosts.as_deref())?;
+        volumes.push(VolumeConfig { name, spec, nsid, subsystem, ana_group, hosts });
     }
     Ok(volumes)
+}
+
+/// The subsystem's bound goes for the IDs as well.
+fn check_nsids(
+    drafts: &[VolumeDraft],
+    volumes: &[VolumeConfig],
+    max: Option<u32>,
+) -> Result<(), ConfigError> {
+    let Some(max) = max else { return Ok(()) };
+    for (draft, volume) in drafts.iter().zip(volumes) {
+        if let (Some(setting), Some(nsid)) = (&draft.nsid, volume.nsid)
+            && nsid > max
+        {
+            return Err(
+                setting.refuse(format!("is above limits.namespaces_max; allowed: 1 to {max}"))
+            );
+        }
+    }
+    Ok(())
+}
+
+fn socket_path(socket: &Setting) -> Result<PathBuf, ConfigError> {
+    if socket.text.is_empty() || socket.text.len() > SOCKET_PATH_MAX {
+        return Err(socket.refuse(format!(
+            "is {} bytes long; allowed: a path of 1 to {SOCKET_PATH_MAX} bytes (limit of Unix \
+             sockets)",
+            socket.text.len()
+        )));
+    }
+    Ok(PathBuf::from(&socket.text))
 }
 
 fn check_devices(drafts: &[DeviceDraft]) -> Result<Vec<DeviceConfig>, ConfigError> {
@@ -179,14 +250,7 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         "virtio-blk" => DeviceKind::VirtioBlk,
         _ => return Err(kind.refuse("is no device type; allowed: virtio-blk")),
     };
-    let socket = needed("socket", "PATH")?;
-    if socket.text.is_empty() || socket.text.len() > SOCKET_PATH_MAX {
-        return Err(socket.refuse(format!(
-            "is {} bytes long; allowed: a path of 1 to {SOCKET_PATH_MAX} bytes (limit of Unix \
-             sockets)",
-            socket.text.len()
-        )));
-    }
+    let socket = socket_path(needed("socket", "PATH")?)?;
     let connect = needed("connect", "ADDR:PORT")?;
     let addr = address(connect, &connect.text)?;
     if addr.port() == 0 || addr.ip().is_unspecified() {
@@ -208,56 +272,10 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
             _ => return Err(setting.refuse("allowed: true or false")),
         },
     };
-    Ok(DeviceConfig {
-        name,
-        kind,
-        socket: PathBuf::from(&socket.text),
-        connect: addr,
-        subnqn,
-        nsid,
-        queues,
-        read_only,
-    })
+    Ok(DeviceConfig { name, kind, socket, connect: addr, subnqn, nsid, queues, read_only })
 }
 
-fn check_listeners(settings: &[Setting]) -> Result<Vec<Listen>, ConfigError> {
-    let mut listeners: Vec<Listen> = Vec::with_capacity(settings.len());
-    for setting in settings {
-        let listen = listener(setting)?;
-        if listen.addr.port() != 0 && listeners.iter().any(|other| other.addr == listen.addr) {
-            return Err(setting.refuse("is given twice; allowed: each address once"));
-        }
-        listeners.push(listen);
-    }
-    Ok(listeners)
-}
-
-/// `ADDR:PORT[,advertise=ADDR:PORT]`.
-fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
-    const FORM: &str = "allowed: ADDR:PORT[,advertise=ADDR:PORT], such as \
-                        0.0.0.0:4420,advertise=192.0.2.7:4420";
-    let mut parts = setting.text.split(',');
-    let addr = address(setting, parts.next().unwrap_or(""))?;
-    let mut advertise = None;
-    for part in parts {
-        let Some(value) = part.strip_prefix("advertise=") else {
-            return Err(setting.refuse(format!("{part:?} is no option of a listener; {FORM}")));
-        };
-        if advertise.is_some() {
-            return Err(setting.refuse(format!("advertise is given twice; {FORM}")));
-        }
-        let value = address(setting, value)?;
-        if value.ip().is_unspecified() || value.port() == 0 {
-            return Err(setting.refuse(
-                "hosts cannot connect to the advertised address; allowed: a real ADDR:PORT",
-            ));
-        }
-        advertise = Some(value);
-    }
-    Ok(Listen { addr, advertise })
-}
-
-fn address(setting: &Setting, text: &str) -> Result<SocketAddr, ConfigError> {
+pub(super) fn address(setting: &Setting, text: &str) -> Result<SocketAddr, ConfigError> {
     text.parse().map_err(|_| {
         let shown = if text == setting.text { String::new() } else { format!("in it, {text:?} ") };
         setting.refuse(format!(
@@ -267,20 +285,33 @@ fn address(setting: &Setting, text: &str) -> Result<SocketAddr, ConfigError> {
     })
 }
 
-fn name(setting: &Setting) -> Result<String, ConfigError> {
+pub(super) fn name(setting: &Setting) -> Result<String, ConfigError> {
     let text = &setting.text;
-    let good = (1..=NAME_LEN_MAX).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-        && !text.starts_with(['.', '-']);
-    if good { Ok(text.clone()) } else { Err(setting.refuse(format!("is no name; {NAME_ALLOWED}"))) }
+    if is_name(text) {
+        Ok(text.clone())
+    } else {
+        Err(setting.refuse(format!("is no name; {NAME_ALLOWED}")))
+    }
 }
 
-fn nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
+/// Whether `text` may name a volume, subsystem or device.
+pub(crate) fn is_name(text: &str) -> bool {
+    (1..=NAME_LEN_MAX).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && !text.starts_with(['.', '-'])
+}
+
+/// An NQN that a caller of the management API gives, which is not the discovery subsystem's.
+pub(crate) fn parse_nqn(key: &'static str, text: &str) -> Result<Nqn, ConfigError> {
+    own_nqn(&Setting::flag(key, text))
+}
+
+pub(super) fn nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
     setting.text.parse().map_err(|problem| setting.refuse(format!("{problem}")))
 }
 
 /// The NQN of a subsystem with volumes.
-fn own_nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
+pub(super) fn own_nqn(setting: &Setting) -> Result<Nqn, ConfigError> {
     let nqn = nqn(setting)?;
     if nqn.is_discovery() {
         return Err(setting.refuse(
@@ -298,7 +329,10 @@ fn optional(
     setting.as_ref().map(|setting| number(setting, allowed).map(|value| value as u16)).transpose()
 }
 
-fn number(setting: &Setting, allowed: std::ops::RangeInclusive<u64>) -> Result<u64, ConfigError> {
+pub(super) fn number(
+    setting: &Setting,
+    allowed: std::ops::RangeInclusive<u64>,
+) -> Result<u64, ConfigError> {
     match setting.text.parse::<u64>() {
         Ok(value) if allowed.contains(&value) => Ok(value),
         _ => {

@@ -11,7 +11,10 @@ use std::sync::Arc;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{ConfigError, DeviceDraft, Draft, Place, Setting, VolumeDraft};
+use super::{
+    AnaDraft, ConfigError, DeviceDraft, Draft, Place, ReferralDraft, Setting, SubsystemDraft,
+    VolumeDraft,
+};
 
 /// Larger files are refused: a configuration is written by people.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -22,6 +25,15 @@ struct RawFile {
     data: Option<RawData>,
     target: Option<RawTarget>,
     emulator: Option<RawEmulator>,
+    api: Option<RawApi>,
+    discovery: Option<RawDiscovery>,
+    limits: Option<RawLimits>,
+    #[serde(default)]
+    subsystem: Vec<Spanned<RawSubsystem>>,
+    #[serde(default)]
+    ana: Vec<Spanned<RawAna>>,
+    #[serde(default)]
+    referral: Vec<Spanned<RawReferral>>,
     #[serde(default)]
     volume: Vec<Spanned<RawVolume>>,
     #[serde(default)]
@@ -55,10 +67,66 @@ struct RawEmulator {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct RawApi {
+    socket: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDiscovery {
+    nqn: Option<Spanned<String>>,
+    #[serde(default)]
+    mdns: bool,
+}
+
+/// Each bound of the target has a key of its name.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLimits {
+    connections: Option<Spanned<i64>>,
+    connections_per_host: Option<Spanned<i64>>,
+    handshakes_per_peer: Option<Spanned<i64>>,
+    admin_commands_per_second: Option<Spanned<i64>>,
+    controllers: Option<Spanned<i64>>,
+    controllers_per_host: Option<Spanned<i64>>,
+    namespaces_max: Option<Spanned<i64>>,
+    in_capsule_bytes: Option<Spanned<i64>>,
+    transfer_bytes: Option<Spanned<i64>>,
+    kato_max_s: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSubsystem {
+    name: Spanned<String>,
+    nqn: Option<Spanned<String>>,
+    hosts: Option<Vec<Spanned<String>>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAna {
+    port: Option<Spanned<i64>>,
+    group: Spanned<i64>,
+    state: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawReferral {
+    addr: Spanned<String>,
+    nqn: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RawVolume {
     name: Spanned<String>,
     spec: Spanned<String>,
     nsid: Option<Spanned<i64>>,
+    subsystem: Option<Spanned<String>>,
+    ana_group: Option<Spanned<i64>>,
+    hosts: Option<Vec<Spanned<String>>>,
 }
 
 #[derive(Deserialize)]
@@ -95,6 +163,11 @@ impl Source<'_> {
                 key: key.to_owned(),
             },
         }
+    }
+
+    fn list(&self, key: &str, values: &Option<Vec<Spanned<String>>>) -> Option<Vec<Setting>> {
+        let values = values.as_ref()?;
+        Some(values.iter().map(|value| self.setting(key, value)).collect())
     }
 
     fn optional<T: ToString>(&self, key: &str, value: &Option<Spanned<T>>) -> Option<Setting> {
@@ -135,12 +208,61 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
             source.optional("target.queue_entries_max", &target.queue_entries_max);
         draft.io_queues_max = source.optional("target.io_queues_max", &target.io_queues_max);
     }
+    draft.api = raw.api.map(|api| source.setting("api.socket", &api.socket));
+    if let Some(discovery) = raw.discovery {
+        draft.discovery_nqn = source.optional("discovery.nqn", &discovery.nqn);
+        draft.mdns = discovery.mdns;
+    }
+    if let Some(limits) = raw.limits {
+        for (key, value) in [
+            ("connections", &limits.connections),
+            ("connections_per_host", &limits.connections_per_host),
+            ("handshakes_per_peer", &limits.handshakes_per_peer),
+            ("admin_commands_per_second", &limits.admin_commands_per_second),
+            ("controllers", &limits.controllers),
+            ("controllers_per_host", &limits.controllers_per_host),
+            ("namespaces_max", &limits.namespaces_max),
+            ("in_capsule_bytes", &limits.in_capsule_bytes),
+            ("transfer_bytes", &limits.transfer_bytes),
+            ("kato_max_s", &limits.kato_max_s),
+        ] {
+            if let Some(setting) = source.optional(&format!("limits.{key}"), value) {
+                draft.limits.insert(key.to_owned(), setting);
+            }
+        }
+    }
+    for subsystem in raw.subsystem {
+        let subsystem = subsystem.into_inner();
+        draft.subsystems.push(SubsystemDraft {
+            name: source.setting("subsystem.name", &subsystem.name),
+            nqn: source.optional("subsystem.nqn", &subsystem.nqn),
+            hosts: source.list("subsystem.hosts", &subsystem.hosts),
+        });
+    }
+    for ana in raw.ana {
+        let ana = ana.into_inner();
+        draft.ana.push(AnaDraft {
+            port: source.optional("ana.port", &ana.port),
+            group: source.setting("ana.group", &ana.group),
+            state: source.setting("ana.state", &ana.state),
+        });
+    }
+    for referral in raw.referral {
+        let referral = referral.into_inner();
+        draft.referrals.push(ReferralDraft {
+            addr: source.setting("referral.addr", &referral.addr),
+            nqn: source.optional("referral.nqn", &referral.nqn),
+        });
+    }
     for volume in raw.volume {
         let volume = volume.into_inner();
         draft.volumes.push(VolumeDraft {
             name: source.setting("volume.name", &volume.name),
             spec: source.setting("volume.spec", &volume.spec),
             nsid: source.optional("volume.nsid", &volume.nsid),
+            subsystem: source.optional("volume.subsystem", &volume.subsystem),
+            ana_group: source.optional("volume.ana_group", &volume.ana_group),
+            hosts: source.list("volume.hosts", &volume.hosts),
         });
     }
     for device in raw.device {

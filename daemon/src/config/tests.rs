@@ -59,7 +59,7 @@ fn a_whole_file() {
     assert_eq!(target.listen[0].to_string(), "0.0.0.0:4420,advertise=192.0.2.7:4420");
     assert_eq!(target.listen[1].addr, "[::1]:4420".parse().unwrap());
     assert_eq!(target.discovery[0].to_string(), "127.0.0.1:8009");
-    assert_eq!(target.subnqn.as_ref().map(Nqn::as_str), Some(NQN));
+    assert_eq!(target.subnqn().map(Nqn::as_str), Some(NQN));
     assert_eq!((target.cores, target.queue_entries_max), (Some(2), Some(128)));
     assert_eq!((target.io_queues_max, config.emulator_cores), (Some(8), Some(1)));
     let device = &config.devices[0];
@@ -155,14 +155,14 @@ fn values_in_the_file() {
         (
             "[\"127.0.0.1:8009\"]",
             "[\"[::1]:4420\"]",
-            "penstock.toml:16: target.discovery = \"[::1]:4420\": is also an I/O listener; \
-             allowed: another port, such as 8009, for discovery",
+            "penstock.toml:16: target.discovery = \"[::1]:4420\": is also an I/O listener \
+             (penstock.toml:15: target.listen); allowed: another port, such as 8009, for discovery",
         ),
         (
             "\"[::1]:4420\"",
             "\"[::1]:4420,announce=1\"",
             "penstock.toml:15: target.listen = \"[::1]:4420,announce=1\": \"announce=1\" is no \
-             option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT], such as \
+             option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N], such as \
              0.0.0.0:4420,advertise=192.0.2.7:4420",
         ),
         (

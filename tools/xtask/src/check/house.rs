@@ -15,6 +15,7 @@ const FORBID_UNSAFE: &[&str] = &[
     "nvme/src/lib.rs",
     "nvmf-target/src/lib.rs",
     "nvmf-initiator/src/lib.rs",
+    "api/src/lib.rs",
     "daemon/src/lib.rs",
     "tools/penstock/src/main.rs",
     "tools/xtask/src/main.rs",
