@@ -17,7 +17,7 @@ use nvme::subsys::{self, NamespaceInfo, SubsystemInfo};
 use crate::abort::{self, Abort};
 use crate::change::{self, Change, Request};
 use crate::config::{Limits, ListenerKind, SubsystemConfig};
-use crate::conn::{Conn, Held, Role};
+use crate::conn::{Conn, Held, Life, Role};
 use crate::core::Env;
 use crate::limits::count;
 use crate::registry::{Applicant, Association, HostKey, Refusal, Served};
@@ -40,6 +40,8 @@ pub(crate) struct Admin {
     log_generation: u64,
     /// Commands that wait for something that they began.
     awaited: Vec<(u16, Awaited)>,
+    /// A namespace that the host has protected, whose volume is to be flushed.
+    protecting: Option<Protecting>,
     /// What the controller returns, command by command; kept for its memory.
     out: Vec<u8>,
     /// What the host sent along, likewise.
@@ -49,14 +51,26 @@ pub(crate) struct Admin {
 /// What an admin command began.
 enum Awaited {
     Abort(Arc<Abort>),
-    Change(Change),
+    /// And the namespace that is protected by it, if one is.
+    Change(Change, Option<u32>),
+}
+
+/// What is in the volatile write cache for a namespace is committed when it becomes write protected,
+/// before the host is told (NVMe Base 2.2, section 5.1.25.1.31).
+#[derive(Clone, Copy)]
+struct Protecting {
+    /// The command that is answered then.
+    slot: u16,
+    nsid: u32,
+    /// The flush is at the volume.
+    is_flushing: bool,
 }
 
 impl Awaited {
     fn is_done(&self) -> bool {
         match self {
             Awaited::Abort(abort) => abort.outcome().is_some(),
-            Awaited::Change(change) => change.is_done(),
+            Awaited::Change(change, _) => change.is_done(),
         }
     }
 }
@@ -286,6 +300,7 @@ impl Conn {
             log,
             log_generation: env.table.directory.generation,
             awaited: Vec::new(),
+            protecting: None,
             out: Vec::new(),
             input: Vec::new(),
         });
@@ -441,7 +456,10 @@ impl Conn {
         };
         let nqn = view.subsystem.nqn.to_string();
         match change::begin(env.shared, Request::WriteProtect { nqn, nsid, protect }) {
-            Ok(change) => self.await_outcome(slot, Awaited::Change(change)),
+            Ok(change) => {
+                let protected = protect.then_some(nsid);
+                self.await_outcome(slot, Awaited::Change(change, protected));
+            }
             // Namespace or subsystem went away in this moment.
             Err(_) => self.respond(slot, Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), 0, env),
         }
@@ -449,9 +467,14 @@ impl Conn {
 
     /// Answers what [`Conn::await_outcome`] keeps.
     fn poll_awaited(&mut self, env: &mut Env<'_>) -> bool {
-        let mut worked = false;
+        let mut worked = self.protect(env);
         while let Role::Admin(admin) = &mut self.role
-            && let Some(at) = admin.awaited.iter().position(|(_, awaited)| awaited.is_done())
+            && let Some(at) = admin.awaited.iter().position(|(_, awaited)| {
+                // One namespace is flushed after the other.
+                let waits =
+                    matches!(awaited, Awaited::Change(_, Some(_))) && admin.protecting.is_some();
+                !waits && awaited.is_done()
+            })
         {
             worked = true;
             let (slot, awaited) = admin.awaited.swap_remove(at);
@@ -460,10 +483,50 @@ impl Conn {
                     let outcome = abort.outcome().unwrap_or(abort::Outcome::NotAborted);
                     self.abort_done(slot, outcome, env);
                 }
-                Awaited::Change(_) => self.respond(slot, Status::SUCCESS, 0, env),
+                Awaited::Change(_, None) => self.respond(slot, Status::SUCCESS, 0, env),
+                Awaited::Change(_, Some(nsid)) => {
+                    admin.protecting = Some(Protecting { slot, nsid, is_flushing: false });
+                    self.protect(env);
+                }
             }
         }
         worked
+    }
+
+    /// Flushes the volume of a namespace that was protected: no write of before is under way.
+    fn protect(&mut self, env: &mut Env<'_>) -> bool {
+        let Role::Admin(admin) = &mut self.role else { return false };
+        let Some(protecting) = &mut admin.protecting else { return false };
+        if protecting.is_flushing {
+            return false;
+        }
+        // Set first: a volume that cannot be opened answers at once.
+        protecting.is_flushing = true;
+        let nsid = protecting.nsid;
+        let Some(volume) = self.volume(nsid, 0) else {
+            // It went away in this moment.
+            self.protected(Err(Status::INVALID_NAMESPACE_OR_FORMAT.dnr()), env);
+            return true;
+        };
+        let mut io = env.ios.take();
+        (io.op, io.offset, io.len) = (Op::Flush, 0, 0);
+        let is_submitted = self.submit_protecting(volume, io, env);
+        if !is_submitted
+            && let Role::Admin(admin) = &mut self.role
+            && let Some(protecting) = &mut admin.protecting
+        {
+            protecting.is_flushing = false;
+        }
+        is_submitted
+    }
+
+    /// The flush for a protected namespace is over.
+    pub(crate) fn protected(&mut self, result: Result<(), Status>, env: &mut Env<'_>) {
+        let Role::Admin(admin) = &mut self.role else { return };
+        let Some(protecting) = admin.protecting.take() else { return };
+        if self.life == Life::Open {
+            self.respond(protecting.slot, result.err().unwrap_or(Status::SUCCESS), 0, env);
+        }
     }
 
     /// Looks after commands that wait for something other than the host or a volume.

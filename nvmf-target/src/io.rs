@@ -16,6 +16,8 @@ use crate::status;
 
 /// Slot number of I/O that belongs to no command.
 const OWN_SLOT: u16 = u16::MAX;
+/// Stands for the flush of a volume whose namespace a host has protected.
+const PROTECT_SLOT: u16 = u16::MAX - 1;
 
 /// What is to be known of an I/O that failed.
 #[derive(Clone, Copy)]
@@ -296,7 +298,7 @@ impl Conn {
     /// A volume gave an I/O back.
     pub(crate) fn complete(&mut self, slot: u16, io: Box<Io>, env: &mut Env<'_>) {
         self.at_volume -= 1;
-        if slot == OWN_SLOT {
+        if slot >= PROTECT_SLOT {
             self.own_done(io, env);
             return;
         }
@@ -384,9 +386,26 @@ impl Conn {
     }
 
     /// Submits an I/O that no command asked for; `false`: the volume has no room now.
-    pub(crate) fn submit_own(&mut self, volume: usize, mut io: Box<Io>, env: &mut Env<'_>) -> bool {
-        let Some(view) = &self.view else { return true };
-        io.tag = u64::from(self.index) << 16 | u64::from(OWN_SLOT);
+    pub(crate) fn submit_own(&mut self, volume: usize, io: Box<Io>, env: &mut Env<'_>) -> bool {
+        self.submit_as(OWN_SLOT, volume, io, env)
+    }
+
+    /// The same for the flush that answers a host's protection of a namespace.
+    pub(crate) fn submit_protecting(
+        &mut self,
+        volume: usize,
+        io: Box<Io>,
+        env: &mut Env<'_>,
+    ) -> bool {
+        self.submit_as(PROTECT_SLOT, volume, io, env)
+    }
+
+    fn submit_as(&mut self, slot: u16, volume: usize, mut io: Box<Io>, env: &mut Env<'_>) -> bool {
+        let Some(view) = &self.view else {
+            env.ios.give(io);
+            return false;
+        };
+        io.tag = u64::from(self.index) << 16 | u64::from(slot);
         match env.volumes.submit(&view.volumes[volume], io) {
             Ok(()) => {
                 self.at_volume += 1;
@@ -404,6 +423,12 @@ impl Conn {
     }
 
     fn own_done(&mut self, io: Box<Io>, env: &mut Env<'_>) {
+        if io.tag as u16 == PROTECT_SLOT {
+            let result = io.result.map(|_| ()).map_err(|error| status::of(error, io.op));
+            env.ios.give(io);
+            self.protected(result, env);
+            return;
+        }
         if let Err(error) = io.result {
             tracing::error!(?error, "flushing a volume at shutdown failed");
         }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::Identity;
 use block::fault::FaultPlan;
 use block::ram::RamVolume;
+use block::{Identity, IoError, Op};
 use nvme::spec::{AdminOpcode, DISCOVERY_NQN, Nqn, NvmOpcode, SglDescriptor, Sqe, Status};
 use nvme::subsys::discovery::{DiscoveryEntry, HEADER_LEN, parse_header, parse_records};
 use nvmf_target::{NamespaceConfig, Request, SubsystemConfig};
@@ -110,6 +110,19 @@ fn host_that_protects_a_namespace_binds_all_and_is_answered_after_the_last_write
     assert!(rig.target.status().subsystems[0].namespaces[0].write_protect);
     assert_eq!(status(&rig.command(&two.admin, protect(0), Data::None)), Ok(()));
     rig.write(&one.io[0], 0, &pattern(2, 4096));
+
+    // What was written before is on the media when the host is told that nothing can be.
+    rig.faults.set(FaultPlan {
+        errors_per_million: 1_000_000,
+        error: Some(IoError::Medium),
+        only: Some(Op::Flush),
+        ..FaultPlan::default()
+    });
+    let done = rig.command(&one.admin, protect(1), Data::None);
+    assert_eq!(status(&done), Err(Status::WRITE_FAULT.dnr()), "it could not be flushed");
+    assert_eq!(status(&rig.command(&two.admin, protect(0), Data::None)), Ok(()), "no flush");
+    rig.faults.set(FaultPlan::default());
+    assert_eq!(status(&rig.command(&one.admin, protect(1), Data::None)), Ok(()));
 }
 
 #[test]
