@@ -41,6 +41,10 @@ struct State {
     outstanding: usize,
     cut: bool,
     is_over: bool,
+    /// Nothing is received.
+    is_deaf: bool,
+    /// A termination by the controller is no surprise; its status, once it is there.
+    fault: Option<Option<u16>>,
 }
 
 /// A queue, from the test's side.
@@ -65,6 +69,7 @@ impl Queue {
             machine,
             local,
             state: Rc::clone(&state),
+            is_deaf: false,
             commands: (0..DEPTH).map(|_| None).collect(),
         };
         let hello = driver.machine.icreq();
@@ -99,6 +104,22 @@ impl Queue {
         self.core.wake();
     }
 
+    /// Stops receiving, or goes on.
+    pub(crate) fn set_deaf(&self, is_deaf: bool) {
+        self.state.borrow_mut().is_deaf = is_deaf;
+        self.core.wake();
+    }
+
+    /// The controller is going to terminate the connection.
+    pub(crate) fn expect_fault(&self) {
+        self.state.borrow_mut().fault = Some(None);
+    }
+
+    /// Fatal Error Status of an expected termination.
+    pub(crate) fn fault(&self) -> Option<u16> {
+        self.state.borrow().fault.flatten()
+    }
+
     /// The connection has ended.
     pub(crate) fn is_over(&self) -> bool {
         self.state.borrow().is_over
@@ -116,6 +137,7 @@ struct Driver {
     machine: tcp::Host,
     local: Local,
     state: Rc<RefCell<State>>,
+    is_deaf: bool,
     commands: Vec<Option<Command>>,
 }
 
@@ -179,7 +201,11 @@ impl Driver {
                 let done = Done { cqe: Cqe::from_bytes(&cqe), reply: found.reply };
                 state.done.insert(found.id, done);
             }
-            HostEvent::Terminated { fes } => panic!("the controller found a fault: {fes}"),
+            HostEvent::Terminated { fes } => {
+                let mut state = self.state.borrow_mut();
+                assert!(state.fault.is_some(), "the controller found a fault: {fes}");
+                (state.fault, state.cut) = (Some(Some(fes)), true);
+            }
         }
     }
 }
@@ -191,7 +217,19 @@ impl Task for Driver {
             return if self.stream.is_quiet() { Progress::Done } else { Progress::Idle };
         }
         let mut worked = self.stream.poll();
+        let is_deaf = self.state.borrow().is_deaf;
+        if std::mem::replace(&mut self.is_deaf, is_deaf) != is_deaf {
+            if is_deaf {
+                self.stream.pause()
+            } else {
+                self.stream.resume()
+            }
+            worked = true;
+        }
         loop {
+            if self.is_deaf {
+                break;
+            }
             match self.stream.recv() {
                 Rx::Empty => break,
                 Rx::Data(chunk) => {

@@ -5,6 +5,7 @@ mod fence;
 mod fused;
 mod health;
 mod host;
+mod limits;
 mod manage;
 mod reservations;
 mod rig;
