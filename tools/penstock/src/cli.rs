@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::manage::cli as manage;
+
 const ABOUT: &str = "Virtual block storage over NVMe/TCP: a target that serves volumes, and an \
                      emulator that shows a machine a plain local disk.";
 
@@ -12,6 +14,8 @@ const AFTER: &str = "Examples:
   penstock up                                     everything on this machine, to try it
   penstock target --volume db0=file:/srv/db0.img,size=10GiB --listen 0.0.0.0:4420
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,subnqn=NQN,nsid=1
+  penstock status --api /run/penstock.sock        what a running target serves, and to whom
+  penstock volume attach db1 --spec file:/srv/db1.img,size=10GiB --api /run/penstock.sock
   penstock discover -a 192.0.2.7
   penstock bench --connect 192.0.2.7:4420 --subnqn NQN --nsid 1 --rw randread --iodepth 32
 
@@ -37,10 +41,28 @@ pub(crate) enum Command {
     Up(UpArgs),
     /// Serve volumes over NVMe/TCP
     #[command(after_help = TARGET_AFTER)]
-    Target(TargetArgs),
+    Target(Box<TargetArgs>),
     /// Show remote namespaces as local disks (vhost-user sockets)
     #[command(after_help = EMULATE_AFTER)]
     Emulate(EmulateArgs),
+    /// Show what a running target serves, to whom, and which limits were hit
+    #[command(after_help = manage::STATUS_AFTER)]
+    Status(manage::StatusArgs),
+    /// Attach, detach, resize, mask, protect and list volumes of a running target
+    #[command(after_help = manage::VOLUME_AFTER)]
+    Volume(manage::VolumeArgs),
+    /// Add, remove, open and list subsystems of a running target
+    #[command(after_help = manage::SUBSYSTEM_AFTER)]
+    Subsystem(manage::SubsystemArgs),
+    /// Set asymmetric namespace access states of a running target
+    #[command(after_help = manage::ANA_AFTER)]
+    Ana(manage::AnaArgs),
+    /// List and disconnect hosts of a running target
+    #[command(after_help = manage::HOST_AFTER)]
+    Host(manage::HostArgs),
+    /// Add, remove and list referrals of a running target
+    #[command(after_help = manage::REFERRAL_AFTER)]
+    Referral(manage::ReferralArgs),
     /// List what a discovery controller offers
     #[command(after_help = DISCOVER_AFTER)]
     Discover(DiscoverArgs),
@@ -97,6 +119,7 @@ Examples:
   penstock target --volume db0=file:/srv/db0.img,size=10GiB --listen 0.0.0.0:4420 \\
       --discovery 0.0.0.0:8009 --data /var/lib/penstock
   penstock target --volume t=null:1TiB --listen 127.0.0.1:4420 --cores 1
+  penstock target --volume a=ram:1GiB --listen 127.0.0.1:4420 --api /run/penstock.sock
   penstock target --config /etc/penstock.toml";
 
 #[derive(Debug, Args)]
@@ -125,6 +148,30 @@ pub(crate) struct TargetArgs {
     /// Most I/O queues of one association [default: 128]
     #[arg(long, value_name = "N")]
     pub(crate) io_queues_max: Option<String>,
+    /// How a volume is shown to hosts; may be given more than once
+    #[arg(long, value_name = "VOLUME[,subsystem=NAME][,nsid=N][,ana_group=N][,host=NQN]...")]
+    pub(crate) namespace: Vec<String>,
+    /// A subsystem besides the first one; may be given more than once
+    #[arg(long, value_name = "NAME[,nqn=NQN][,host=NQN]...")]
+    pub(crate) subsystem: Vec<String>,
+    /// ANA state of a group to begin with; may be given more than once [default: optimized]
+    #[arg(long, value_name = "group=N,state=STATE[,port=N]")]
+    pub(crate) ana: Vec<String>,
+    /// Another discovery controller to send hosts to; may be given more than once
+    #[arg(long, value_name = "ADDR:PORT[,nqn=NQN]")]
+    pub(crate) referral: Vec<String>,
+    /// A bound of what hosts may use, such as connections_per_host=64; may be given more than once
+    #[arg(long, value_name = "KEY=N")]
+    pub(crate) limit: Vec<String>,
+    /// Unique NQN of the discovery subsystem [default: kept in --data, or derived]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) discovery_nqn: Option<String>,
+    /// Advertise the discovery listeners by multicast DNS
+    #[arg(long)]
+    pub(crate) mdns: bool,
+    /// Socket of the management API, for `penstock status`, `volume` and so on [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api: Option<String>,
     /// Configuration file (TOML); flags add volumes and replace single values
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -296,7 +343,21 @@ mod tests {
 
     #[test]
     fn every_command_has_help_with_an_example() {
-        for command in ["", "up", "target", "emulate", "discover", "bench"] {
+        let commands = [
+            "",
+            "up",
+            "target",
+            "emulate",
+            "status",
+            "volume",
+            "subsystem",
+            "ana",
+            "host",
+            "referral",
+            "discover",
+            "bench",
+        ];
+        for command in commands {
             let error = parse(&format!("{command} --help")).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::DisplayHelp);
             assert_eq!(error.exit_code(), 0);
@@ -342,6 +403,10 @@ mod tests {
             ("discover", &["--traddr"]),
             ("discover -a localhost", &["localhost", "--traddr", "IP address"]),
             ("discover -a ::1 -s 0", &["0", "--trsvcid", "1..=65535"]),
+            ("volume hosts a", &["--host", "--all", "--none"]),
+            ("volume hosts a --all --none", &["--all", "--none"]),
+            ("volume list --timeout 0", &["0", "--timeout", "1..="]),
+            ("ana set sleepy --group 1", &["sleepy", "optimized, non-optimized"]),
             ("serve", &["serve", "subcommand"]),
             ("target --volumes a=ram:1M", &["--volumes", "--volume"]),
         ] {

@@ -1,7 +1,8 @@
 //! `penstock`: the one user-facing binary.
 //!
 //! ```text
-//!  cli (clap) ──► run::{up, target, emulate, discover, bench} ──► daemon (library)
+//!  cli (clap) ──► up, serve (target, emulate), discover, bench ──► daemon (library)
+//!            └──► manage (status, volume, ...) ──► a running target's management API
 //!                        │
 //!                        └─► text for people, JSON for programs, one line for errors
 //! ```
@@ -13,6 +14,7 @@
 mod bench;
 mod cli;
 mod discover;
+mod manage;
 mod serve;
 mod signals;
 mod up;
@@ -42,6 +44,12 @@ fn main() -> ExitCode {
         Command::Up(args) => up::run(&args),
         Command::Target(args) => serve::target(&args),
         Command::Emulate(args) => serve::emulate(&args),
+        Command::Status(args) => manage::status(&args),
+        Command::Volume(args) => manage::volume(&args),
+        Command::Subsystem(args) => manage::subsystem(&args),
+        Command::Ana(args) => manage::ana(&args),
+        Command::Host(args) => manage::host(&args),
+        Command::Referral(args) => manage::referral(&args),
         Command::Discover(args) => discover::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
@@ -63,7 +71,7 @@ fn one_line(error: &anyhow::Error) -> String {
 fn start_log(cli: &Cli) -> Result<(), String> {
     let default = match cli.command {
         Command::Target(_) | Command::Emulate(_) => "info",
-        Command::Up(_) | Command::Discover(_) | Command::Bench(_) => "warn",
+        _ => "warn",
     };
     let text = match &cli.log {
         Some(text) => text.clone(),

@@ -30,6 +30,30 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if let Some(queues) = &args.io_queues_max {
         draft.set_io_queues_max(queues);
     }
+    for namespace in &args.namespace {
+        draft.set_namespace(namespace)?;
+    }
+    for subsystem in &args.subsystem {
+        draft.add_subsystem(subsystem)?;
+    }
+    for ana in &args.ana {
+        draft.add_ana(ana)?;
+    }
+    for referral in &args.referral {
+        draft.add_referral(referral)?;
+    }
+    for limit in &args.limit {
+        draft.add_limit(limit)?;
+    }
+    if let Some(nqn) = &args.discovery_nqn {
+        draft.set_discovery_nqn(nqn);
+    }
+    if args.mdns {
+        draft.set_mdns();
+    }
+    if let Some(api) = &args.api {
+        draft.set_api(api);
+    }
     let left_out = draft.keep_target();
     if left_out != 0 {
         tracing::info!(devices = left_out, "devices in the file are for `penstock emulate`");

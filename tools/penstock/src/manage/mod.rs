@@ -1,0 +1,183 @@
+//! `penstock status`, `volume`, `subsystem`, `ana`, `host`, `referral`: a running target's operator
+//! speaks to its management API.
+
+pub(crate) mod cli;
+mod client;
+mod text;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use api::{
+    AddReferral, AddSubsystem, AnaState, AttachVolume, DisconnectHost, Done, MoveVolume, Referral,
+    ResizeVolume, SetAna, SetHosts, SetWriteProtect, Status, Subsystem, Volume,
+};
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use self::cli::{
+    AnaAction, AnaArgs, Connection, HostAction, HostArgs, ReferralAction, ReferralArgs, State,
+    StatusArgs, SubsystemAction, SubsystemArgs, VolumeAction, VolumeArgs,
+};
+use self::client::{Ask, segment};
+
+pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    show(&args.connection, api::path::STATUS, text::status)
+}
+
+pub(crate) fn volume(args: &VolumeArgs) -> anyhow::Result<ExitCode> {
+    let of = |name: &str, what: &str| format!("{}/{}{what}", api::path::VOLUMES, segment(name));
+    match &args.action {
+        VolumeAction::List { connection } => {
+            show(connection, api::path::VOLUMES, |volumes: &Vec<Volume>| text::volumes(volumes))
+        }
+        VolumeAction::Attach { name, spec, subsystem, nsid, ana_group, host, connection } => {
+            let body = AttachVolume {
+                name: name.clone(),
+                spec: spec.clone(),
+                subsystem: subsystem.clone(),
+                nsid: *nsid,
+                ana_group: *ana_group,
+                hosts: (!host.is_empty()).then(|| host.clone()),
+            };
+            change(connection, Method::POST, api::path::VOLUMES, Some(&body))
+        }
+        VolumeAction::Detach { name, connection } => {
+            change(connection, Method::DELETE, &of(name, ""), None::<&()>)
+        }
+        VolumeAction::Resize { name, size, connection } => {
+            let size_bytes = size.as_deref().map(daemon::size::parse).transpose();
+            let size_bytes = size_bytes.map_err(|error| anyhow::anyhow!("--size: {error}"))?;
+            let body = ResizeVolume { size_bytes };
+            change(connection, Method::POST, &of(name, "/resize"), Some(&body))
+        }
+        VolumeAction::Hosts { name, who, connection } => {
+            let body = SetHosts { hosts: who.hosts() };
+            change(connection, Method::PUT, &of(name, "/hosts"), Some(&body))
+        }
+        VolumeAction::Protect { name, connection } => {
+            let body = SetWriteProtect { enabled: true };
+            change(connection, Method::PUT, &of(name, "/write-protect"), Some(&body))
+        }
+        VolumeAction::Unprotect { name, connection } => {
+            let body = SetWriteProtect { enabled: false };
+            change(connection, Method::PUT, &of(name, "/write-protect"), Some(&body))
+        }
+        VolumeAction::Move { name, ana_group, connection } => {
+            let body = MoveVolume { ana_group: *ana_group };
+            change(connection, Method::PUT, &of(name, "/ana-group"), Some(&body))
+        }
+    }
+}
+
+pub(crate) fn subsystem(args: &SubsystemArgs) -> anyhow::Result<ExitCode> {
+    let of = |name: &str, what: &str| format!("{}/{}{what}", api::path::SUBSYSTEMS, segment(name));
+    match &args.action {
+        SubsystemAction::List { connection } => {
+            show(connection, api::path::SUBSYSTEMS, |list: &Vec<Subsystem>| text::subsystems(list))
+        }
+        SubsystemAction::Add { name, nqn, host, connection } => {
+            let body = AddSubsystem {
+                name: name.clone(),
+                nqn: nqn.clone(),
+                hosts: (!host.is_empty()).then(|| host.clone()),
+            };
+            change(connection, Method::POST, api::path::SUBSYSTEMS, Some(&body))
+        }
+        SubsystemAction::Remove { name, connection } => {
+            change(connection, Method::DELETE, &of(name, ""), None::<&()>)
+        }
+        SubsystemAction::Hosts { name, who, connection } => {
+            let body = SetHosts { hosts: who.hosts() };
+            change(connection, Method::PUT, &of(name, "/hosts"), Some(&body))
+        }
+    }
+}
+
+pub(crate) fn ana(args: &AnaArgs) -> anyhow::Result<ExitCode> {
+    let AnaAction::Set { state, group, port, subsystem, connection } = &args.action;
+    let state = match state {
+        State::Optimized => AnaState::Optimized,
+        State::NonOptimized => AnaState::NonOptimized,
+        State::Inaccessible => AnaState::Inaccessible,
+        State::PersistentLoss => AnaState::PersistentLoss,
+        State::Change => AnaState::Change,
+    };
+    let body = SetAna { subsystem: subsystem.clone(), port: *port, group: *group, state };
+    change(connection, Method::PUT, api::path::ANA, Some(&body))
+}
+
+pub(crate) fn host(args: &HostArgs) -> anyhow::Result<ExitCode> {
+    match &args.action {
+        HostAction::List { connection } => {
+            let status: Status = get(connection, api::path::STATUS)?;
+            if connection.json {
+                println!("{}", serde_json::to_string_pretty(&status.associations)?);
+            } else {
+                print!("{}", text::hosts(&status.associations));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        HostAction::Disconnect { hostnqn, subsystem, connection } => {
+            let body = DisconnectHost { hostnqn: hostnqn.clone(), subsystem: subsystem.clone() };
+            change(connection, Method::POST, api::path::DISCONNECT, Some(&body))
+        }
+    }
+}
+
+pub(crate) fn referral(args: &ReferralArgs) -> anyhow::Result<ExitCode> {
+    match &args.action {
+        ReferralAction::List { connection } => {
+            show(connection, api::path::REFERRALS, |list: &Vec<Referral>| text::referrals(list))
+        }
+        ReferralAction::Add { addr, nqn, connection } => {
+            let body = AddReferral { addr: addr.clone(), nqn: nqn.clone() };
+            change(connection, Method::POST, api::path::REFERRALS, Some(&body))
+        }
+        ReferralAction::Remove { addr, connection } => {
+            let path = format!("{}?addr={}", api::path::REFERRALS, segment(addr));
+            change(connection, Method::DELETE, &path, None::<&()>)
+        }
+    }
+}
+
+fn get<T: DeserializeOwned>(connection: &Connection, path: &str) -> anyhow::Result<T> {
+    let ask = Ask { method: Method::GET, path: path.to_owned(), body: None };
+    client::send(&connection.api, Duration::from_secs(connection.timeout), ask)
+}
+
+/// Prints what there is.
+fn show<T: DeserializeOwned + Serialize>(
+    connection: &Connection,
+    path: &str,
+    text: impl FnOnce(&T) -> String,
+) -> anyhow::Result<ExitCode> {
+    let value: T = get(connection, path)?;
+    if connection.json {
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    } else {
+        print!("{}", text(&value));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a change and says what came of it.
+fn change(
+    connection: &Connection,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<ExitCode> {
+    let body = body.map(serde_json::to_string).transpose()?;
+    let mark = if path.contains('?') { '&' } else { '?' };
+    let path = format!("{path}{mark}timeout={}", connection.timeout);
+    let patience = Duration::from_secs(connection.timeout);
+    let done: Done = client::send(&connection.api, patience, Ask { method, path, body })?;
+    if connection.json {
+        println!("{}", serde_json::to_string_pretty(&done)?);
+    } else {
+        print!("{}", text::done(&done));
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,185 @@
+//! Answers of the management API, for people.
+
+use std::fmt::Write;
+
+use api::{Association, Done, Referral, Status, Subsystem, Volume};
+
+/// Columns under their headings, as wide as what is in them.
+fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = headings.iter().map(|heading| heading.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut out = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            // Writing to a string does not fail.
+            _ = write!(out, "{cell:width$}  ");
+        }
+        text.push_str(out.trim_end());
+        text.push('\n');
+    };
+    line(&mut headings.iter().copied());
+    for row in rows {
+        line(&mut row.iter().map(String::as_str));
+    }
+    text
+}
+
+fn hosts_of(hosts: &Option<Vec<String>>) -> String {
+    match hosts {
+        None => "all".to_owned(),
+        Some(hosts) if hosts.is_empty() => "none".to_owned(),
+        Some(hosts) => hosts.join(","),
+    }
+}
+
+pub(super) fn volumes(volumes: &[Volume]) -> String {
+    let row = |volume: &Volume| {
+        let state = match volume {
+            Volume { attached: false, .. } => "detached",
+            Volume { read_only: true, .. } => "read-only",
+            Volume { write_protected: true, .. } => "protected",
+            _ => "served",
+        };
+        vec![
+            volume.name.clone(),
+            volume.subsystem.clone(),
+            volume.nsid.to_string(),
+            daemon::size::show(volume.size_bytes),
+            volume.block_bytes.to_string(),
+            state.to_owned(),
+            volume.ana_group.to_string(),
+            hosts_of(&volume.hosts),
+            volume.spec.clone(),
+        ]
+    };
+    let headings =
+        ["VOLUME", "SUBSYSTEM", "NSID", "SIZE", "BLOCK", "STATE", "ANA GROUP", "HOSTS", "SPEC"];
+    table(&headings, &volumes.iter().map(row).collect::<Vec<_>>())
+}
+
+pub(super) fn subsystems(subsystems: &[Subsystem]) -> String {
+    let row = |subsystem: &Subsystem| {
+        let ana = subsystem.ana.iter();
+        let ana: Vec<_> = ana.map(|a| format!("{}/{}={}", a.port, a.group, a.state)).collect();
+        vec![
+            subsystem.name.clone(),
+            subsystem.nqn.clone(),
+            subsystem.serial.clone(),
+            hosts_of(&subsystem.hosts),
+            subsystem.counters.reads_total.to_string(),
+            subsystem.counters.writes_total.to_string(),
+            ana.join(" "),
+        ]
+    };
+    let headings =
+        ["SUBSYSTEM", "NQN", "SERIAL", "HOSTS", "READS", "WRITES", "ANA (PORT/GROUP=STATE)"];
+    table(&headings, &subsystems.iter().map(row).collect::<Vec<_>>())
+}
+
+pub(super) fn hosts(associations: &[Association]) -> String {
+    let row = |association: &Association| {
+        vec![
+            association.hostnqn.clone(),
+            association.subnqn.clone(),
+            association.cntlid.to_string(),
+            association.port.to_string(),
+            association.io_queues.to_string(),
+            association.peer.clone().unwrap_or_else(|| "-".to_owned()),
+        ]
+    };
+    let headings = ["HOST", "SUBSYSTEM NQN", "CNTLID", "PORT", "I/O QUEUES", "FROM"];
+    table(&headings, &associations.iter().map(row).collect::<Vec<_>>())
+}
+
+pub(super) fn referrals(referrals: &[Referral]) -> String {
+    let row = |referral: &Referral| vec![referral.addr.clone(), referral.nqn.clone()];
+    table(&["REFERRAL", "NQN"], &referrals.iter().map(row).collect::<Vec<_>>())
+}
+
+pub(super) fn status(status: &Status) -> String {
+    let mut text = format!(
+        "penstock {}, up {} s, start {} ({} without an orderly stop before it); changes {}\n\
+         discovery subsystem {}\n\n",
+        status.program,
+        status.uptime_s,
+        status.power.power_cycles,
+        status.power.unsafe_shutdowns,
+        if status.kept { "survive a restart" } else { "are lost at a restart: no --data" },
+        status.discovery_nqn,
+    );
+    let ports = status.ports.iter().map(|port| {
+        let kind = match port.kind {
+            api::PortKind::Io => "io",
+            api::PortKind::Discovery => "discovery",
+            api::PortKind::Unknown => "unknown",
+        };
+        vec![port.portid.to_string(), kind.to_owned(), port.listen.clone(), port.advertise.clone()]
+    });
+    text += &table(&["PORT", "KIND", "LISTENS AT", "HOSTS ARE TOLD"], &ports.collect::<Vec<_>>());
+    text.push('\n');
+    text += &subsystems(&status.subsystems);
+    text.push('\n');
+    text += &volumes(&status.volumes);
+    text.push('\n');
+    text += &hosts(&status.associations);
+    if !status.referrals.is_empty() {
+        text.push('\n');
+        text += &referrals(&status.referrals);
+    }
+    let hit = status.limits.iter().filter(|limit| limit.hit_total != 0).map(|limit| {
+        let used = limit.used.map_or_else(|| "-".to_owned(), |used| used.to_string());
+        vec![limit.name.clone(), limit.limit.to_string(), used, limit.hit_total.to_string()]
+    });
+    let hit: Vec<_> = hit.collect();
+    if !hit.is_empty() {
+        text.push('\n');
+        text += &table(&["LIMIT THAT WAS HIT", "BOUND", "IN USE", "TIMES"], &hit);
+    }
+    text
+}
+
+pub(super) fn done(done: &Done) -> String {
+    let mut text = String::new();
+    if let Some(volume) = &done.volume {
+        text += &volumes(std::slice::from_ref(volume));
+    }
+    if let Some(subsystem) = &done.subsystem {
+        text += &subsystems(std::slice::from_ref(subsystem));
+    }
+    if let Some(ended) = done.ended {
+        _ = writeln!(text, "{ended} associations ended");
+    }
+    if text.is_empty() {
+        text.push_str("done\n");
+    }
+    for notice in &done.notices {
+        _ = writeln!(text, "{notice}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [
+            vec!["a".to_owned(), "1".to_owned(), "x".to_owned()],
+            vec!["long".to_owned(), "22".to_owned(), String::new()],
+        ];
+        assert_eq!(table(&["N", "V", "W"], &rows), "N     V   W\na     1   x\nlong  22\n");
+    }
+
+    #[test]
+    fn nobody_and_everybody_look_different() {
+        assert_eq!(hosts_of(&None), "all");
+        assert_eq!(hosts_of(&Some(Vec::new())), "none");
+        assert_eq!(hosts_of(&Some(vec!["a".to_owned(), "b".to_owned()])), "a,b");
+    }
+}
