@@ -22,7 +22,10 @@ use crate::limits::{ADMIN_PATIENCE, count};
 /// they take memory. One read may exceed it.
 ///
 /// The kernel's send buffer, a few megabytes, comes on top: this has to cover the time from one
-/// `sendmsg` to the next only.
+/// `sendmsg` to the next only. Measured with 128 KiB reads at depth 32 over loopback on two shared
+/// cores (null volume, medians of five interleaved runs, thousands of commands per second): 7.5
+/// with 128 KiB, 8.8 with 256, 9.6 with 512, 10.2 with 1,024 and 7.6 without a bound. The two best
+/// are within each other's spread; the smaller one it is. 4 KiB reads do not care.
 pub(crate) const UNSENT_BYTES: usize = 512 << 10;
 
 /// Read data that a connection begins with in one turn, so that the first of a burst is on its way
