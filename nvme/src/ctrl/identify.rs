@@ -191,7 +191,7 @@ impl Controller {
         // AWUN and AWUPF are 0: one logical block, the least there is.
         // A namespace with a volatile cache may be added any time, and a host that was told there
         // is none would not flush. Namespaces without one say so in NSFEAT.VWCNP (CNS 08h).
-        id.vwc = Id::VWC_PRESENT | Id::VWC_NO_BROADCAST_FLUSH;
+        id.vwc = Id::VWC_PRESENT | Id::VWC_BROADCAST_FLUSH;
         id.ofcs = U16::new(Id::OFCS_DISCONNECT);
         if let Some(instance) = self.instance {
             id.ciu = instance.ciu;

@@ -72,9 +72,9 @@ pub enum IoCommand {
         /// Force Unit Access: completes when the data is on non-volatile media.
         fua: bool,
     },
-    /// Flush the volatile write cache of a namespace.
+    /// Flush the volatile write cache of a namespace, or of all that the controller has.
     Flush {
-        /// Namespace.
+        /// Namespace, or [`NSID_ALL`].
         nsid: u32,
     },
     /// Write Zeroes.
@@ -485,13 +485,19 @@ fn compare(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
 }
 
 fn flush(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
-    // VWC bits 2:1 say 10b: "the controller does not support the NSID set to FFFFFFFFh".
-    if sqe.nsid.get() == NSID_ALL {
-        return Err(Status::INVALID_NAMESPACE_OR_FORMAT.dnr());
+    let nsid = sqe.nsid.get();
+    if nsid != NSID_ALL {
+        namespace(sqe, subsys)?;
+    } else if sqe.fuse() != 0 {
+        return Err(INVALID_FIELD);
+    } else if let Some(status) =
+        (0..subsys.namespaces().len()).find_map(|index| subsys.ana_refusal(index))
+    {
+        // One that cannot be flushed here: to say that all are would be untrue.
+        return Err(status);
     }
-    let ns = namespace(sqe, subsys)?;
     expect_no_data(sqe, subsys)?;
-    Ok(IoCommand::Flush { nsid: ns.nsid })
+    Ok(IoCommand::Flush { nsid })
 }
 
 fn write_zeroes(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {

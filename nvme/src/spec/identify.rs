@@ -278,8 +278,8 @@ impl IdentifyController {
     pub const ANACAP_ALL_STATES: u8 = 0b1_1111;
     /// VWC: a volatile write cache is present.
     pub const VWC_PRESENT: u8 = 1;
-    /// VWC: Flush does not take NSID FFFFFFFFh (bits 2:1 = 10b).
-    pub const VWC_NO_BROADCAST_FLUSH: u8 = 2 << 1;
+    /// VWC: Flush takes NSID FFFFFFFFh and flushes all namespaces (bits 2:1 = 11b).
+    pub const VWC_BROADCAST_FLUSH: u8 = 3 << 1;
     /// SGLS: SGLs supported, no alignment needed (bits 1:0 = 01b).
     pub const SGLS_SUPPORTED: u32 = 1;
     /// SGLS: the address of a Data Block may be an offset (in-capsule data).

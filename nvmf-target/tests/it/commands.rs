@@ -1,13 +1,18 @@
 //! Compare, Verify and Copy.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use block::fault::FaultPlan;
-use block::{IoError, Op};
-use nvme::spec::{NvmOpcode, Status};
+use block::fault::{FaultPlan, FaultVolume};
+use block::ram::RamVolume;
+use block::{Identity, IoError, Op};
+use nvme::spec::{Nqn, NvmOpcode, Status};
+use nvmf_target::NamespaceConfig;
 
 use crate::host::Data;
-use crate::rig::{BLOCK, BLOCKS, Host, Rig, compare, pattern, ranged, status, structured};
+use crate::rig::{
+    BLOCK, BLOCKS, Host, Rig, compare, hostnqn, pattern, ranged, status, structured, uuid,
+};
 
 /// A transfer that is longer than the pieces it is cut into, and not a multiple of them.
 const LONG: usize = (400 << 10) + BLOCK;
@@ -202,4 +207,46 @@ fn more_compares_than_memory_all_end() {
     for (queue, id) in sent {
         assert_eq!(status(&rig.outcome(&queue, id)), Ok(()));
     }
+}
+
+fn flush(nsid: u32) -> (nvme::spec::Sqe, Data) {
+    let mut sqe = nvme::spec::Sqe::new(NvmOpcode::FLUSH.0);
+    sqe.nsid.set(nsid);
+    (sqe, Data::None)
+}
+
+#[test]
+fn flush_of_all_namespaces_flushes_each_that_the_host_sees() {
+    let volumes: Vec<_> = (2..=4)
+        .map(|n| {
+            let ram = RamVolume::new(Identity::from_uuid(uuid(n)), 1 << 20, BLOCK as u32);
+            FaultVolume::new(Arc::new(ram.expect("memory")), 1)
+        })
+        .collect();
+    let faults: Vec<_> = volumes.iter().map(|(_, faults)| faults.clone()).collect();
+    let mut rig = Rig::with(9, |config| {
+        for ((volume, _), nsid) in volumes.into_iter().zip([3, 7, 8]) {
+            let mut ns = NamespaceConfig::new(nsid, Arc::new(volume));
+            if nsid == 7 {
+                ns.hosts = Some(vec![Nqn::new(&hostnqn(2)).expect("well formed")]);
+            }
+            config.subsystems[0].namespaces.push(ns);
+        }
+    });
+    let [a, b] = [rig.host(1, 1), rig.host(2, 1)];
+    let flushes = |rig: &Rig| {
+        let all = [&rig.faults, &faults[0], &faults[1], &faults[2]];
+        all.map(|faults| faults.counters().completed[Op::Flush.index()])
+    };
+    let (sqe, data) = flush(u32::MAX);
+    assert_eq!(status(&rig.command(&a.io[0], sqe, data.clone())), Ok(()));
+    assert_eq!(flushes(&rig), [1, 1, 0, 1]);
+    assert_eq!(status(&rig.command(&b.io[0], sqe, data.clone())), Ok(()));
+    assert_eq!(flushes(&rig), [2, 2, 1, 2]);
+    let (one, _) = flush(7);
+    assert_eq!(status(&rig.command(&b.io[0], one, data.clone())), Ok(()));
+    assert_eq!(flushes(&rig), [2, 2, 2, 2]);
+    // One that fails is told, whichever it is.
+    faults[2].set(FaultPlan { error: Some(IoError::Gone), ..media_error(Op::Flush) });
+    assert_eq!(status(&rig.command(&a.io[0], sqe, data)), Err(Status::INTERNAL_ERROR));
 }

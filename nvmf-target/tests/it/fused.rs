@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use block::fault::FaultPlan;
 use block::{IoError, Op};
-use nvme::spec::{SglDescriptor, Sqe, Status};
+use nvme::spec::{AdminOpcode, SglDescriptor, Sqe, Status};
 
 use crate::host::{Data, Queue};
 use crate::rig::{BLOCK, Rig, compare, pattern, status, write};
@@ -332,4 +332,27 @@ fn pair_waits_for_writes_of_its_block_that_are_at_the_volume() {
     let want = [Status::COMPARE_FAILURE.dnr(), Status::ABORTED_FAILED_FUSED.dnr()].map(Err);
     assert_eq!(found, want, "the writes were there before it");
     assert_eq!(rig.read(&hosts[0].io[0], 8, BLOCK), pattern(3, BLOCK));
+}
+
+#[test]
+fn first_that_is_aborted_takes_its_second_along() {
+    let mut rig = Rig::new(12);
+    let host = rig.host(1, 1);
+    let io = &host.io[0];
+    let (old, new) = (pattern(1, BLOCK), pattern(2, BLOCK));
+    rig.write(io, 8, &old);
+    let [first, second] = pair(8, &old, &new, [false; 2]);
+    let id = io.send(first.0, first.1);
+    rig.run_for(Duration::from_secs(1));
+    let mut abort = Sqe::new(AdminOpcode::ABORT.0);
+    // The queue has one command outstanding, and the host takes the first identifier.
+    abort.cdw10.set(1);
+    let done = rig.command(&host.admin, abort, Data::None);
+    assert_eq!((status(&done), done.cqe.dw0()), (Ok(()), 0), "aborted");
+    assert_eq!(status(&rig.outcome(io, id)), Err(Status::COMMAND_ABORT_REQUESTED));
+    let done = rig.command(io, second.0, second.1);
+    assert_eq!(status(&done), Err(Status::ABORTED_FAILED_FUSED.dnr()));
+    assert_eq!(rig.read(io, 8, BLOCK), old);
+    let ids = send(io, pair(8, &old, &new, [false; 2]));
+    assert_eq!(ids.map(|id| status(&rig.outcome(io, id))), [Ok(()), Ok(())]);
 }

@@ -11,11 +11,11 @@ use block::ram::RamVolume;
 use block::{Identity, Op, Volume};
 use nvme::spec::{NvmOpcode, SglDescriptor, Sqe, Status};
 use nvme::subsys::reservation::ReservationState;
-use nvmf_target::{NamespaceConfig, ReservationStore, SubsystemConfig};
+use nvmf_target::{NamespaceConfig, Request, ReservationStore, SubsystemConfig};
 
 use crate::host::{Data, Done, Queue};
 use crate::rig::{
-    BLOCK, BLOCKS, Host, Rig, compare, pattern, ranged, rw, status, structured, uuid, write,
+    BLOCK, BLOCKS, Host, Rig, SUBNQN, compare, pattern, ranged, rw, status, structured, uuid, write,
 };
 
 /// RTYPE: Write Exclusive, Exclusive Access.
@@ -373,4 +373,35 @@ fn without_a_store_nothing_is_promised_to_last() {
     let refused = Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
     assert_eq!(outcome(&mut rig, &host.io[0], register(0xa, 3)), refused);
     assert_eq!(report(&mut rig, &host.io[0])[5], 0);
+}
+
+#[test]
+fn namespace_that_comes_back_has_its_reservation() {
+    let volume: Arc<dyn Volume> = Arc::new(
+        RamVolume::new(Identity::from_uuid(uuid(9)), (BLOCKS * BLOCK) as u64, BLOCK as u32)
+            .expect("memory"),
+    );
+    let mut rig = Rig::new(13);
+    let change = |rig: &mut Rig, request: Request| {
+        let change = rig.target.begin(request).expect("possible");
+        rig.until("the change", || change.is_done());
+    };
+    let namespace = NamespaceConfig::new(2, volume);
+    let attach = Request::Attach { nqn: SUBNQN.into(), namespace };
+    change(&mut rig, attach.clone());
+    let [a, b] = [rig.host(1, 1), rig.host(2, 1)];
+    let on_2 = |(mut sqe, data): (Sqe, Data)| {
+        sqe.nsid.set(2);
+        (sqe, data)
+    };
+    ok(&mut rig, &a.io[0], on_2(register(0xa, 0)));
+    ok(&mut rig, &a.io[0], on_2(acquire(0, WE, 0xa, 0)));
+    assert_eq!(outcome(&mut rig, &b.io[0], on_2(write(0, &pattern(1, BLOCK)))), CONFLICT);
+    ok(&mut rig, &b.io[0], write(0, &pattern(1, BLOCK)));
+    change(&mut rig, Request::Detach { nqn: SUBNQN.into(), nsid: 2 });
+    let gone = Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+    assert_eq!(outcome(&mut rig, &a.io[0], on_2(write(0, &pattern(1, BLOCK)))), gone);
+    change(&mut rig, attach);
+    assert_eq!(outcome(&mut rig, &b.io[0], on_2(write(0, &pattern(1, BLOCK)))), CONFLICT);
+    ok(&mut rig, &a.io[0], on_2(write(0, &pattern(1, BLOCK))));
 }

@@ -95,7 +95,14 @@ fn flush() {
         decode(&rw(NvmOpcode::FLUSH, 3, 0, 1, 0), &subsys),
         Ok(IoCommand::Flush { nsid: 3 })
     );
-    refused(rw(NvmOpcode::FLUSH, NSID_ALL, 0, 1, 0), Status::INVALID_NAMESPACE_OR_FORMAT);
+    assert_eq!(
+        decode(&rw(NvmOpcode::FLUSH, NSID_ALL, 0, 1, 0), &subsys),
+        Ok(IoCommand::Flush { nsid: NSID_ALL })
+    );
+    let mut fused = rw(NvmOpcode::FLUSH, NSID_ALL, 0, 1, 0);
+    fused.flags |= 1;
+    refused(fused, Status::INVALID_FIELD_IN_COMMAND);
+    refused(rw(NvmOpcode::FLUSH, NSID_ALL, 0, 1, 4), Status::DATA_SGL_LENGTH_INVALID);
     refused(rw(NvmOpcode::FLUSH, 1, 0, 1, 4), Status::DATA_SGL_LENGTH_INVALID);
 }
 
