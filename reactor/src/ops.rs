@@ -21,6 +21,7 @@ use crate::fd::{Fd, Socket};
 use crate::kernel::{Cqe, Kernel, PushError};
 use crate::net::Tx;
 use crate::port::{Completion, Outcome};
+use crate::ready::Ready;
 use crate::rx::{RxChunk, RxPool, Spare};
 use crate::sys::RawAddr;
 
@@ -126,6 +127,8 @@ pub(crate) struct Queue {
     pub(crate) events: RefCell<VecDeque<Event>>,
     in_flight: Cell<usize>,
     closed: Cell<bool>,
+    /// Where to note that there are events.
+    ready: RefCell<Option<(Rc<Ready>, u32)>>,
 }
 
 impl Queue {
@@ -134,7 +137,13 @@ impl Queue {
             events: RefCell::new(VecDeque::with_capacity(16)),
             in_flight: Cell::new(0),
             closed: Cell::new(false),
+            ready: RefCell::new(None),
         })
+    }
+
+    /// Notes every event from now on.
+    pub(crate) fn note_in(&self, ready: Rc<Ready>, index: u32) {
+        *self.ready.borrow_mut() = Some((ready, index));
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -144,6 +153,9 @@ impl Queue {
     fn record(&self, event: Event) {
         if !self.closed.get() {
             self.events.borrow_mut().push_back(event);
+            if let Some((ready, index)) = &*self.ready.borrow() {
+                ready.mark(*index);
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::core::{Local, Shared};
 use crate::error::{Busy, Errno};
 use crate::fd::{Fd, Socket};
 use crate::ops::{Connect, Event, OpId, Queue, Request};
+use crate::ready::Ready;
 use crate::sys::{self, RawAddr};
 
 /// What an operation that succeeded gave.
@@ -154,6 +155,14 @@ impl Port {
             // Streams have ports of their own.
             Event::Chunk(_) | Event::RecvEnd(_) | Event::Sent(_) => None,
         }
+    }
+
+    pub(crate) fn has_event(&self) -> bool {
+        !self.queue.events.borrow().is_empty()
+    }
+
+    pub(crate) fn note_in(&self, ready: Rc<Ready>, index: u32) {
+        self.queue.note_in(ready, index);
     }
 
     pub(crate) fn next_event(&mut self) -> Option<Event> {

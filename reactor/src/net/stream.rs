@@ -19,6 +19,7 @@ use crate::net::layer::{Layer, LayerError, Plain};
 use crate::net::tx::Tx;
 use crate::ops::{Event, OpId, Request};
 use crate::port::Port;
+use crate::ready::Ready;
 use crate::rx::{RxChunk, RxPool};
 
 /// Sizes of one stream. Build it with `..StreamConfig::default()`.
@@ -238,6 +239,25 @@ impl Stream {
             self.flush();
         }
         progressed
+    }
+
+    /// Marks `index` in `ready` whenever the kernel has something for this stream, and now. An owner
+    /// of many streams then looks at those that are marked, and at those that
+    /// [`want`](Stream::wants_turn) it.
+    pub fn mark_in(&mut self, ready: &Rc<Ready>, index: u32) {
+        ready.mark(index);
+        self.port.note_in(Rc::clone(ready), index);
+    }
+
+    /// Whether [`poll`](Stream::poll) or [`recv`](Stream::recv) has something to do although the
+    /// kernel says nothing new: bytes that were not taken, or an operation that the core had no
+    /// slot for.
+    pub fn wants_turn(&self) -> bool {
+        let is_over = self.closing || self.failed.is_some();
+        self.port.has_event()
+            || !self.rx_chunks.is_empty()
+            || !is_over && self.rx == RxState::Off && self.rx_wanted
+            || !is_over && self.send == TxState::Waiting
     }
 
     /// The next token whose PDU is sent, in the order of the pushes, or will never be, after a
