@@ -48,6 +48,13 @@ pub(crate) struct Admin {
     input: Vec<u8>,
 }
 
+impl Admin {
+    /// Whether a command waits for something that it began.
+    pub(crate) fn awaits(&self) -> bool {
+        !self.awaited.is_empty()
+    }
+}
+
 /// What an admin command began.
 enum Awaited {
     Abort(Arc<Abort>),

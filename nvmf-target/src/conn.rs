@@ -878,6 +878,15 @@ impl Conn {
         false
     }
 
+    /// Whether the next turn has to look at the connection although nothing comes for it.
+    pub(crate) fn wants_turn(&self) -> bool {
+        self.life != Life::Open
+            || self.held.is_some()
+            || self.stalled.is_some()
+            || matches!(&self.role, Role::Admin(admin) if admin.awaits())
+            || self.stream.wants_turn()
+    }
+
     /// Nothing of the connection is in use any more, by anybody.
     pub(crate) fn is_gone(&self) -> bool {
         self.life == Life::Draining && self.at_volume == 0 && self.stream.is_quiet()

@@ -1,5 +1,6 @@
 //! The task that a core runs for the target: all of its qpairs, one channel per volume.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use block::{Busy, Channel, Io, IoError};
 use iobuf::Pool;
 use reactor::net::{Stream, StreamConfig};
-use reactor::{Local, Progress, Receiver, Task};
+use reactor::{Local, Progress, Ready, Receiver, Task};
 
 use crate::conn::Conn;
 use crate::fence::CoreFences;
@@ -183,6 +184,10 @@ pub(crate) struct CoreTask {
     free: Vec<u32>,
     volumes: Volumes,
     ios: IoCache,
+    /// Connections to be looked at in this turn, or in the next.
+    ready: Rc<Ready>,
+    /// [`Shared::calls`] when all connections were looked at last.
+    calls: u64,
     rota: Rota,
     lap: u64,
     awaiting: Vec<(u32, u16)>,
@@ -215,6 +220,8 @@ impl CoreTask {
             free: Vec::new(),
             volumes,
             ios: IoCache::default(),
+            ready: Rc::default(),
+            calls: 0,
             rota: Rota::default(),
             lap: 0,
             awaiting: Vec::new(),
@@ -230,7 +237,7 @@ impl CoreTask {
             ..StreamConfig::default()
         };
         let peer = handover.socket.peer();
-        let stream = match Stream::new(&self.local, handover.socket, config) {
+        let mut stream = match Stream::new(&self.local, handover.socket, config) {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "a connection was closed: no stream for it");
@@ -241,6 +248,7 @@ impl CoreTask {
             self.conns.push(None);
             (self.conns.len() - 1) as u32
         });
+        stream.mark_in(&self.ready, index);
         let Handover { port, pass, .. } = handover;
         let conn = Conn::new(index, stream, port, peer, pass, &self.shared.limits, now);
         self.conns[index as usize] = Some(Box::new(conn));
@@ -312,13 +320,22 @@ impl Drop for CoreTask {
 
 impl Task for CoreTask {
     fn poll(&mut self, now: Duration) -> Progress {
+        // Before what it announces is looked at.
+        let calls = self.shared.calls.load(Ordering::Acquire);
         let mut worked = self.follow(now);
+        let is_new = worked;
         while let Some(handover) = self.inbox.try_recv() {
             self.accept(handover, now);
             worked = true;
         }
         let tick = self.next_tick.is_some_and(|at| now >= at);
         let stopping = self.local.is_stopping();
+        // Whatever concerns connections that have nothing from their hosts comes with a call, a new
+        // table or the clock; the others stay out of the way, however many they are.
+        if is_new || tick || stopping || calls != self.calls {
+            self.calls = calls;
+            (0..self.conns.len() as u32).for_each(|index| self.ready.mark(index));
+        }
         let CoreTask {
             core,
             shared,
@@ -328,6 +345,7 @@ impl Task for CoreTask {
             conns,
             volumes,
             ios,
+            ready,
             rota,
             lap,
             awaiting,
@@ -355,21 +373,28 @@ impl Task for CoreTask {
         // Commands that waited go before new ones.
         for _ in 0..env.rota.begin(now) {
             let Some(index) = env.rota.next() else { break };
+            ready.mark(index);
             if let Some(Some(conn)) = conns.get_mut(index as usize) {
                 worked |= conn.serve(&mut env);
             }
         }
         env.rota.end();
         // Another connection is the first in each turn: none always finds memory before others.
-        let first = (lap as usize).checked_rem(conns.len()).unwrap_or(0);
-        let (before, from_first) = conns.split_at_mut(first);
-        for conn in from_first.iter_mut().chain(before).flatten() {
-            worked |= conn.receive(&mut env);
+        let first = (lap as usize).checked_rem(conns.len()).unwrap_or(0) as u32;
+        for (start, end) in [(first, u32::MAX), (0, first)] {
+            let mut from = start;
+            while let Some(index) = ready.next_from(from).filter(|index| *index < end) {
+                from = index + 1;
+                if let Some(Some(conn)) = conns.get_mut(index as usize) {
+                    worked |= conn.receive(&mut env);
+                }
+            }
         }
         env.volumes.poll(&mut |io| done.push(io));
         for io in done.drain(..) {
             worked = true;
             let (index, slot) = ((io.tag >> 16) as usize, io.tag as u16);
+            ready.mark(index as u32);
             match conns.get_mut(index) {
                 Some(Some(conn)) => conn.complete(slot, io, &mut env),
                 // A connection goes only when its last I/O is back.
@@ -379,6 +404,7 @@ impl Task for CoreTask {
         if !env.awaiting.is_empty() {
             std::mem::swap(env.awaiting, followed);
             for (index, slot) in followed.drain(..) {
+                ready.mark(index);
                 if let Some(Some(conn)) = conns.get_mut(index as usize) {
                     worked |= conn.follow(slot, &mut env);
                 }
@@ -387,7 +413,11 @@ impl Task for CoreTask {
         if env.fences.is_retiring() && env.fences.retire(&mut |v| env.volumes.try_drop(v)) {
             shared.settled();
         }
-        for (index, entry) in conns.iter_mut().enumerate() {
+        let mut from = 0;
+        while let Some(index) = ready.next_from(from) {
+            from = index + 1;
+            ready.clear(index);
+            let Some(entry) = conns.get_mut(index as usize) else { continue };
             let Some(conn) = entry else { continue };
             if tick {
                 conn.tick(&mut env);
@@ -399,8 +429,10 @@ impl Task for CoreTask {
             if conn.is_gone() {
                 conn.leave(&mut env);
                 *entry = None;
-                self.free.push(index as u32);
+                self.free.push(index);
                 worked = true;
+            } else if conn.wants_turn() {
+                ready.mark(index);
             }
         }
         let alive = self.free.len() < self.conns.len();

@@ -40,6 +40,8 @@ pub(crate) struct Shared {
     /// Counts connections from accept to close.
     pub(crate) door: Arc<Door>,
     pub(crate) cores: Vec<CoreHandle>,
+    /// How often all cores were called to look at their associations again.
+    pub(crate) calls: AtomicU64,
     /// Channel numbers that no core uses, and the first that was never used.
     free_volumes: Arc<Mutex<Vec<u32>>>,
     next_volume: AtomicU32,
@@ -52,6 +54,8 @@ pub(crate) struct Shared {
 impl Shared {
     /// Lets every core look at the associations again: one was killed, reset or is drained.
     pub(crate) fn wake_all(&self) {
+        // Release: whoever sees the new number sees what was changed before the call.
+        self.calls.fetch_add(1, Ordering::Release);
         self.cores.iter().for_each(CoreHandle::wake);
     }
 
@@ -187,6 +191,7 @@ impl Target {
         });
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(table.generation),
+            calls: AtomicU64::new(0),
             table: Mutex::new(Arc::new(table)),
             changing: Mutex::new(()),
             board: Board::new(cores.len()),

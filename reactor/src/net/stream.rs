@@ -250,12 +250,13 @@ impl Stream {
     }
 
     /// Whether [`poll`](Stream::poll) or [`recv`](Stream::recv) has something to do although the
-    /// kernel says nothing new: bytes that were not taken, or an operation that the core had no
+    /// kernel says nothing new: bytes or an end that were not taken, or an operation that the core had no
     /// slot for.
     pub fn wants_turn(&self) -> bool {
         let is_over = self.closing || self.failed.is_some();
         self.port.has_event()
             || !self.rx_chunks.is_empty()
+            || !self.closing && (self.rx_eof || self.failed.is_some())
             || !is_over && self.rx == RxState::Off && self.rx_wanted
             || !is_over && self.send == TxState::Waiting
     }

@@ -91,6 +91,21 @@ fn connect_all(addr: SocketAddr) -> (Vec<Vec<Queue>>, Vec<Duration>) {
     threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).unzip()
 }
 
+/// What one host with one queue gets of 4 KiB reads at a depth of 32; `again`: not the first time.
+fn iops(addr: SocketAddr, again: bool) -> f64 {
+    let host = hostnqn(HOSTS + usize::from(again));
+    let mut association = load::associate(addr, SUBNQN, &host, 63).expect("a host");
+    let work = Workload {
+        write: false,
+        block_bytes: 4096,
+        depth: 32,
+        in_capsule: true,
+        span_bytes: 1 << 20,
+        lba_bytes: 512,
+    };
+    load::run(&mut association.io, &work, Duration::from_millis(500)).expect("I/O").iops
+}
+
 #[test]
 #[ignore = "slow; a step of its own"]
 fn a_thousand_hosts() {
@@ -106,6 +121,7 @@ fn a_thousand_hosts() {
         process::wait_for(Duration::from_secs(60), || Ok(rig.target.connected() == (0, 0)))
             .expect("all of them go");
     };
+    let alone = iops(addr, false);
     empty();
     let before = resident();
 
@@ -144,6 +160,11 @@ fn a_thousand_hosts() {
     let each = full.saturating_sub(before) / CONNECTIONS as u64;
     println!("{each} bytes per connection ({} MiB)", (full - before) >> 20);
     assert!(each <= CONNECTION_BYTES_MAX, "{each} bytes per connection");
+
+    // What is idle does not slow down what is not.
+    let beside = iops(addr, true);
+    println!("one busy queue: {alone:.0} IOPS alone, {beside:.0} beside {CONNECTIONS} idle ones");
+    assert!(beside > alone / 5.0, "{alone:.0} IOPS become {beside:.0}");
 
     // Idle connections cost nothing but the clock's tick.
     let pid = std::process::id();
