@@ -519,6 +519,15 @@ impl Draft<'_> {
             }
         }
         shared.publish(table);
+        if let Ending::Of(id, mask) = &ending {
+            // Cores end those that they find, too, and those that they let in by the table before.
+            // But a core may see only the next table, in which a host has its rights back.
+            for association in shared.registry.list(Some(Served::Subsystem(*id))) {
+                if mask.as_ref().is_none_or(|mask| !mask.admits(&association.host.hostnqn)) {
+                    association.kill();
+                }
+            }
+        }
         // At least one: a change is finished when every core has taken it up.
         let mut fences: Vec<_> = fences.into_iter().map(|scope| shared.fence(scope)).collect();
         if !retire.is_empty() {

@@ -383,6 +383,23 @@ fn a_stuck_volume_leaves_the_change_in_force_and_says_so() {
     }
 }
 
+#[test]
+fn host_that_loses_its_rights_and_has_them_back_at_once_is_ended_all_the_same() {
+    let mut world = World::new(6);
+    let set = |hosts| Request::SubsystemHosts { nqn: SUBNQN.to_owned(), hosts };
+    let first = world.begin(set(Some(vec![nqn(2)])));
+    let second = world.begin(set(None));
+    // Sooner than by its keep alive timeout.
+    world.rig.run_for(Duration::from_secs(1));
+    assert!(first.is_done() && second.is_done());
+    let (one, two) = (&world.writers[0].host.admin, &world.writers[1].host.admin);
+    let (one, two) = (one.clone(), two.clone());
+    world.rig.until("the end of host 1", || one.is_over());
+    assert!(!two.is_over());
+    world.rig.port = 1;
+    world.rig.host(1, 1);
+}
+
 /// Identify with this CNS.
 fn identify(world: &mut World, n: usize, cns: u8, nsid: u32) -> Vec<u8> {
     let mut sqe = Sqe::new(AdminOpcode::IDENTIFY.0);
