@@ -294,7 +294,7 @@ impl State {
     }
 
     /// The namespace ID and identity of volume `name` in the default subsystem; see
-    /// [`State::volume_in`].
+    /// `State::volume_in`.
     pub fn volume(&mut self, name: &str, nsid: Option<u32>) -> Result<(u32, Identity), NsidTaken> {
         self.volume_in(DEFAULT_SUBSYSTEM, name, nsid, &[])
     }

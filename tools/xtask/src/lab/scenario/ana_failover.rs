@@ -66,9 +66,8 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     })?;
     target.service.must_run()?;
 
-    let over = stop.open()?;
+    stop.open()?;
     let results = guest.finish()?;
-    drop(over);
     fio_verified(&results, 1)?;
     target.service.must_run()?;
     std::fs::remove_file(image)?;

@@ -168,10 +168,12 @@ impl StopPort {
         self.0.to_string()
     }
 
-    /// Takes connections from now on, until what it returns is dropped.
-    pub(super) fn open(&self) -> Result<TcpListener> {
+    /// Takes connections from now on, until this process ends, and closes each at once: the guest's
+    /// `nc` stays for as long as its connection does.
+    pub(super) fn open(&self) -> Result<()> {
         let listener = TcpListener::bind(("127.0.0.1", self.0))?;
-        Ok(listener)
+        std::thread::spawn(move || listener.incoming().for_each(drop));
+        Ok(())
     }
 }
 

@@ -47,15 +47,13 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
         // Nobody has it open any more, so it may be changed, and comes back as it is now.
         let mib = 32 + 16 * round;
         resize(&spare_image, mib)?;
-        let spec = format!("file:{}", spare_image.display());
-        let body = json!({"name": "spare", "spec": spec, "nsid": 2});
+        let body = json!({"name": "spare"});
         target.call("POST", "/v1/volumes", &body)?;
         sees(&format!("attached namespace, round {round}"), 128, Some(mib))?;
     }
 
-    let over = stop.open()?;
+    stop.open()?;
     let results = guest.finish()?;
-    drop(over);
     fio_verified(&results, 1)?;
     target.service.must_run()?;
     std::fs::remove_file(image)?;
