@@ -255,7 +255,37 @@ impl CoreTask {
     }
 }
 
+/// What of a [`CoreTask`] stands beside its [`Env`] in a turn.
+struct Rest<'a> {
+    conns: &'a mut Vec<Option<Box<Conn>>>,
+    free: &'a mut Vec<u32>,
+    ready: &'a Ready,
+    followed: &'a mut Vec<(u32, u16)>,
+    #[expect(clippy::vec_box, reason = "the channels hand over boxes")]
+    done: &'a mut Vec<Box<Io>>,
+}
+
 impl CoreTask {
+    /// The connections, and what they may use while they are called.
+    fn split(&mut self, now: Duration) -> (Env<'_>, Rest<'_>) {
+        let env = Env {
+            core: self.core,
+            shared: &self.shared,
+            table: &self.table,
+            fences: &mut self.fences,
+            local: &self.local,
+            pool: self.local.pool(),
+            volumes: &mut self.volumes,
+            ios: &mut self.ios,
+            rota: &mut self.rota,
+            lap: self.lap,
+            awaiting: &mut self.awaiting,
+            now,
+        };
+        let CoreTask { conns, free, ready, followed, done, .. } = self;
+        (env, Rest { conns, free, ready, followed, done })
+    }
+
     /// Takes up what was changed, and fences that were raised for it. Cheap when nothing was.
     fn follow(&mut self, now: Duration) -> bool {
         // In this order: whoever raises a fence has published the table before, so that the table
@@ -271,35 +301,7 @@ impl CoreTask {
         let is_new = self.shared.generation.load(Ordering::Acquire) != self.table.generation;
         if is_new {
             self.table = self.shared.table();
-            let CoreTask {
-                core,
-                shared,
-                table,
-                fences,
-                local,
-                conns,
-                volumes,
-                ios,
-                rota,
-                lap,
-                awaiting,
-                ..
-            } = self;
-            let (core, pool, lap) = (*core, local.pool(), *lap);
-            let mut env = Env {
-                core,
-                shared,
-                table,
-                fences,
-                local,
-                pool,
-                volumes,
-                ios,
-                rota,
-                lap,
-                awaiting,
-                now,
-            };
+            let (mut env, Rest { conns, .. }) = self.split(now);
             for conn in conns.iter_mut().flatten() {
                 conn.follow_table(&mut env);
             }
@@ -336,39 +338,9 @@ impl Task for CoreTask {
             self.calls = calls;
             (0..self.conns.len() as u32).for_each(|index| self.ready.mark(index));
         }
-        let CoreTask {
-            core,
-            shared,
-            table,
-            fences,
-            local,
-            conns,
-            volumes,
-            ios,
-            ready,
-            rota,
-            lap,
-            awaiting,
-            followed,
-            done,
-            ..
-        } = self;
-        *lap += 1;
-        let (core, pool, lap) = (*core, local.pool(), *lap);
-        let mut env = Env {
-            core,
-            shared,
-            table,
-            fences,
-            local,
-            pool,
-            volumes,
-            ios,
-            rota,
-            lap,
-            awaiting,
-            now,
-        };
+        self.lap += 1;
+        let (mut env, Rest { conns, free, ready, followed, done }) = self.split(now);
+        let (shared, lap) = (env.shared, env.lap);
 
         // Commands that waited go before new ones.
         for _ in 0..env.rota.begin(now) {
@@ -429,7 +401,7 @@ impl Task for CoreTask {
             if conn.is_gone() {
                 conn.leave(&mut env);
                 *entry = None;
-                self.free.push(index);
+                free.push(index);
                 worked = true;
             } else if conn.wants_turn() {
                 ready.mark(index);

@@ -14,13 +14,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::registry::{Association, Served};
-
 /// Which I/O at volumes a fence waits for. Volumes are named by [`VolumeState::index`].
 ///
 /// [`VolumeState::index`]: crate::volume::VolumeState::index
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(dead_code, reason = "one language for all that may need to wait")]
 pub(crate) enum Scope {
     /// None: every core has taken up the present table.
     Table,
@@ -30,12 +27,6 @@ pub(crate) enum Scope {
     Retire(Vec<u32>),
     /// What overlaps a part of a volume, in bytes.
     Range { volume: u32, offset: u64, len: u64 },
-    /// What hosts with this identifier have at a volume.
-    Host { volume: u32, hostid: [u8; 16] },
-    /// All of a controller.
-    Association(u16),
-    /// All of a subsystem.
-    Subsystem(u32),
     /// What was sent to some volumes through a port; the volumes are sorted.
     Path { port: u16, volumes: Vec<u32> },
 }
@@ -51,8 +42,8 @@ pub(crate) struct Place {
 }
 
 impl Scope {
-    /// Whether it covers an I/O of a queue of `association` on `port`.
-    pub(crate) fn covers(&self, place: &Place, association: &Association, port: u16) -> bool {
+    /// Whether it covers an I/O of a queue on `port`.
+    pub(crate) fn covers(&self, place: &Place, port: u16) -> bool {
         match self {
             Scope::Table | Scope::Retire(_) => false,
             Scope::Volume(volume) => place.volume == *volume,
@@ -61,11 +52,6 @@ impl Scope {
                     && place.offset < offset.saturating_add(*len)
                     && *offset < place.offset.saturating_add(place.len)
             }
-            Scope::Host { volume, hostid } => {
-                place.volume == *volume && association.host.hostid == *hostid
-            }
-            Scope::Association(cntlid) => association.cntlid == *cntlid,
-            Scope::Subsystem(id) => association.served == Served::Subsystem(*id),
             Scope::Path { port: through, volumes } => {
                 *through == port && volumes.binary_search(&place.volume).is_ok()
             }
@@ -309,10 +295,10 @@ impl CoreFences {
 
     /// An I/O is back. `true`: a fence is done.
     #[cold]
-    pub(crate) fn back(&mut self, place: &Place, association: &Association, port: u16) -> bool {
+    pub(crate) fn back(&mut self, place: &Place, port: u16) -> bool {
         let mut done = false;
         self.pending.retain_mut(|pending| {
-            if place.stamp < pending.stamp && pending.fence.scope.covers(place, association, port) {
+            if place.stamp < pending.stamp && pending.fence.scope.covers(place, port) {
                 pending.left -= 1;
             }
             if pending.left == 0 {

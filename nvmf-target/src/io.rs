@@ -342,20 +342,16 @@ impl Conn {
     #[cold]
     fn count_back(&mut self, slot: u16, env: &mut Env<'_>) {
         let place = self.slots[slot as usize].place;
-        if let Some(association) = &self.association
-            && env.fences.back(&place, association, self.port().id)
-        {
+        if env.fences.back(&place, self.port().id) {
             env.shared.settled();
         }
     }
 
     /// I/Os at volumes that a scope covers.
     pub(crate) fn count(&self, scope: &Scope) -> usize {
-        let Some(association) = &self.association else { return 0 };
         let port = self.port().id;
-        let covers = |slot: &&Slot| {
-            slot.phase == Phase::Submitted && scope.covers(&slot.place, association, port)
-        };
+        let covers =
+            |slot: &&Slot| slot.phase == Phase::Submitted && scope.covers(&slot.place, port);
         if self.at_volume == 0 { 0 } else { self.slots.iter().filter(covers).count() }
     }
 
