@@ -43,9 +43,9 @@ pub struct FaultPlan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultCounters {
     /// I/Os accepted, by [`Op::index`].
-    pub submitted: [u64; 5],
+    pub submitted: [u64; Op::COUNT],
     /// I/Os given back, by [`Op::index`].
-    pub completed: [u64; 5],
+    pub completed: [u64; Op::COUNT],
     /// I/Os failed by the plan.
     pub errors: u64,
     /// I/Os delayed by the plan.
@@ -66,26 +66,14 @@ struct Shared {
     delay_min_ns: AtomicU64,
     delay_max_ns: AtomicU64,
     is_held: AtomicBool,
-    submitted: [AtomicU64; 5],
-    completed: [AtomicU64; 5],
+    submitted: [AtomicU64; Op::COUNT],
+    completed: [AtomicU64; Op::COUNT],
     errors: AtomicU64,
     delays: AtomicU64,
     refusals: AtomicU64,
     /// Cores with channels, to wake on release. Only touched when channels open and by the handle.
     cores: Mutex<Vec<CoreHandle>>,
 }
-
-const ERRORS: [IoError; 9] = [
-    IoError::Medium,
-    IoError::OutOfRange,
-    IoError::Misaligned,
-    IoError::NotSupported,
-    IoError::ReadOnly,
-    IoError::NoSpace,
-    IoError::Gone,
-    IoError::Aborted,
-    IoError::TooLarge,
-];
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
@@ -99,8 +87,9 @@ impl FaultHandle {
     /// Replaces the plan.
     pub fn set(&self, plan: FaultPlan) {
         let shared = &self.0;
-        let error = plan.error.and_then(|e| ERRORS.iter().position(|x| *x == e)).unwrap_or(0);
-        shared.error.store(error as u32, Relaxed);
+        let error = plan.error.unwrap_or(IoError::Medium);
+        let index = IoError::ALL.iter().position(|x| *x == error).unwrap_or(0);
+        shared.error.store(index as u32, Relaxed);
         shared.only.store(plan.only.map_or(0, |op| op.index() as u32 + 1), Relaxed);
         shared.delay_min_ns.store(nanos(plan.delay_min), Relaxed);
         shared.delay_max_ns.store(nanos(plan.delay_max.max(plan.delay_min)), Relaxed);
@@ -183,6 +172,10 @@ impl Volume for FaultVolume {
 
     fn refresh(&self) -> io::Result<Geometry> {
         self.inner.refresh()
+    }
+
+    fn generation(&self) -> u64 {
+        self.inner.generation()
     }
 
     fn used_bytes(&self) -> Option<u64> {
@@ -305,7 +298,7 @@ impl Channel for FaultChannel {
             && self.random.hits(self.shared.errors_per_million.load(Relaxed))
         {
             self.shared.errors.fetch_add(1, Relaxed);
-            let error = ERRORS.get(self.shared.error.load(Relaxed) as usize);
+            let error = IoError::ALL.get(self.shared.error.load(Relaxed) as usize);
             io.result = Err(error.copied().unwrap_or(IoError::Medium));
         }
         if io.result.is_err() {

@@ -39,6 +39,8 @@ pub mod ram;
 mod spec;
 pub mod uring;
 
-pub use crate::io::{Io, IoError, Op, check};
+pub use crate::io::{
+    AcquireAction, Extent, Io, IoError, Op, RegisterAction, ReservationType, Reserve, check,
+};
 pub use crate::spec::{OpenError, SpecError, VolumeSpec};
-pub use crate::volume::{Busy, Channel, Geometry, Identity, Volume};
+pub use crate::volume::{Busy, Channel, CopyLimits, Geometry, Identity, Volume};

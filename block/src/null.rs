@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
+use iobuf::SgList;
 use reactor::Local;
 
 use crate::io::{Io, IoError, Op, check};
@@ -19,18 +20,16 @@ pub struct NullVolume {
 impl NullVolume {
     /// A volume of `bytes`, rounded down to whole blocks of `block_bytes` (a power of two).
     pub fn new(identity: Identity, bytes: u64, block_bytes: u32) -> NullVolume {
+        let blocks = bytes / u64::from(block_bytes);
         let geometry = Geometry {
-            block_bytes,
-            blocks: bytes / u64::from(block_bytes),
             physical_block_bytes: block_bytes.max(4096),
             io_bytes_max: IO_BYTES_MAX,
-            read_only: false,
-            write_cache: false,
             deallocate: true,
             write_zeroes: true,
-            deallocate_granularity_bytes: block_bytes,
             deallocated_reads_zero: true,
-            optimal_io_bytes: 0,
+            compare: true,
+            verify: true,
+            ..Geometry::new(block_bytes, blocks)
         };
         NullVolume { geometry, identity }
     }
@@ -64,8 +63,12 @@ impl Channel for NullChannel {
             return Err(Busy(io));
         }
         io.result = check(&self.geometry, &io);
-        if io.result.is_ok() && io.op == Op::Read {
-            io.result = io.data.fill(0, io.data.len(), 0).map_err(|_| IoError::Misaligned);
+        if io.result.is_ok() {
+            io.result = match io.op {
+                Op::Read => io.data.fill(0, io.data.len(), 0).map_err(|_| IoError::Misaligned),
+                Op::Compare => compare_zeros(&io.data),
+                _ => Ok(()),
+            };
         }
         self.done.push_back(io);
         Ok(())
@@ -84,4 +87,12 @@ impl Channel for NullChannel {
     fn deadline(&self) -> Option<Duration> {
         (!self.done.is_empty()).then_some(Duration::ZERO)
     }
+}
+
+/// Whether the memory holds nothing but zeros.
+fn compare_zeros(data: &SgList) -> Result<(), IoError> {
+    let mut is_zero = true;
+    let look = &mut |bytes: &[u8]| is_zero &= bytes.iter().all(|byte| *byte == 0);
+    data.for_each_chunk(0, data.len(), look).map_err(|_| IoError::Misaligned)?;
+    if is_zero { Ok(()) } else { Err(IoError::CompareFailed) }
 }

@@ -1,7 +1,7 @@
 //! A volume in memory, shared by all cores. Contents are gone when it is dropped.
 //!
 //! Data is copied in `submit`, while a received payload is still in the cache, and the I/O comes
-//! back at the next `poll`. Making a long range zero is cut into slices, one per poll, so that
+//! back at the next `poll`. Making a long range zero, or copying one, is cut into slices, one per poll, so that
 //! other work of the core goes on. Pages take memory when first written; the size is the only
 //! bound, so a volume larger than the machine's free memory can run the machine out of it.
 
@@ -14,7 +14,7 @@ use iobuf::{OutOfBounds, SharedBytes};
 use reactor::Local;
 
 use crate::io::{Io, IoError, Op, check};
-use crate::volume::{Busy, Channel, Geometry, IO_BYTES_MAX, Identity, Volume};
+use crate::volume::{Busy, Channel, CopyLimits, Geometry, IO_BYTES_MAX, Identity, Volume};
 
 /// Zeroed at a time; about 50 microseconds of writing.
 const SLICE_BYTES: u64 = 512 << 10;
@@ -33,17 +33,20 @@ impl RamVolume {
     pub fn new(identity: Identity, bytes: u64, block_bytes: u32) -> io::Result<RamVolume> {
         let blocks = bytes / u64::from(block_bytes);
         let geometry = Geometry {
-            block_bytes,
-            blocks,
             physical_block_bytes: block_bytes.max(4096),
             io_bytes_max: IO_BYTES_MAX,
-            read_only: false,
-            write_cache: false,
             deallocate: true,
             write_zeroes: true,
             deallocate_granularity_bytes: 4096,
             deallocated_reads_zero: true,
-            optimal_io_bytes: 0,
+            compare: true,
+            verify: true,
+            copy: CopyLimits {
+                ranges_max: 128,
+                range_bytes_max: IO_BYTES_MAX.into(),
+                bytes_max: IO_BYTES_MAX.into(),
+            },
+            ..Geometry::new(block_bytes, blocks)
         };
         let len = usize::try_from(geometry.bytes())
             .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
@@ -77,7 +80,7 @@ struct RamChannel {
     geometry: Geometry,
     depth: usize,
     done: VecDeque<Box<Io>>,
-    /// Ranges to be made zero in slices; `scratch` counts the bytes done. Taken in turn.
+    /// Ranges to be made zero, or copied, in slices; `scratch` counts the bytes done. Taken in turn.
     long: VecDeque<Box<Io>>,
 }
 
@@ -92,8 +95,33 @@ impl RamChannel {
             Op::Flush => Ok(()),
             Op::WriteZeroes if io.no_unmap => self.memory.zero(offset, len),
             Op::WriteZeroes | Op::Deallocate => self.memory.discard(offset, len),
+            Op::Compare => match self.memory.is_equal(offset, &io.data) {
+                Ok(true) => Ok(()),
+                Ok(false) => return Err(IoError::CompareFailed),
+                Err(error) => Err(error),
+            },
+            // Memory can be read.
+            Op::Verify => Ok(()),
+            Op::Copy => self.copy(io, at, len),
+            Op::Reserve | Op::ReservationReport => return Err(IoError::NotSupported),
         };
         result.map_err(|OutOfBounds| IoError::OutOfRange)
+    }
+
+    /// Copies `len` bytes of the sources from byte `at` of all of them.
+    fn copy(&self, io: &Io, mut at: u64, len: usize) -> Result<(), OutOfBounds> {
+        let mut to = (io.offset + at) as usize;
+        let end = to + len;
+        for source in &io.sources {
+            if at >= source.len {
+                at -= source.len;
+                continue;
+            }
+            let part = ((source.len - at) as usize).min(end - to);
+            self.memory.copy_within((source.offset + at) as usize, to, part)?;
+            (to, at) = (to + part, 0);
+        }
+        Ok(())
     }
 }
 
@@ -104,7 +132,8 @@ impl Channel for RamChannel {
         }
         io.result = check(&self.geometry, &io);
         if io.result.is_ok() {
-            if matches!(io.op, Op::WriteZeroes | Op::Deallocate) && io.len > SLICE_BYTES {
+            if matches!(io.op, Op::WriteZeroes | Op::Deallocate | Op::Copy) && io.len > SLICE_BYTES
+            {
                 io.scratch = 0;
                 self.long.push_back(io);
                 return Ok(());

@@ -40,7 +40,7 @@ pub struct Geometry {
     pub blocks: u64,
     /// What the backing storage writes without reading first.
     pub physical_block_bytes: u32,
-    /// Longest read or write.
+    /// Longest read, write or compare.
     pub io_bytes_max: u32,
     /// Changes are refused.
     pub read_only: bool,
@@ -57,9 +57,50 @@ pub struct Geometry {
     /// Writes of multiples of this are the fastest (a stripe of an array, an erase block);
     /// 0: nothing is known.
     pub optimal_io_bytes: u32,
+    /// Compare is supported.
+    pub compare: bool,
+    /// Verify is supported.
+    pub verify: bool,
+    /// What a copy may be; the default is that there is none.
+    pub copy: CopyLimits,
+    /// Reservation Capabilities of NVMe (RESCAP): bit 0 says that reservations can persist through
+    /// a loss of power, bits 1 to 6 which types there are. 0: no reservations.
+    pub rescap: u8,
+}
+
+/// What one copy may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopyLimits {
+    /// Most source ranges; 0: copy is not supported.
+    pub ranges_max: u16,
+    /// Longest source range.
+    pub range_bytes_max: u64,
+    /// Most bytes altogether.
+    pub bytes_max: u64,
 }
 
 impl Geometry {
+    /// A volume that reads, writes and flushes, 1 MiB at a time, and can do nothing else.
+    pub const fn new(block_bytes: u32, blocks: u64) -> Geometry {
+        Geometry {
+            block_bytes,
+            blocks,
+            physical_block_bytes: block_bytes,
+            io_bytes_max: 1 << 20,
+            read_only: false,
+            write_cache: false,
+            deallocate: false,
+            write_zeroes: false,
+            deallocate_granularity_bytes: block_bytes,
+            deallocated_reads_zero: false,
+            optimal_io_bytes: 0,
+            compare: false,
+            verify: false,
+            copy: CopyLimits { ranges_max: 0, range_bytes_max: 0, bytes_max: 0 },
+            rescap: 0,
+        }
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.blocks.saturating_mul(u64::from(self.block_bytes))
@@ -73,7 +114,7 @@ pub(crate) const IO_BYTES_MAX: u32 = 32 << 20;
 /// A disk: one per backing object, shared by all cores.
 pub trait Volume: Send + Sync {
     /// Shape and abilities, as known now. May grow when [`Volume::refresh`] finds the backing
-    /// object grown.
+    /// object grown, or whenever the far end says so ([`Volume::generation`]).
     fn geometry(&self) -> Geometry;
 
     /// Who the volume is; never changes.
@@ -89,6 +130,13 @@ pub trait Volume: Send + Sync {
     /// plane only.
     fn refresh(&self) -> io::Result<Geometry> {
         Ok(self.geometry())
+    }
+
+    /// Rises whenever [`Volume::geometry`] is not what it was before: devices look at it, as cheap
+    /// as a load, once per turn or so, and tell their guests. A volume that changes only by
+    /// [`Volume::refresh`] may leave it at 0: whoever calls that knows.
+    fn generation(&self) -> u64 {
+        0
     }
 
     /// Bytes that the backing object takes now, where it may be fewer than its size and asking is
@@ -155,19 +203,7 @@ mod tests {
 
     #[test]
     fn a_geometry_beyond_u64_bytes_saturates() {
-        let geometry = Geometry {
-            block_bytes: 4096,
-            blocks: u64::MAX,
-            physical_block_bytes: 4096,
-            io_bytes_max: 4096,
-            read_only: false,
-            write_cache: false,
-            deallocate: false,
-            write_zeroes: false,
-            deallocate_granularity_bytes: 0,
-            deallocated_reads_zero: false,
-            optimal_io_bytes: 0,
-        };
+        let geometry = Geometry::new(4096, u64::MAX);
         assert_eq!(geometry.bytes(), u64::MAX);
     }
 }

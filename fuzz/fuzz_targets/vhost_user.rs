@@ -37,8 +37,6 @@ fn with_files<T>(f: impl FnOnce(&Files) -> T) -> T {
 
 fn device() -> Device {
     let geometry = Geometry {
-        block_bytes: 512,
-        blocks: 1 << 16,
         physical_block_bytes: 4096,
         io_bytes_max: 1 << 20,
         read_only: false,
@@ -47,7 +45,7 @@ fn device() -> Device {
         write_zeroes: true,
         deallocate_granularity_bytes: 4096,
         deallocated_reads_zero: true,
-        optimal_io_bytes: 0,
+        ..Geometry::new(512, 1 << 16)
     };
     let options = DeviceOptions { queues: 3, serial: String::new(), read_only: false };
     Device::new(&geometry, &Identity::from_uuid([1; 16]), &options)

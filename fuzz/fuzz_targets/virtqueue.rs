@@ -21,8 +21,6 @@ const DATA_AT: u64 = 0x1000;
 const MEMORY_BYTES: u64 = 0x10000;
 
 const GEOMETRY: Geometry = Geometry {
-    block_bytes: 512,
-    blocks: 64,
     physical_block_bytes: 512,
     io_bytes_max: 2048,
     read_only: false,
@@ -31,7 +29,7 @@ const GEOMETRY: Geometry = Geometry {
     write_zeroes: true,
     deallocate_granularity_bytes: 512,
     deallocated_reads_zero: true,
-    optimal_io_bytes: 0,
+    ..Geometry::new(512, 64)
 };
 
 /// A volume that looks at what it is asked and completes when told.

@@ -302,6 +302,29 @@ impl SgList {
         Ok(())
     }
 
+    /// Whether `len` bytes at `offset` equal those of `other` at `other_offset`, neither of which
+    /// has to hold still.
+    pub fn is_equal(
+        &self,
+        offset: usize,
+        other: &SgList,
+        other_offset: usize,
+        len: usize,
+    ) -> Result<bool, OutOfBounds> {
+        let (mut left, mut right) = ([0; BOUNCE_BYTES], [0; BOUNCE_BYTES]);
+        let mut done = 0;
+        while done < len {
+            let part = BOUNCE_BYTES.min(len - done);
+            self.copy_to_slice(offset + done, &mut left[..part])?;
+            other.copy_to_slice(other_offset + done, &mut right[..part])?;
+            if left[..part] != right[..part] {
+                return Ok(false);
+            }
+            done += part;
+        }
+        Ok(true)
+    }
+
     /// The pieces of `len` bytes at `offset`, cut off at the end of the list. No piece is empty.
     pub fn range(&self, offset: usize, len: usize) -> Range<'_> {
         Range { segments: self.segments.iter(), skip: offset, left: len }

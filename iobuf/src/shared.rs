@@ -9,6 +9,9 @@ use crate::mapping::{Mapping, page_bytes};
 use crate::raw;
 use crate::sg::{OutOfBounds, Segment, SgList};
 
+/// Bytes that lie on the stack while they are compared or moved.
+const PIECE: usize = 4096;
+
 /// Zero-filled memory that all cores copy in and out of at once, as they would on a disk.
 ///
 /// Accesses of the same bytes at the same time are not ordered: the reader sees old, new or mixed
@@ -80,6 +83,48 @@ impl SharedBytes {
         self.zero(last, end - last)
     }
 
+    /// Whether the bytes at `offset` are those of the list. Compared piece by piece, in copies.
+    pub fn is_equal(&self, offset: usize, with: &SgList) -> Result<bool, OutOfBounds> {
+        self.check(offset, with.len())?;
+        let (mut ours, mut theirs) = ([0; PIECE], [0; PIECE]);
+        let mut done = 0;
+        while done < with.len() {
+            let len = PIECE.min(with.len() - done);
+            self.peek(offset + done, &mut ours[..len]);
+            with.copy_to_slice(done, &mut theirs[..len])?;
+            if ours[..len] != theirs[..len] {
+                return Ok(false);
+            }
+            done += len;
+        }
+        Ok(true)
+    }
+
+    /// Copies `len` bytes at `from` to `to`; the two ranges do not overlap, or what is at `to` is
+    /// unspecified.
+    pub fn copy_within(&self, from: usize, to: usize, len: usize) -> Result<(), OutOfBounds> {
+        self.check(from, len)?;
+        self.check(to, len)?;
+        let mut piece = [0; PIECE];
+        let mut done = 0;
+        while done < len {
+            let part = PIECE.min(len - done);
+            self.peek(from + done, &mut piece[..part]);
+            let memory = self.map.base().wrapping_add(to + done);
+            // SAFETY: the range was checked above to be in the mapping.
+            unsafe { raw::copy(piece.as_ptr(), memory, part) };
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Copies bytes of a range that was checked.
+    fn peek(&self, offset: usize, to: &mut [u8]) {
+        let memory = self.map.base().wrapping_add(offset);
+        // SAFETY: the caller has checked the range to be in the mapping.
+        unsafe { raw::copy(memory, to.as_mut_ptr(), to.len()) };
+    }
+
     fn each(
         &self,
         offset: usize,
@@ -135,5 +180,28 @@ mod tests {
         assert_eq!(memory.write(usize::MAX, &sg), Err(OutOfBounds));
         assert_eq!(memory.discard(50_000, 1), Err(OutOfBounds));
         assert_eq!(memory.zero(1, usize::MAX), Err(OutOfBounds));
+    }
+
+    #[test]
+    fn bytes_are_compared_and_moved() {
+        let pool = Pool::new(1 << 20).unwrap();
+        let mut sg = SgList::default();
+        pool.alloc(20_000, &mut sg).unwrap();
+        let bytes: Vec<u8> = (0..20_000u32).map(|i| (i * 7 + i / 256) as u8).collect();
+        sg.copy_from_slice(0, &bytes).unwrap();
+        let memory = SharedBytes::new(50_000).unwrap();
+        memory.write(3, &sg).unwrap();
+        assert_eq!(memory.is_equal(3, &sg), Ok(true));
+        assert_eq!(memory.is_equal(4, &sg), Ok(false));
+        memory.copy_within(3, 30_000, 20_000).unwrap();
+        assert_eq!(memory.is_equal(30_000, &sg), Ok(true));
+        for at in [0, 4095, 4096, 19_999] {
+            sg.copy_from_slice(at, &[!bytes[at]]).unwrap();
+            assert_eq!(memory.is_equal(30_000, &sg), Ok(false), "byte {at}");
+            sg.copy_from_slice(at, &bytes[at..=at]).unwrap();
+        }
+        assert_eq!(memory.is_equal(30_001, &sg), Err(OutOfBounds));
+        assert_eq!(memory.copy_within(0, 49_999, 2), Err(OutOfBounds));
+        assert_eq!(memory.copy_within(49_999, 0, 2), Err(OutOfBounds));
     }
 }

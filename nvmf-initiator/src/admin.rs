@@ -452,8 +452,6 @@ impl AdminTask {
 fn geometry(info: &ReadyInfo) -> Geometry {
     let namespace = &info.namespace;
     Geometry {
-        block_bytes: namespace.block_bytes,
-        blocks: namespace.blocks,
         physical_block_bytes: namespace.write_granularity_bytes.max(namespace.block_bytes),
         io_bytes_max: IO_BYTES_MAX,
         read_only: namespace.read_only,
@@ -465,7 +463,7 @@ fn geometry(info: &ReadyInfo) -> Geometry {
             bytes => bytes,
         },
         deallocated_reads_zero: namespace.deallocated_reads_zero,
-        optimal_io_bytes: 0,
+        ..Geometry::new(namespace.block_bytes, namespace.blocks)
     }
 }
 

@@ -475,6 +475,10 @@ impl RemoteChannel {
                 (sqe, len, Transfer::Write { len: DSM_RANGE_BYTES as u32, in_capsule })
             }
             Op::Flush => (host::io::flush(nsid), 0, Transfer::None),
+            Op::Compare | Op::Verify | Op::Copy | Op::Reserve | Op::ReservationReport => {
+                // `check` refuses them, as long as the geometry does not offer them.
+                return Err(Loss::Command("an operation that is not offered".to_owned()));
+            }
         };
         let is_whole = io.op == Op::Flush || len == left;
         let mut payloads = 0;

@@ -28,7 +28,6 @@ mod abort;
 mod admin;
 mod busy;
 mod change;
-mod compare;
 mod config;
 mod conn;
 mod core;

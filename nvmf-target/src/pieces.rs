@@ -8,7 +8,6 @@ use block::{Io, Op};
 use nvme::ctrl::io::{COPY_RANGE_LEN, IoCommand, copy_check, copy_range};
 use nvme::spec::Status;
 
-use crate::compare::is_equal;
 use crate::conn::Conn;
 use crate::core::Env;
 
@@ -178,8 +177,7 @@ impl Conn {
         let total = match command {
             IoCommand::Compare { len: total, .. } => {
                 let same = entry.io.as_ref().is_some_and(|host| {
-                    is_equal(&host.data, pieces.done as usize, &io.data, 0, len as usize)
-                        == Ok(true)
+                    host.data.is_equal(pieces.done as usize, &io.data, 0, len as usize) == Ok(true)
                 });
                 if !same {
                     self.tally(env, |counters| counters.compare(total.into()));

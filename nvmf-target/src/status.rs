@@ -11,12 +11,18 @@ pub(crate) fn of(error: IoError, op: Op) -> Status {
     match error {
         IoError::OutOfRange => Status::LBA_OUT_OF_RANGE.dnr(),
         IoError::NotSupported => Status::INVALID_COMMAND_OPCODE.dnr(),
+        IoError::TooLarge if op == Op::Copy => Status::COMMAND_SIZE_LIMIT_EXCEEDED.dnr(),
         IoError::Misaligned | IoError::TooLarge => Status::INVALID_FIELD_IN_COMMAND.dnr(),
         IoError::ReadOnly => Status::NAMESPACE_IS_WRITE_PROTECTED.dnr(),
         IoError::NoSpace => Status::CAPACITY_EXCEEDED.dnr(),
-        IoError::Medium if op == Op::Read => Status::UNRECOVERED_READ_ERROR.dnr(),
+        IoError::Medium if matches!(op, Op::Read | Op::Compare | Op::Verify) => {
+            Status::UNRECOVERED_READ_ERROR.dnr()
+        }
         IoError::Medium => Status::WRITE_FAULT.dnr(),
         IoError::Gone => Status::INTERNAL_ERROR,
+        IoError::Overlapping => Status::OVERLAPPING_IO_RANGE.dnr(),
+        IoError::CompareFailed => Status::COMPARE_FAILURE.dnr(),
+        IoError::ReservationConflict => Status::RESERVATION_CONFLICT.dnr(),
         IoError::Aborted => Status::COMMAND_ABORT_REQUESTED,
     }
 }
@@ -27,11 +33,11 @@ mod tests {
 
     #[test]
     fn what_would_fail_again_is_not_retried_and_what_may_heal_is() {
-        for error in [IoError::OutOfRange, IoError::ReadOnly, IoError::NoSpace, IoError::Medium] {
-            assert!(of(error, Op::Write).is_dnr(), "{error:?}");
-        }
-        for error in [IoError::Gone, IoError::Aborted] {
-            assert!(!of(error, Op::Write).is_dnr(), "{error:?}");
+        for error in IoError::ALL {
+            let may_heal = matches!(error, IoError::Gone | IoError::Aborted);
+            for op in Op::ALL {
+                assert_ne!(of(error, op).is_dnr(), may_heal, "{error:?} of {op:?}");
+            }
         }
         assert_ne!(of(IoError::Medium, Op::Read), of(IoError::Medium, Op::Write));
     }

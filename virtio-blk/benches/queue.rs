@@ -55,8 +55,6 @@ fn measure(indirect: bool, depth: usize) -> (f64, f64) {
     let base = memory.base();
     let mut driver = TestQueue::new(memory.view(), base, SIZE, true);
     let geometry = Geometry {
-        block_bytes: 512,
-        blocks: 1 << 20,
         physical_block_bytes: 4096,
         io_bytes_max: 1 << 20,
         read_only: false,
@@ -65,7 +63,7 @@ fn measure(indirect: bool, depth: usize) -> (f64, f64) {
         write_zeroes: true,
         deallocate_granularity_bytes: 4096,
         deallocated_reads_zero: true,
-        optimal_io_bytes: 0,
+        ..Geometry::new(512, 1 << 20)
     };
     let options = DeviceOptions { queues: 1, serial: String::new(), read_only: false };
     let device = Device::new(&geometry, &Identity::from_uuid([1; 16]), &options);

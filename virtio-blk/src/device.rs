@@ -282,8 +282,6 @@ pub(crate) mod tests {
 
     pub(crate) fn geometry() -> Geometry {
         Geometry {
-            block_bytes: 512,
-            blocks: 0x12345,
             physical_block_bytes: 4096,
             io_bytes_max: 1 << 20,
             read_only: false,
@@ -292,7 +290,7 @@ pub(crate) mod tests {
             write_zeroes: true,
             deallocate_granularity_bytes: 4096,
             deallocated_reads_zero: true,
-            optimal_io_bytes: 0,
+            ..Geometry::new(512, 0x12345)
         }
     }
 

@@ -494,7 +494,8 @@ impl Engine {
             Some(Op::Flush) => counters.flushes += 1,
             Some(Op::Deallocate) => counters.discards += 1,
             Some(Op::WriteZeroes) => counters.write_zeroes += 1,
-            None => {}
+            // No request is one of the others.
+            Some(_) | None => {}
         }
         counters.errors += u64::from(!is_ok);
         self.in_flight_old -= usize::from(slot.epoch != self.epoch);

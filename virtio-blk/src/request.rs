@@ -43,7 +43,10 @@ impl From<IoError> for Status {
             | IoError::Medium
             | IoError::Gone
             | IoError::Aborted
-            | IoError::TooLarge => Status::IOERR,
+            | IoError::TooLarge
+            | IoError::Overlapping
+            | IoError::CompareFailed
+            | IoError::ReservationConflict => Status::IOERR,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use iobuf::SgList;
+use iobuf::{OutOfBounds, SgList};
 use reactor::{Completion, Errno, Fd, Local, Outcome, Port, SharedFd};
 
 use super::{Layout, Shared};
@@ -32,7 +32,7 @@ const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 /// What the next (or running) operation of a slot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Read or write a piece.
+    /// Read or write a piece, or read one to compare it or only to see that it can be read.
     Transfer,
     /// Flush, or make a `fallocate` durable.
     Sync,
@@ -59,7 +59,8 @@ struct Slot {
     done: u64,
     /// Bytes of the range that the running operation covers.
     piece: u64,
-    /// Pool memory that stands in for misaligned memory, or zeros to be written.
+    /// Pool memory that stands in for misaligned memory or takes what is compared, or zeros to be
+    /// written.
     bounce: SgList,
     /// The part of a list that the running operation works on.
     part: SgList,
@@ -212,13 +213,18 @@ impl Engine {
             }
             Stage::Transfer => {
                 // Usually everything at once, from where it is.
-                if done == 0 && self.suits(&io.data) {
+                let is_direct = matches!(io.op, Op::Read | Op::Write);
+                if done == 0 && is_direct && self.suits(&io.data) {
                     return match self.transfer(io, offset, &io.data, token) {
                         Ok(()) => (Step::Running, left),
                         Err(reactor::Busy) => (Step::Stalled, 0),
                     };
                 }
-                let direct = direct_piece(&self.shared.layout, &io.data, done, left);
+                // What is compared or verified is read into memory of our own.
+                let direct = match is_direct {
+                    true => direct_piece(&self.shared.layout, &io.data, done, left),
+                    false => 0,
+                };
                 part.clear();
                 let (list, piece) = if direct > 0 {
                     bounce.clear();
@@ -256,7 +262,7 @@ impl Engine {
         list: &SgList,
         token: u64,
     ) -> Result<(), reactor::Busy> {
-        if io.op == Op::Read {
+        if io.op != Op::Write {
             self.port.readv(&self.file, offset, list, token)
         } else {
             self.port.writev(&self.file, offset, list, io.fua, token)
@@ -291,6 +297,14 @@ impl Engine {
                     && slot.bounce.copy_to(0, &io.data, slot.done as usize, moved as usize).is_err()
                 {
                     return Some(Err(IoError::Misaligned));
+                }
+                if io.op == Op::Compare {
+                    let (at, len) = (slot.done as usize, moved as usize);
+                    match slot.bounce.is_equal(0, &io.data, at, len) {
+                        Ok(true) => {}
+                        Ok(false) => return Some(Err(IoError::CompareFailed)),
+                        Err(OutOfBounds) => return Some(Err(IoError::Misaligned)),
+                    }
                 }
                 slot.done += moved;
             }
@@ -364,13 +378,15 @@ fn whole_blocks(layout: &Layout, moved: u64, piece: u64) -> u64 {
 fn first_stage(shared: &Shared, io: &Io) -> Option<Stage> {
     let can_punch = shared.can_punch.load(Relaxed);
     Some(match io.op {
-        Op::Read | Op::Write => Stage::Transfer,
+        Op::Read | Op::Write | Op::Compare | Op::Verify => Stage::Transfer,
         Op::Flush => Stage::Sync,
         Op::Deallocate if can_punch => Stage::Allocate(PUNCH_HOLE),
         Op::Deallocate => return None,
         Op::WriteZeroes if can_punch && !io.no_unmap => Stage::Allocate(PUNCH_HOLE),
         Op::WriteZeroes if shared.can_zero.load(Relaxed) => Stage::Allocate(ZERO_RANGE),
         Op::WriteZeroes => Stage::ZeroFill,
+        // `check` has refused them.
+        Op::Copy | Op::Reserve | Op::ReservationReport => return None,
     })
 }
 
@@ -398,7 +414,7 @@ impl Channel for FileChannel {
             io.result = Err(IoError::NotSupported);
         }
         self.in_flight += 1;
-        let is_empty = io.len == 0 && io.op != Op::Flush;
+        let is_empty = io.len == 0 && io.op.has_range();
         match (stage, self.free.pop()) {
             (Some(stage), Some(index)) if io.result.is_ok() && !is_empty => {
                 io.scratch = u64::from(index);

@@ -14,6 +14,7 @@
 //! | FUA | `RWF_DSYNC`, or `fdatasync` after a `fallocate` |
 //! | flush | `fdatasync` |
 //! | deallocate | `fallocate(PUNCH_HOLE)` |
+//! | compare, verify | `READV` into memory of the core's pool |
 //! | write zeroes | `fallocate(PUNCH_HOLE)`, or `ZERO_RANGE` to keep blocks allocated; else zeros
 //! are written |
 //!
@@ -26,6 +27,7 @@
 //!   its new end fail, and writes there make it longer again.
 //! - I/O in the kernel is not taken back: `abort` returns only what waits for memory or a ring
 //!   slot.
+//! - Copy and reservations are refused: a file has no such operations of its own.
 //! - Memory that does not suit direct I/O is copied through the core's pool, 128 KiB per I/O at a
 //!   time; with the pool exhausted such I/O waits.
 //! - Where direct I/O is not possible at all the volume works on the page cache, slowly, and says
@@ -126,8 +128,6 @@ impl Shared {
     fn geometry(&self) -> Geometry {
         let can_punch = self.can_punch.load(Relaxed);
         Geometry {
-            block_bytes: self.layout.block_bytes,
-            blocks: self.blocks.load(Relaxed),
             physical_block_bytes: self.layout.physical_block_bytes,
             io_bytes_max: IO_BYTES_MAX,
             read_only: self.layout.read_only,
@@ -138,6 +138,9 @@ impl Shared {
             deallocate_granularity_bytes: self.layout.deallocate_granularity_bytes,
             deallocated_reads_zero: can_punch,
             optimal_io_bytes: self.layout.optimal_io_bytes,
+            compare: true,
+            verify: true,
+            ..Geometry::new(self.layout.block_bytes, self.blocks.load(Relaxed))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use block::{Busy, Io, IoError, Op, Volume};
+use block::{Busy, Extent, Io, IoError, Op, Volume};
 use iobuf::SgList;
 
 use crate::harness::Bench;
@@ -81,6 +81,8 @@ struct Flight {
     tag: u64,
     op: Op,
     range: Range<usize>,
+    /// What a copy reads.
+    source: Range<usize>,
     whole: SgList,
     parts: Vec<Range<usize>>,
 }
@@ -103,12 +105,15 @@ pub(crate) fn run(
     let mut flights: Vec<Flight> = Vec::new();
     let mut failures = 0;
     for tag in 0..options.ios as u64 {
-        let op = match random.below(20) {
+        let op = match random.below(24) {
             0..8 => Op::Read,
             8..15 => Op::Write,
             15 => Op::Flush,
             16..18 => Op::WriteZeroes,
-            _ if geometry.deallocate => Op::Deallocate,
+            18..20 if geometry.deallocate => Op::Deallocate,
+            20..22 => Op::Compare,
+            22 => Op::Verify,
+            23 if geometry.copy.ranges_max > 0 => Op::Copy,
             _ => Op::Read,
         };
         let first = random.below(blocks as u64) as usize;
@@ -117,16 +122,28 @@ pub(crate) fn run(
         let longest = if random.below(4) == 0 { longest } else { longest.min(16) };
         let count = 1 + random.below(longest as u64) as usize;
         let range = first * block..(first + count) * block;
+        let mut op = op;
+        let source = (random.below((blocks + 1 - count) as u64) as usize) * block;
+        let mut source = source..source + range.len();
+        if op == Op::Copy && overlap(&source, &range) {
+            op = Op::Read;
+        }
+        if op != Op::Copy {
+            source = 0..0;
+        }
         let conflicts = |f: &Flight| {
             f.op != Op::Flush
-                && (op.is_change() || f.op.is_change())
-                && f.range.start < range.end
-                && range.start < f.range.end
+                && (op.is_change() && (overlap(&f.range, &range) || overlap(&f.source, &range))
+                    || f.op.is_change()
+                        && (overlap(&f.range, &range) || overlap(&f.range, &source)))
         };
         while flights.len() == options.depth || (op != Op::Flush && flights.iter().any(conflicts)) {
             failures += collect(bench, &mut flights, &mut model, options);
         }
-        let len = if matches!(op, Op::Read | Op::Write) { range.len() } else { 0 };
+        if op == Op::Compare && !model.known[model.blocks(&range)].iter().all(|known| *known) {
+            op = Op::Read;
+        }
+        let len = if op.has_data() { range.len() } else { 0 };
         let (whole, parts) = memory(bench, &mut random, len, options.odd_memory);
         let mut io = Box::new(Io::new(op, range.start as u64, range.len() as u64));
         io.tag = tag;
@@ -140,11 +157,29 @@ pub(crate) fn run(
                 (0..len).map(|i| (tag as usize * 131 + i * 7 + i / 256) as u8).collect();
             io.data.copy_from_slice(0, &fresh).unwrap();
         }
+        if op == Op::Compare {
+            let mut bytes = model.bytes[range.clone()].to_vec();
+            if random.below(2) == 0 {
+                bytes[random.below(len as u64) as usize] ^= 0x10;
+                io.tag |= WRONG;
+            }
+            io.data.copy_from_slice(0, &bytes).unwrap();
+        }
+        if op == Op::Copy {
+            // In two sources, where there are two blocks.
+            let half = source.len() / block / 2 * block;
+            for (at, len) in [(source.start, half), (source.start + half, source.len() - half)] {
+                if len > 0 {
+                    io.sources.push(Extent { offset: at as u64, len: len as u64 });
+                }
+            }
+        }
+        let tag = io.tag;
         while let Err(Busy(back)) = bench.submit(io) {
             io = back;
             failures += collect(bench, &mut flights, &mut model, options);
         }
-        flights.push(Flight { tag, op, range, whole, parts });
+        flights.push(Flight { tag, op, range, source, whole, parts });
     }
     while !flights.is_empty() {
         failures += collect(bench, &mut flights, &mut model, options);
@@ -186,6 +221,14 @@ fn collect(
         around[part].fill(AROUND);
     }
     assert!(around.iter().all(|b| *b == AROUND), "{what}: bytes around the data changed");
+    if io.op == Op::Compare && io.tag & WRONG != 0 {
+        let is_failure =
+            options.may_fail.is_some() && io.result == options.may_fail.map_or(Ok(()), Err);
+        if !is_failure {
+            assert_eq!(io.result, Err(IoError::CompareFailed), "{what}");
+        }
+        return usize::from(is_failure);
+    }
     if let Err(e) = io.result {
         assert_eq!(Some(e), options.may_fail, "{what}");
         if io.op.is_change() {
@@ -197,16 +240,28 @@ fn collect(
     match io.op {
         Op::Read => model.compare(flight.range, &seen, &what),
         Op::Write => model.set(flight.range, &seen),
-        Op::Flush => {}
+        Op::Flush | Op::Verify | Op::Compare => {}
+        Op::Copy => {
+            let (from, to) = (model.blocks(&flight.source), model.blocks(&flight.range));
+            model.bytes.copy_within(flight.source, flight.range.start);
+            model.known.copy_within(from, to.start);
+        }
         Op::WriteZeroes | Op::Deallocate => {
             let zeros = vec![0; flight.range.len()];
             model.set(flight.range, &zeros);
         }
+        other => panic!("{other:?} was not asked for"),
     }
     0
 }
 
 const AROUND: u8 = 0xA5;
+/// In the tag of a compare with a wrong byte.
+const WRONG: u64 = 1 << 63;
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
 
 /// Memory for `len` bytes, and the parts of it to use: page-aligned, or at odd addresses and cut
 /// into odd pieces.

@@ -6,7 +6,7 @@ use block::fault::FaultVolume;
 use block::null::NullVolume;
 use block::ram::RamVolume;
 use block::uring::{FileVolume, Layout};
-use block::{Busy, Io, IoError, Op, Volume};
+use block::{Busy, Extent, Io, IoError, Op, Volume};
 use reactor::sim::World;
 
 use crate::harness::{Bench, identity};
@@ -62,6 +62,12 @@ fn bad_ranges_come_back_with_the_reason() {
             (Op::Deallocate, 512, 0, Ok(())),
             (Op::Flush, u64::MAX, u64::MAX, Ok(())),
             (Op::WriteZeroes, 0, BYTES, Ok(())),
+            (Op::Verify, 512, BYTES, Err(IoError::OutOfRange)),
+            (Op::Verify, 0, BYTES, Ok(())),
+            (Op::Compare, 0, 512, Err(IoError::Misaligned)), // without memory
+            (Op::Compare, BYTES, 0, Ok(())),
+            (Op::Reserve, 0, 0, Err(IoError::NotSupported)),
+            (Op::ReservationReport, 0, 64, Err(IoError::NotSupported)),
         ] {
             let io = bench.run(Io { tag: 77, ..Io::new(op, offset, len) });
             assert_eq!(io.result, want, "{name}: {op:?} {offset} {len}");
@@ -112,4 +118,19 @@ fn null_reads_zeros_whatever_was_written() {
     let mut bench = Bench::simulated(&world, &volume, 4);
     assert_eq!(bench.write(4096, &[1; 8192], true), Ok(()));
     assert_eq!(bench.read(0, 16384), Ok(vec![0; 16384]));
+}
+
+#[test]
+fn copies_are_done_or_refused() {
+    let world = World::new(1);
+    for (name, volume) in volumes(&world) {
+        let mut bench = Bench::simulated(&world, &*volume, 4);
+        let sources = vec![Extent { offset: 4096, len: 4096 }];
+        let io = bench.run(Io { sources, ..Io::new(Op::Copy, 65536, 4096) });
+        let want = match volume.geometry().copy.ranges_max {
+            0 => Err(IoError::NotSupported),
+            _ => Ok(()),
+        };
+        assert_eq!((io.result, name == "ram"), (want, want.is_ok()), "{name}");
+    }
 }

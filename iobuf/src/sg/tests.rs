@@ -167,3 +167,22 @@ fn two_pools_do_not_mix() {
     two.alloc(10, &mut b).unwrap();
     let _ = a.append_range(&b, 0, 10);
 }
+
+#[test]
+fn comparing_counts_every_byte_and_none_outside() {
+    let pool = Pool::new(4 << 20).unwrap();
+    let (mut a, mut b) = (SgList::default(), SgList::default());
+    pool.alloc(300_000, &mut a).unwrap();
+    pool.alloc(200_000, &mut b).unwrap();
+    let bytes: Vec<u8> = (0..200_000u32).map(|i| (i * 7 + i / 256) as u8).collect();
+    a.copy_from_slice(50_000, &bytes).unwrap();
+    b.copy_from_slice(0, &bytes).unwrap();
+    assert_eq!(a.is_equal(50_000, &b, 0, 200_000), Ok(true));
+    for at in [0, 4095, 4096, 131_071, 199_999] {
+        b.copy_from_slice(at, &[!bytes[at]]).unwrap();
+        assert_eq!(a.is_equal(50_000, &b, 0, 200_000), Ok(false), "byte {at}");
+        assert_eq!(a.is_equal(50_000, &b, 0, at), Ok(true), "before byte {at}");
+        b.copy_from_slice(at, &bytes[at..=at]).unwrap();
+    }
+    assert_eq!(a.is_equal(50_000, &b, 0, 200_001), Err(OutOfBounds));
+}

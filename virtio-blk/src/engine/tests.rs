@@ -57,6 +57,7 @@ impl Disk {
             Op::Write => io.data.copy_to_slice(0, &mut self.bytes[range]).unwrap(),
             Op::WriteZeroes | Op::Deallocate => self.bytes[range].fill(0),
             Op::Flush => {}
+            other => panic!("no request is {other:?}"),
         }
     }
 }
