@@ -1,32 +1,44 @@
-//! Keys of NVMe over Fabrics, as people pass them on.
+//! Keys of NVMe over Fabrics: as people pass them on, and what is derived from them.
 //!
 //! - [`TlsKey`]: a pre-shared key for TLS, `NVMeTLSkey-1:hh:...:`.
 //! - [`DhchapKey`]: a secret for in-band authentication, `DHHC-1:hh:...:`.
 //! - [`Secret`]: the bytes of either. They have no `Debug` and no `Display`, are compared in
-//!   constant
-//!   time and wiped when dropped.
+//!   constant time and wiped when dropped.
+//! - [`psk`]: retained keys, identities and pre-shared keys of TLS 1.3, in both derivations that are
+//!   in the field.
 //!
 //! ```
+//! use crypto::psk::{Derivation, IdentityVersion, RetainedKey};
+//!
 //! let text = "NVMeTLSkey-1:01:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh+KfiaR:";
 //! let key = crypto::TlsKey::parse(text)?;
-//! assert_eq!(key.secret().expose().len(), 32);
 //! assert_eq!(key.to_text().expose(), text);
-//! # Ok::<(), crypto::KeyError>(())
+//!
+//! let (host, subsystem) = ("nqn.2014-08.org.example:host", "nqn.2014-08.org.example:sub");
+//! let retained = RetainedKey::new(&key, host, Derivation::Rfc8446)?;
+//! let psk = retained.psk(IdentityVersion::V0, host, subsystem)?;
+//! assert_eq!(psk.identity(), format!("NVMe0R01 {host} {subsystem}"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # What this crate does not do
 //!
-//! It derives no keys and speaks no protocol: no TLS, no DH-HMAC-CHAP. It does no I/O and draws no
-//! random numbers; who makes a key passes the bytes in. Parsing a key takes time that depends on
-//! its characters, as it happens once per configured key and not at a peer's request.
+//! It does no I/O and draws no random numbers of its own for keys; who makes a key passes the bytes
+//! in. Parsing a key takes time that depends on its characters, as it happens once per configured
+//! key and not at a peer's request.
 //!
-//! Start reading at [`TlsKey`].
+//! Start reading at [`TlsKey`], then [`psk`].
 
 #![forbid(unsafe_code)]
 
 mod base64;
+mod kdf;
 mod key;
+pub mod psk;
 mod secret;
+#[cfg(test)]
+mod testing;
 
+pub use kdf::Hash;
 pub use key::{DhchapKey, KeyError, KeyHash, TlsKey};
 pub use secret::{Secret, SecretText};
