@@ -32,8 +32,8 @@
 //!
 //! # What this crate does not do
 //!
-//! No protocol, no listener (the control plane accepts and hands sockets over), no buffered file
-//! writes through the ring. The ring needs Linux 6.1; [`SetupError`] says what to do where it is
+//! No protocol, no listener on a core (the control plane accepts and hands sockets over; [`unix`] is
+//! for the control threads of devices), no buffered file writes through the ring. The ring needs Linux 6.1; [`SetupError`] says what to do where it is
 //! missing.
 //!
 //! Start reading at [`Core`], then [`Port`], then [`net`].
@@ -51,6 +51,7 @@ mod registered;
 mod rx;
 pub mod sim;
 mod sys;
+pub mod unix;
 mod uring;
 mod wake;
 

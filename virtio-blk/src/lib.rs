@@ -49,7 +49,7 @@ use std::{fmt, io, thread};
 
 use block::Volume;
 use reactor::CoreHandle;
-use rustix::event::{EventfdFlags, eventfd};
+use reactor::unix::{Listener, Waker};
 
 pub mod device;
 pub mod engine;
@@ -66,8 +66,7 @@ pub use queue::{Broken, QUEUE_SIZE_MAX};
 pub use vhost_user::ListenError;
 
 use vhost_user::server::{Parts, Request, Server};
-use vhost_user::socket::Listener;
-use worker::{CoreTask, Events, Running, Waker};
+use worker::{CoreTask, Events, Running};
 
 /// Most queues of one device. A ring's number has 8 bits in vhost-user.
 pub const QUEUES_MAX: u16 = 256;
@@ -216,9 +215,7 @@ pub fn serve(
         return Err(ServeError::NoCores);
     }
     let listener = Listener::new(&config.socket, config.socket_mode)?;
-    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-        .map_err(|error| ServeError::Start(error.into()))?;
-    let waker = Waker::new(wake);
+    let waker = Waker::new().map_err(ServeError::Start)?;
     let (event_sender, events) = mpsc::channel();
     let (requests, request_receiver) = mpsc::channel();
 

@@ -11,6 +11,7 @@ use block::fault::{FaultHandle, FaultVolume};
 use block::ram::RamVolume;
 use block::{Identity, Op};
 use reactor::{Core, CoreConfig};
+use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
 use super::*;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use block::{Channel, Volume};
 use iobuf::GuestMemory;
+use reactor::unix::Waker;
 use reactor::{Fd, Local, Port, Progress, Receiver, Task};
 
 use crate::device::Limits;
@@ -62,25 +63,6 @@ pub(crate) enum Event {
     Gone {
         core: usize,
     },
-}
-
-/// Wakes the control thread out of its poll.
-#[derive(Clone, Debug)]
-pub(crate) struct Waker(Arc<OwnedFd>);
-
-impl Waker {
-    /// `eventfd` must not block.
-    pub(crate) fn new(eventfd: OwnedFd) -> Waker {
-        Waker(Arc::new(eventfd))
-    }
-
-    pub(crate) fn wake(&self) {
-        signal(&self.0);
-    }
-
-    pub(crate) fn eventfd(&self) -> &OwnedFd {
-        &self.0
-    }
 }
 
 /// A full counter means that the reader has been told already.

@@ -8,4 +8,4 @@ pub mod session;
 pub(crate) mod socket;
 pub mod wire;
 
-pub use socket::ListenError;
+pub use reactor::unix::ListenError;

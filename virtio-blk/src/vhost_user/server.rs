@@ -14,19 +14,19 @@
 //! outlived its client could otherwise overwrite what the next one has written.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use block::Volume;
+use reactor::unix::{Listener, Waker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{info, warn};
 
 use super::session::{Action, Refusal, Session};
-use super::socket::{Connection, ConnectionError, Listener, Received};
+use super::socket::{Connection, ConnectionError, Received};
 use crate::device::{Device, DeviceOptions};
-use crate::worker::{Command, Event, Waker};
+use crate::worker::{Command, Event};
 use crate::{DeviceConfig, DeviceState, QueueState};
 
 /// Messages taken from the client before looking at anything else.
@@ -163,7 +163,7 @@ impl Server {
         let listener_flags = if is_accepting { PollFlags::IN } else { PollFlags::empty() };
         let waker = self.waker.clone();
         let mut fds = vec![
-            PollFd::new(waker.eventfd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(waker.eventfd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.listener.as_fd(), listener_flags),
         ];
         if let Some(client) = &self.client {
@@ -179,9 +179,7 @@ impl Server {
         }
         let ready: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
         if !ready[0].is_empty() {
-            let mut count = [0; 8];
-            // EAGAIN: somebody has read it already.
-            let _ = rustix::io::read(waker.eventfd().as_fd(), &mut count);
+            waker.clear();
         }
         if is_accepting && !ready[1].is_empty() {
             self.accept();

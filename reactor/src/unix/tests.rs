@@ -1,0 +1,78 @@
+use std::os::unix::net::UnixStream;
+
+use super::*;
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[test]
+fn listening_has_the_mode_asked_for_and_leaves_nothing() {
+    let folder = folder();
+    let path = folder.path().join("a.sock");
+    for mode in [0o600, 0o660] {
+        let listener = Listener::new(&path, mode).unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!(metadata.permissions().mode() & 0o777, mode);
+        assert!(listener.accept().unwrap().is_none());
+        let client = UnixStream::connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some());
+        drop((listener, client));
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn only_an_unused_socket_is_replaced() {
+    let folder = folder();
+    let path = folder.path().join("a.sock");
+    // Left behind by a process that was killed.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let listener = Listener::new(&path, 0o600).unwrap();
+
+    let error = Listener::new(&path, 0o600).unwrap_err();
+    assert!(matches!(error, ListenError::InUse { .. }), "{error}");
+    assert!(UnixStream::connect(&path).is_ok(), "it was left alone");
+    // Another one has taken the name: it is not ours to remove.
+    fs::remove_file(&path).unwrap();
+    let other = Listener::new(&path, 0o600).unwrap();
+    drop(listener);
+    assert!(path.exists());
+    drop(other);
+    assert!(!path.exists());
+
+    fs::write(&path, "precious").unwrap();
+    let error = Listener::new(&path, 0o600).unwrap_err();
+    assert!(matches!(error, ListenError::NotASocket { .. }), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn bad_paths_have_a_reason() {
+    let folder = folder();
+    let long = folder.path().join("x".repeat(120));
+    let error = Listener::new(&long, 0o600).unwrap_err().to_string();
+    assert!(error.contains("xxx"), "{error}");
+    let nowhere = folder.path().join("no").join("such");
+    let error = Listener::new(&nowhere, 0o600).unwrap_err();
+    assert!(error.to_string().contains("cannot open the folder of"), "{error}");
+}
+
+/// Devices of one process usually have their sockets in one folder and are set up together.
+#[test]
+fn sockets_of_one_folder_are_set_up_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = std::sync::Barrier::new(16);
+    std::thread::scope(|scope| {
+        for n in 0..16 {
+            let (start, path) = (&start, dir.path().join(format!("{n}.sock")));
+            scope.spawn(move || {
+                start.wait();
+                for _ in 0..50 {
+                    drop(Listener::new(&path, 0o600).unwrap());
+                }
+            });
+        }
+    });
+}
