@@ -12,7 +12,8 @@ use penstock_fuzz::Input;
 use virtio_blk::Features;
 use virtio_blk::device::{Device, DeviceOptions};
 use virtio_blk::engine::{Engine, EngineConfig};
-use virtio_blk::queue::split::{RingConfig, SplitQueue};
+use virtio_blk::queue::ring::Ring;
+use virtio_blk::queue::split::RingConfig;
 use virtio_blk::testing::{TestMemory, TestQueue};
 
 const SIZE: u16 = 16;
@@ -87,11 +88,11 @@ fn run(memory: &TestMemory, data: &[u8]) {
     let config = RingConfig {
         size: SIZE,
         address: driver.address(),
-        next_avail: 0,
+        base: 0,
         event_idx,
         indirect: true,
     };
-    let ring = SplitQueue::new(memory.view(), &config).expect("a good ring");
+    let ring = Ring::new(memory.view(), &config, None).expect("a good ring");
     let features = Features::DISCARD | Features::WRITE_ZEROES | Features::FLUSH;
     let config = EngineConfig { limits: *device.limits(), features, write_through: false };
     let mut engine = Engine::new(ring, Rc::clone(memory.view()), config);

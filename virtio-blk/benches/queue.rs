@@ -15,7 +15,8 @@ use block::{Busy, Channel, Geometry, Identity, Io};
 use virtio_blk::Features;
 use virtio_blk::device::{Device, DeviceOptions};
 use virtio_blk::engine::{Engine, EngineConfig};
-use virtio_blk::queue::split::{RingConfig, SplitQueue};
+use virtio_blk::queue::ring::Ring;
+use virtio_blk::queue::split::RingConfig;
 use virtio_blk::testing::{Buffer, TestMemory, TestQueue};
 
 /// Completes everything at the next poll and moves no data.
@@ -70,11 +71,11 @@ fn measure(indirect: bool, depth: usize) -> (f64, f64) {
     let config = RingConfig {
         size: SIZE,
         address: driver.address(),
-        next_avail: 0,
+        base: 0,
         event_idx: true,
         indirect: true,
     };
-    let ring = SplitQueue::new(memory.view(), &config).expect("a good ring");
+    let ring = Ring::new(memory.view(), &config, None).expect("a good ring");
     let features = Features::EVENT_IDX | Features::INDIRECT_DESC;
     let config = EngineConfig { limits: *device.limits(), features, write_through: false };
     let mut engine = Engine::new(ring, Rc::clone(memory.view()), config);

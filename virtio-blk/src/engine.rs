@@ -1,8 +1,8 @@
 //! One virtqueue being served: chains become I/Os, finished I/Os become used entries.
 //!
 //! ```text
-//!  SplitQueue::pop → Request::parse → Slot + Io(s) → Channel::submit
-//!  SplitQueue::push_used ← status byte ← Slot ← Channel::poll
+//!  Ring::pop → Request::parse → Slot + Io(s) → Channel::submit
+//!  Ring::push_used ← status byte ← Slot ← Channel::poll
 //! ```
 //!
 //! A request takes a slot, and one [`Io`] or more if it is longer than the volume takes at once.
@@ -16,8 +16,11 @@ use block::{Busy, Channel, Io, IoError, Op};
 use iobuf::{GuestSlice, GuestView};
 
 use crate::device::{Features, Limits, PARTS_MAX, SEG_MAX};
-use crate::queue::split::{RingAddress, SplitQueue};
-use crate::queue::{Broken, Chain, Piece};
+use crate::queue::ring::Ring;
+#[cfg(test)]
+use crate::queue::shared::cut;
+use crate::queue::split::RingAddress;
+use crate::queue::{Broken, Chain, Piece, Token};
 use crate::request::{self, Action, HEADER_BYTES, Range, Request, Status};
 
 /// Most requests taken in one turn, so that other queues of the core get theirs.
@@ -111,10 +114,12 @@ pub struct Turn {
 struct Slot {
     /// None: the slot is free.
     status_byte: Option<GuestSlice>,
-    head: u16,
+    token: Token,
     op: Option<Op>,
     /// I/Os that are out.
     parts: u16,
+    /// Some I/O of it was aborted.
+    is_aborted: bool,
     status: Option<Status>,
     written: u32,
     written_failed: u32,
@@ -127,7 +132,7 @@ struct Slot {
 /// One virtqueue being served.
 #[expect(clippy::vec_box, reason = "the boxes move between here and the channel")]
 pub struct Engine {
-    ring: SplitQueue,
+    ring: Ring,
     view: Rc<GuestView>,
     config: EngineConfig,
     chain: Chain,
@@ -141,6 +146,7 @@ pub struct Engine {
     /// The last request that was looked at needs more free I/Os than there were.
     is_starved: bool,
     is_enabled: bool,
+    leaves_aborted: bool,
     /// The ring is not in the current memory table.
     is_detached: bool,
     broken: Option<Broken>,
@@ -153,7 +159,7 @@ pub struct Engine {
 
 impl Engine {
     /// Serve a ring, as soon as [`Engine::set_enabled`] says so.
-    pub fn new(ring: SplitQueue, view: Rc<GuestView>, config: EngineConfig) -> Engine {
+    pub fn new(ring: Ring, view: Rc<GuestView>, config: EngineConfig) -> Engine {
         let size = usize::from(ring.size());
         let ios = size.max(PARTS_MAX);
         Engine {
@@ -169,6 +175,7 @@ impl Engine {
             waiting: VecDeque::with_capacity(ios),
             is_starved: false,
             is_enabled: false,
+            leaves_aborted: false,
             is_detached: false,
             broken: None,
             epoch: 0,
@@ -212,9 +219,15 @@ impl Engine {
         self.waiting.len()
     }
 
-    /// Available index to go on with later.
-    pub fn next_avail(&self) -> u16 {
-        self.ring.next_avail()
+    /// Where to go on later, as GET_VRING_BASE tells it.
+    pub fn base(&self) -> u32 {
+        self.ring.base()
+    }
+
+    /// From now on a request whose I/O was aborted is not answered, if the ring records what is in
+    /// flight: whoever serves the ring next does it again, and the driver sees no error.
+    pub fn leave_aborted(&mut self) {
+        self.leaves_aborted = self.ring.has_record();
     }
 
     /// Why the queue cannot be served any more, if so.
@@ -320,7 +333,9 @@ impl Engine {
             match taken {
                 Ok(true) => has_worked = true,
                 Ok(false) => {
-                    self.ring.unpop();
+                    if let Err(broken) = self.ring.unpop(self.chain.token) {
+                        self.broken = Some(broken);
+                    }
                     self.is_starved = true;
                     break;
                 }
@@ -380,10 +395,11 @@ impl Engine {
             return Ok(false);
         };
         let slot = &mut self.slots[usize::from(index)];
-        slot.head = self.chain.head;
+        slot.token = self.chain.token;
         slot.op = Some(op);
         slot.parts = self.parts.len() as u16;
         slot.status = None;
+        slot.is_aborted = false;
         slot.written = request.written;
         slot.written_failed = request.written_failed;
         slot.status_byte = Some(request.status);
@@ -437,12 +453,12 @@ impl Engine {
 
     /// Answer a request that needs no I/O.
     fn answer(&mut self, request: &Request, status: Status) -> Result<bool, Broken> {
-        request.status.write(0, &[status.0])?;
+        put_status(&request.status, status)?;
         let written = match status {
             Status::OK => request.written,
             _ => request.written_failed,
         };
-        self.ring.push_used(self.chain.head, written)?;
+        self.ring.push_used(self.chain.token, written)?;
         self.counters.others += 1;
         self.counters.errors += u64::from(status != Status::OK);
         Ok(true)
@@ -454,6 +470,7 @@ impl Engine {
         let index = io.tag as u16;
         let slot = &mut self.slots[usize::from(index)];
         let status = io.result.map_or_else(Status::from, |()| Status::OK);
+        slot.is_aborted |= io.result == Err(IoError::Aborted);
         if slot.status.is_none_or(|status| status == Status::OK) {
             slot.status = Some(status);
         }
@@ -480,6 +497,12 @@ impl Engine {
     fn finish(&mut self, index: u16) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(index)];
         let status = slot.status.take().unwrap_or(Status::IOERR);
+        if slot.is_aborted && self.leaves_aborted {
+            slot.status_byte = None;
+            self.in_flight_old -= usize::from(slot.epoch != self.epoch);
+            self.free_slots.push(index);
+            return Ok(());
+        }
         let is_ok = status == Status::OK;
         let counters = &mut self.counters;
         match slot.op {
@@ -501,10 +524,19 @@ impl Engine {
         self.in_flight_old -= usize::from(slot.epoch != self.epoch);
         self.free_slots.push(index);
         if let Some(byte) = slot.status_byte.take() {
-            byte.write(0, &[status.0])?;
+            put_status(&byte, status)?;
         }
-        self.ring.push_used(slot.head, if is_ok { slot.written } else { slot.written_failed })
+        self.ring.push_used(slot.token, if is_ok { slot.written } else { slot.written_failed })
     }
+}
+
+fn put_status(byte: &GuestSlice, status: Status) -> Result<(), Broken> {
+    #[cfg(test)]
+    if !cut::step() {
+        return Ok(());
+    }
+    byte.write(0, &[status.0])?;
+    Ok(())
 }
 
 enum Built {
@@ -530,5 +562,7 @@ fn prepare_range(io: &mut Io, op: Op, range: &Range, write_through: bool) {
     io.no_unmap = !range.unmap;
 }
 
+#[cfg(test)]
+mod crash;
 #[cfg(test)]
 mod tests;

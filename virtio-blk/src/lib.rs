@@ -30,10 +30,17 @@
 //! frontend that undoes that and also fills their counters can hold up the core of its queues, so
 //! who may open the socket is who may use the host's CPU ([`DeviceConfig::socket_mode`]).
 //!
+//! # Replaced while a driver runs
+//!
+//! A frontend may lend memory in which requests in flight are recorded ([`queue::inflight`]). A
+//! device that is killed, or stopped while its path to storage is lost, is then replaced without an
+//! error: the next one finds what was taken and not answered, and does it again. The driver gets
+//! each request back once; the volume may see a write twice, before the driver has it back.
+//!
 //! # What this crate does not do
 //!
-//! No packed ring, no live migration (dirty log, inflight buffer), no configuration change notices,
-//! no virtual IOMMU. Little-endian machines only.
+//! No packed ring, no live migration (dirty log), no configuration change notices, no virtual IOMMU.
+//! Little-endian machines only.
 //!
 //! Start reading at `engine`, then `vhost_user::session`.
 

@@ -108,7 +108,7 @@ impl Rig {
 }
 
 fn options() -> DiskOptions {
-    DiskOptions { queues: 1, size: 64, without: Features::default(), polled: false }
+    DiskOptions::new()
 }
 
 /// A small generator: tests must repeat.
@@ -194,7 +194,7 @@ fn verified_io_on_two_queues_and_two_cores() {
     let features =
         [Features::default(), Features::EVENT_IDX, Features::EVENT_IDX | Features::INDIRECT_DESC];
     for (without, seed) in features.into_iter().zip([1, 2, 3]) {
-        let mut disk = rig.connect(DiskOptions { queues: 2, size: 256, without, polled: false });
+        let mut disk = rig.connect(DiskOptions { queues: 2, size: 256, without, ..options() });
         verify(&mut disk, &mut model, 2000, seed);
         let kicks: u64 = disk.queues.iter().map(|queue| queue.kicks).sum();
         let waits: u64 = disk.queues.iter().map(|queue| queue.waits).sum();
@@ -455,6 +455,165 @@ fn a_client_that_vanishes_in_mid_io_hurts_nobody() {
         disk.write(0, 100, &[round; 512]);
         assert_eq!(disk.read(0, 100, 512), [round; 512]);
     }
+}
+
+/// A device that stops while its path to storage is lost answers nothing: the next one finishes
+/// what it had, once, and the driver sees no error.
+#[test]
+fn requests_of_a_stopped_device_are_done_by_the_next() {
+    let mut rig = Rig::new(2, 2);
+    let mut disk = rig.connect(DiskOptions { queues: 2, inflight: true, ..options() });
+    disk.write(0, 8, &pattern(4096, 1));
+    for round in 0..3u64 {
+        rig.fault.hold();
+        let first = pattern(4096, 2 + round);
+        for i in 0..20u64 {
+            assert!(disk.submit(i as usize % 2, i, 1, 100 + i * 8, &first, 0));
+            assert!(disk.submit(i as usize % 2, 100 + i, 0, 8, &[], 4096));
+        }
+        disk.kick();
+        rig.until("taken", |state| state.queues.iter().map(|q| q.in_flight).sum::<usize>() == 40);
+        rig.device.take().unwrap().stop();
+        assert!(disk.completed().is_empty(), "nothing is answered with an error");
+
+        rig.fault.release();
+        let config = DeviceConfig { queues: 2, ..DeviceConfig::new("next", &rig.path) };
+        let next = serve(config, Arc::clone(&rig.volume), rig.cores.handles.clone()).unwrap();
+        rig.device = Some(next);
+        disk.reconnect(&rig.path);
+        let mut tokens = std::collections::HashSet::new();
+        while tokens.len() < 40 {
+            for Completed { token, status, data, .. } in disk.wait() {
+                assert_eq!(status, 0);
+                assert!(tokens.insert(token), "request {token} came twice");
+                assert!(token < 100 || data == pattern(4096, 1));
+            }
+        }
+        assert!(disk.completed().is_empty());
+        for i in 0..20 {
+            assert!(disk.read(0, 100 + i * 8, 4096) == first);
+        }
+    }
+}
+
+/// Not a test by itself: serves a file until it is killed.
+#[test]
+#[ignore = "run in a child process by the test below"]
+fn child_that_serves() {
+    let path =
+        PathBuf::from(std::env::var_os("PENSTOCK_TEST_FOLDER").expect("the parent's folder"));
+    let spec = format!("file:{}", path.join("volume").display());
+    let volume = spec.parse::<block::VolumeSpec>().unwrap();
+    let volume = volume.open(Identity::from_uuid([7; 16])).unwrap();
+    let cores = Cores::start(2);
+    let config = DeviceConfig { queues: 2, ..DeviceConfig::new("child", path.join("disk.sock")) };
+    let _device = serve(config, volume, cores.handles.clone()).unwrap();
+    loop {
+        thread::park();
+    }
+}
+
+struct Child(std::process::Child);
+
+impl Child {
+    fn start(folder: &std::path::Path) -> Child {
+        let path = folder.join("disk.sock");
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "tests::child_that_serves", "--ignored", "--nocapture"])
+            .env("PENSTOCK_TEST_FOLDER", folder)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let child = Child(child);
+        let begun = Instant::now();
+        while UnixStream::connect(&path).is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the child does not serve");
+            thread::yield_now();
+        }
+        child
+    }
+
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// SIGKILL in the middle of random I/O, again and again: no error, no request lost or done twice,
+/// no byte that differs.
+fn survives_being_killed(options: DiskOptions, seed: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = std::fs::File::create(folder.path().join("volume")).unwrap();
+    file.set_len(VOLUME_BYTES).unwrap();
+    let path = folder.path().join("disk.sock");
+    let mut child = Child::start(folder.path());
+    let mut disk = TestDisk::connect(&path, &options);
+    let mut model = vec![0; VOLUME_BYTES as usize];
+    let mut random = Random(seed);
+    let mut resubmitted = 0;
+    for round in 0..8 {
+        // Some requests go through, and then it dies with more of them under way.
+        verify(&mut disk, &mut model, 50 + random.below(100), seed + 1000 * round);
+        let lanes = VOLUME_BYTES as usize / 512 / 64;
+        let mut pending = HashMap::new();
+        for i in 0..40usize {
+            let (sector, queue) = (i * lanes, i % disk.queues.len());
+            let range = sector * 512..sector * 512 + 8192;
+            let data = pattern(8192, seed + round * 77 + i as u64);
+            let is_read = i % 3 == 0;
+            let sent: &[u8] = if is_read { &[] } else { &data };
+            let room = if is_read { 8192 } else { 0 };
+            assert!(disk.submit(queue, i as u64, u32::from(!is_read), sector as u64, sent, room));
+            if !is_read {
+                model[range.clone()].copy_from_slice(&data);
+            }
+            pending.insert(i as u64, is_read.then(|| model[range].to_vec()));
+            if i % 7 == 0 {
+                disk.kick();
+            }
+        }
+        disk.kick();
+        let take = |completed: Vec<Completed>, pending: &mut HashMap<u64, Option<Vec<u8>>>| {
+            for Completed { token, status, data, .. } in completed {
+                assert_eq!(status, 0);
+                let expected = pending.remove(&token).expect("answered once");
+                assert!(expected.is_none_or(|expected| expected == data));
+            }
+        };
+        if random.below(2) == 0 {
+            let completed = disk.wait();
+            take(completed, &mut pending);
+        }
+        child.kill();
+        let completed = disk.completed();
+        take(completed, &mut pending);
+        resubmitted += pending.len();
+        child = Child::start(folder.path());
+        disk.reconnect(&path);
+        while !pending.is_empty() {
+            let completed = disk.wait();
+            take(completed, &mut pending);
+        }
+    }
+    assert!(resubmitted > 0, "it was never killed with work to do");
+    verify(&mut disk, &mut model, 200, seed);
+    drop(disk);
+    child.kill();
+    assert!(std::fs::read(folder.path().join("volume")).unwrap() == model);
+}
+
+#[test]
+fn a_killed_device_is_replaced_without_an_error() {
+    let options = DiskOptions { queues: 2, inflight: true, ..options() };
+    survives_being_killed(options, 5);
+    survives_being_killed(DiskOptions { without: Features::EVENT_IDX, ..options }, 6);
 }
 
 #[test]

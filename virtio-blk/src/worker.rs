@@ -16,7 +16,8 @@ use reactor::{Fd, Local, Port, Progress, Receiver, Task};
 use crate::device::Limits;
 use crate::engine::{Counters, Engine, EngineConfig};
 use crate::queue::Broken;
-use crate::queue::split::{RingAddress, RingConfig, SplitQueue};
+use crate::queue::ring::Ring;
+use crate::queue::split::{RingAddress, RingConfig};
 use crate::vhost_user::session::{Action, RingStart};
 use crate::vhost_user::wire::VringAddr;
 use crate::{Features, QueueState};
@@ -47,7 +48,7 @@ pub(crate) enum Event {
     Done {
         core: usize,
         op: u64,
-        outcome: Result<Option<u16>, String>,
+        outcome: Result<Option<u32>, String>,
     },
     Snapshot {
         core: usize,
@@ -85,7 +86,7 @@ impl Events {
         self.waker.wake();
     }
 
-    fn done(&self, op: u64, outcome: Result<Option<u16>, String>) {
+    fn done(&self, op: u64, outcome: Result<Option<u32>, String>) {
         self.send(Event::Done { core: self.core, op, outcome });
     }
 }
@@ -221,7 +222,7 @@ impl CoreTask {
         action: Action,
         limits: Limits,
         now: Duration,
-    ) -> Option<Result<Option<u16>, String>> {
+    ) -> Option<Result<Option<u32>, String>> {
         match action {
             Action::Start(start) => {
                 let started = Queue::start(&self.local, &*self.volume, *start, limits);
@@ -307,7 +308,7 @@ impl CoreTask {
                 return true;
             }
             if let Some(op) = stop.op {
-                events.done(op, Ok(Some(queue.engine.next_avail())));
+                events.done(op, Ok(Some(queue.engine.base())));
             }
             if let Some((_, past)) = past.iter_mut().find(|(index, _)| *index == queue.index) {
                 past.add(queue.engine.counters());
@@ -378,11 +379,15 @@ impl Queue {
         let config = RingConfig {
             size: start.size,
             address,
-            next_avail: start.next_avail,
+            base: start.base,
             event_idx: start.features.has(Features::EVENT_IDX),
             indirect: start.features.has(Features::INDIRECT_DESC),
         };
-        let ring = SplitQueue::new(&view, &config)
+        let inflight = match &start.inflight {
+            Some(inflight) => inflight.queue(start.index, start.features),
+            None => None,
+        };
+        let ring = Ring::new(&view, &config, inflight)
             .map_err(|broken| format!("ring {}: {broken}", start.index))?;
         let channel = volume
             .open(local, u32::from(start.size))
@@ -421,6 +426,10 @@ impl Queue {
         match &mut self.stop {
             Some(stop) => stop.op = op.or(stop.op),
             None => self.stop = Some(stop),
+        }
+        if op.is_none() {
+            // Its client has gone, or we go: it may come back and find the rest recorded.
+            self.engine.leave_aborted();
         }
         self.engine.set_enabled(false);
     }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use super::view::GuestView;
 use crate::raw;
@@ -98,6 +98,22 @@ impl GuestSlice {
         // SAFETY: in bounds (just checked) and mapped (invariant).
         unsafe { raw::write_volatile(ptr, src) };
         Ok(())
+    }
+
+    /// Sets bits of the byte at `offset`, which others may change at the same time.
+    #[inline]
+    pub fn set_bits_u8(&self, offset: usize, bits: u8, order: Ordering) -> Result<(), OutOfBounds> {
+        let ptr = self.aligned::<u8>(offset)?;
+        // SAFETY: as for the loads and stores below: in bounds, mapped, and accessed by us only
+        // atomically or volatile.
+        let atomic = unsafe { AtomicU8::from_ptr(ptr) };
+        atomic.fetch_or(bits, order);
+        Ok(())
+    }
+
+    /// Guest address of the first byte.
+    pub fn guest_addr(&self) -> Option<u64> {
+        self.view.guest_addr(self.ptr, self.len)
     }
 
     atomic!(load_u16, store_u16, u16, AtomicU16);

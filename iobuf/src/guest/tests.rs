@@ -98,6 +98,30 @@ fn user_addresses_translate() {
 }
 
 #[test]
+fn our_addresses_translate_back() {
+    let view = memory().view();
+    let mut sg = SgList::default();
+    view.append(&mut sg, 0x3F00, 0x200).unwrap();
+    let [low, high] = sg.segments() else { panic!("two regions") };
+    assert_eq!(view.guest_addr(low.as_ptr(), low.len()), Some(0x3F00));
+    assert_eq!(view.guest_addr(high.as_ptr(), high.len()), Some(0x4000));
+    assert_eq!(view.guest_addr(low.as_ptr(), 0x101), None, "not in one region");
+    assert_eq!(view.slice(0x10010, 16).unwrap().guest_addr(), Some(0x10010));
+    let other = memory().view();
+    assert_eq!(other.guest_addr(low.as_ptr(), 1), None, "another mapping");
+}
+
+#[test]
+fn bits_are_set_and_none_is_cleared() {
+    let view = memory().view();
+    let slice = view.slice(0x1001, 3).unwrap();
+    slice.write(0, &[1, 0x40, 0xFF]).unwrap();
+    slice.set_bits_u8(1, 0x82, Ordering::Release).unwrap();
+    assert_eq!(slice.read(0), Ok([1, 0xC2, 0xFF]));
+    assert_eq!(slice.set_bits_u8(3, 1, Ordering::Release), Err(OutOfBounds));
+}
+
+#[test]
 fn lists_cross_adjacent_regions_and_no_holes() {
     let view = memory().view();
     let mut sg = SgList::default();

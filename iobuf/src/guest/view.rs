@@ -142,6 +142,16 @@ impl GuestView {
         })
     }
 
+    /// Where `len` bytes of our memory are in guest addresses: the way back from a segment that
+    /// [`GuestView::append`] made. `None` if they are not inside one region of this view.
+    pub fn guest_addr(&self, ptr: *const u8, len: usize) -> Option<u64> {
+        self.rows.iter().find_map(|row| {
+            let offset = (ptr.addr() as u64).checked_sub(row.base.addr() as u64)?;
+            let is_inside = offset < row.len && len as u64 <= row.len - offset;
+            is_inside.then(|| row.guest_addr + offset)
+        })
+    }
+
     /// The region that `addr` lies in, and the offset there (less than its length).
     #[inline]
     fn find(&self, addr: u64) -> Option<(Row, u64)> {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::device::tests::{geometry, identity, options};
 use crate::device::{Device, DeviceOptions};
+use crate::queue::ring::Ring;
 use crate::queue::split::RingConfig;
 use crate::testing::{Buffer, TestMemory, TestQueue};
 
@@ -129,11 +130,11 @@ impl Rig {
         let config = RingConfig {
             size,
             address: driver.address(),
-            next_avail: 0,
+            base: 0,
             event_idx: true,
             indirect: true,
         };
-        let ring = SplitQueue::new(memory.view(), &config).unwrap();
+        let ring = Ring::new(memory.view(), &config, None).unwrap();
         let config = EngineConfig { limits: *device.limits(), features: ALL, write_through: false };
         let mut engine = Engine::new(ring, Rc::clone(memory.view()), config);
         engine.set_enabled(true);
@@ -384,7 +385,7 @@ fn a_paused_queue_takes_nothing_and_finishes_the_rest() {
     rig.turn();
     assert_eq!(rig.driver.pop_used(), Some((first.head, 513)));
     assert_eq!((rig.driver.pop_used(), rig.engine.in_flight()), (None, 0));
-    assert_eq!(rig.engine.next_avail(), 1);
+    assert_eq!(rig.engine.base(), 1);
     assert!(!rig.engine.arm());
     rig.engine.set_enabled(true);
     assert!(rig.engine.arm());

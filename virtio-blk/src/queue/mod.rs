@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+pub mod inflight;
+pub mod ring;
+pub mod shared;
 pub mod split;
 
 /// Largest queue size the device serves.
@@ -37,6 +40,8 @@ pub enum Broken {
     NoStatus,
     /// The status byte is outside guest memory.
     StatusAddress,
+    /// The record of requests in flight is not one for this ring.
+    Inflight,
     /// The eventfd of the driver's notifications failed.
     Kick,
 }
@@ -55,6 +60,7 @@ impl fmt::Display for Broken {
             Broken::IndirectAddress => "an indirect table outside guest memory",
             Broken::NoStatus => "a request without a writable status byte",
             Broken::StatusAddress => "a status byte outside guest memory",
+            Broken::Inflight => "the record of requests in flight does not fit the ring",
             Broken::Kick => "waiting for the driver's eventfd failed",
         })
     }
@@ -69,11 +75,23 @@ pub struct Piece {
     pub len: u32,
 }
 
+/// How a chain is given back: what the driver and the queue know it by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Token {
+    /// The driver's name for it: of a split queue the index of the first descriptor, of a packed
+    /// one the buffer ID.
+    pub id: u16,
+    /// Descriptors that it takes in a packed ring.
+    pub descriptors: u16,
+    /// Where it stands in a packed queue's record of requests in flight.
+    pub entry: u16,
+}
+
 /// A descriptor chain, copied out of guest memory. One is recycled for all chains of a queue.
 #[derive(Debug)]
 pub struct Chain {
-    /// Index of its first descriptor, by which the driver knows it.
-    pub head: u16,
+    /// What it is known by.
+    pub token: Token,
     /// What the driver wrote for the device, in order.
     pub readable: Vec<Piece>,
     /// What the device shall write, in order.
@@ -85,7 +103,7 @@ pub struct Chain {
 impl Default for Chain {
     fn default() -> Chain {
         Chain {
-            head: 0,
+            token: Token::default(),
             readable: Vec::with_capacity(CHAIN_MAX),
             writable: Vec::with_capacity(CHAIN_MAX),
             is_ordered: true,
@@ -99,8 +117,8 @@ impl Chain {
         Chain::default()
     }
 
-    fn restart(&mut self, head: u16) {
-        self.head = head;
+    fn restart(&mut self, id: u16) {
+        self.token = Token { id, ..Token::default() };
         self.readable.clear();
         self.writable.clear();
         self.is_ordered = true;

@@ -23,7 +23,9 @@ use std::sync::atomic::{Ordering, fence};
 use iobuf::{GuestSlice, GuestView, OutOfBounds};
 use virtio_bindings::virtio_ring as ring;
 
-use super::{Broken, CHAIN_MAX, Chain, Piece, QUEUE_SIZE_MAX};
+use super::inflight::SplitInflight;
+use super::shared::{DirtyLog, Shared};
+use super::{Broken, CHAIN_MAX, Chain, Piece, QUEUE_SIZE_MAX, Token};
 
 const DESC_BYTES: usize = 16;
 const NEXT: u16 = ring::VRING_DESC_F_NEXT as u16;
@@ -61,8 +63,9 @@ pub struct RingConfig {
     pub size: u16,
     /// Where it is.
     pub address: RingAddress,
-    /// First available entry to take.
-    pub next_avail: u16,
+    /// Where to go on, in the form of the queue's kind (see `Ring::base`), unless a record of
+    /// requests in flight says it.
+    pub base: u32,
     /// VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
@@ -85,13 +88,17 @@ pub struct SplitQueue {
     /// Used index at the last decision about an interrupt. None: there was none yet, and a driver
     /// that was here before may wait for one.
     signalled: Option<u16>,
+    inflight: Option<SplitInflight>,
+    /// The chain popped last came from the record.
+    is_resubmitted: bool,
+    log: Option<(DirtyLog, u64)>,
 }
 
 #[derive(Debug)]
 struct Parts {
     desc: GuestSlice,
     avail: GuestSlice,
-    used: GuestSlice,
+    used: Shared,
 }
 
 impl Parts {
@@ -103,7 +110,7 @@ impl Parts {
             desc: slice(address.descriptor, size * DESC_BYTES)?,
             // Both end with the event field, which is there whether it is used or not.
             avail: slice(address.available, RING + size * 2 + 2)?,
-            used: slice(address.used, RING + size * 8 + 2)?,
+            used: Shared::new(slice(address.used, RING + size * 8 + 2)?),
         };
         let is_aligned = address.descriptor.is_multiple_of(16)
             && address.available.is_multiple_of(2)
@@ -127,22 +134,41 @@ pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
 impl SplitQueue {
     /// Take over a ring. It goes on behind the used index found in memory, and notifications are
     /// off until [`SplitQueue::arm`].
-    pub fn new(view: &Rc<GuestView>, config: &RingConfig) -> Result<SplitQueue, Broken> {
+    ///
+    /// `inflight` is the memory in which requests in flight are recorded, if they are. What it has
+    /// comes first, and the available entries go on behind it: whatever was taken is used or in
+    /// flight.
+    pub fn new(
+        view: &Rc<GuestView>,
+        config: &RingConfig,
+        inflight: Option<GuestSlice>,
+    ) -> Result<SplitQueue, Broken> {
         if !config.size.is_power_of_two() || config.size > QUEUE_SIZE_MAX {
             return Err(Broken::RingAddress);
         }
         let parts = Parts::new(view, config.size, &config.address)?;
         let used = parts.used.load_u16(IDX, Ordering::Relaxed)?;
+        let mut inflight = match inflight {
+            Some(slice) => Some(SplitInflight::new(slice, config.size, used)?),
+            None => None,
+        };
+        let next_avail = match &mut inflight {
+            Some(inflight) => used.wrapping_add(inflight.resubmit().len() as u16),
+            None => config.base as u16,
+        };
         let mut queue = SplitQueue {
             parts,
             size: config.size,
             event_idx: config.event_idx,
             indirect: config.indirect,
-            next_avail: config.next_avail,
-            avail_idx: config.next_avail,
+            next_avail,
+            avail_idx: next_avail,
             next_used: used,
             published: used,
             signalled: None,
+            inflight,
+            is_resubmitted: false,
+            log: None,
         };
         queue.disarm();
         Ok(queue)
@@ -152,7 +178,19 @@ impl SplitQueue {
     /// place is still used.
     pub fn rebind(&mut self, view: &Rc<GuestView>, address: &RingAddress) -> Result<(), Broken> {
         self.parts = Parts::new(view, self.size, address)?;
+        self.parts.used.set_log(self.log.clone());
         Ok(())
+    }
+
+    /// Mark what is written to the used ring, its first byte being at this address of the log.
+    pub fn set_log(&mut self, log: Option<(DirtyLog, u64)>) {
+        self.log = log;
+        self.parts.used.set_log(self.log.clone());
+    }
+
+    /// Whether requests in flight are recorded, so that another device could go on with them.
+    pub fn has_record(&self) -> bool {
+        self.inflight.is_some()
     }
 
     /// Number of descriptors.
@@ -171,6 +209,11 @@ impl SplitQueue {
         if self.next_avail != self.avail_idx {
             return Ok(true);
         }
+        if let Some(inflight) = &mut self.inflight
+            && !inflight.resubmit().is_empty()
+        {
+            return Ok(true);
+        }
         let idx = self.parts.avail.load_u16(IDX, Ordering::Acquire)?;
         if idx.wrapping_sub(self.next_avail) > self.size {
             return Err(Broken::AvailableIndex);
@@ -182,6 +225,14 @@ impl SplitQueue {
     /// Take the next chain and copy its descriptors to `chain`. False: there is none.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, Broken> {
+        if let Some(inflight) = &mut self.inflight
+            && let Some(head) = inflight.resubmit().pop_front()
+        {
+            chain.restart(head);
+            self.walk(head, chain)?;
+            self.is_resubmitted = true;
+            return Ok(true);
+        }
         if !self.has_available()? {
             return Ok(false);
         }
@@ -189,13 +240,25 @@ impl SplitQueue {
         let head = u16::from_le_bytes(self.parts.avail.read(RING + slot * 2)?);
         chain.restart(head);
         self.walk(head, chain)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(head)?;
+            self.is_resubmitted = false;
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
     }
 
     /// Put back the chain that was popped last.
-    pub fn unpop(&mut self) {
+    pub fn unpop(&mut self, token: Token) -> Result<(), Broken> {
+        if let Some(inflight) = &mut self.inflight {
+            if self.is_resubmitted {
+                inflight.resubmit().push_front(token.id);
+                return Ok(());
+            }
+            inflight.cancel(token.id)?;
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
+        Ok(())
     }
 
     fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), Broken> {
@@ -269,12 +332,15 @@ impl SplitQueue {
     /// Give a chain back with the number of bytes written to it. The driver sees it after
     /// [`SplitQueue::publish`].
     #[inline]
-    pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+    pub fn push_used(&mut self, token: Token, written: u32) -> Result<(), Broken> {
         let slot = usize::from(self.next_used & (self.size - 1));
         let mut element = [0; 8];
-        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        element[..4].copy_from_slice(&u32::from(token.id).to_le_bytes());
         element[4..].copy_from_slice(&written.to_le_bytes());
         self.parts.used.write(RING + slot * 8, &element)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.give_back(token.id)?;
+        }
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
@@ -287,6 +353,9 @@ impl SplitQueue {
         }
         self.parts.used.store_u16(IDX, self.next_used, Ordering::Release)?;
         self.published = self.next_used;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.end_batch(self.published)?;
+        }
         fence(Ordering::SeqCst);
         let old = self.signalled.replace(self.published);
         if !self.event_idx {

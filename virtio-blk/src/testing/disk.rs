@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use super::driver::{Buffer, TestMemory, TestQueue};
 use super::frontend::TestFrontend;
 use crate::device::Features;
+use crate::vhost_user::wire::InflightDescription;
 
 /// Longest data of one request.
 pub const DATA_MAX: usize = 64 << 10;
@@ -62,6 +63,27 @@ pub struct DiskOptions {
     pub without: Features,
     /// Give no kick eventfd: the device has to poll.
     pub polled: bool,
+    /// Have requests in flight recorded.
+    pub inflight: bool,
+}
+
+impl DiskOptions {
+    /// One queue of 64 descriptors, and all that is offered but the record of requests in flight.
+    pub fn new() -> DiskOptions {
+        DiskOptions {
+            queues: 1,
+            size: 64,
+            without: Features::default(),
+            polled: false,
+            inflight: false,
+        }
+    }
+}
+
+impl Default for DiskOptions {
+    fn default() -> DiskOptions {
+        DiskOptions::new()
+    }
 }
 
 /// A disk behind a vhost-user socket.
@@ -72,6 +94,8 @@ pub struct TestDisk {
     pub memory: TestMemory,
     /// The queues.
     pub queues: Vec<DiskQueue>,
+    options: DiskOptions,
+    inflight: Option<(InflightDescription, OwnedFd)>,
 }
 
 fn event() -> OwnedFd {
@@ -102,15 +126,36 @@ impl TestDisk {
                 waits: 0,
             }
         });
-        let mut disk = TestDisk { queues: queues.collect(), frontend, memory };
+        let inflight =
+            options.inflight.then(|| frontend.new_inflight(options.queues as u16, options.size));
+        if let Some((description, fd)) = &inflight {
+            frontend.set_inflight(description, fd.as_fd());
+        }
+        let (queues, options) = (queues.collect(), *options);
+        let mut disk = TestDisk { queues, frontend, memory, options, inflight };
         for index in 0..options.queues {
             disk.start(index, 0);
         }
         disk
     }
 
+    /// The device has gone: connect to the next one and go on where the rings are, as QEMU does.
+    pub fn reconnect(&mut self, path: &Path) {
+        self.frontend = TestFrontend::connect(path);
+        self.frontend.negotiate(self.options.without);
+        self.frontend.add_memory(&self.memory);
+        if let Some((description, fd)) = &self.inflight {
+            self.frontend.set_inflight(description, fd.as_fd());
+        }
+        for index in 0..self.queues.len() {
+            // All that QEMU knows after a crash.
+            let base = self.queues[index].ring.device_used_idx();
+            self.start(index, u32::from(base));
+        }
+    }
+
     /// Start a queue from an available index on.
-    pub fn start(&mut self, index: usize, base: u16) {
+    pub fn start(&mut self, index: usize, base: u32) {
         let queue = &self.queues[index];
         let kick = queue.kick.as_ref().map(AsFd::as_fd);
         let (call, ring) = (queue.call.as_fd(), &queue.ring);
@@ -190,12 +235,18 @@ impl TestDisk {
 
     /// What has come back; sleeps until something has, as a guest does. Panics after 20 seconds.
     pub fn wait(&mut self) -> Vec<Completed> {
+        let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
+        self.wait_for(&timeout).expect("no call in 20 seconds")
+    }
+
+    /// As [`TestDisk::wait`], but for so long only.
+    pub fn wait_for(&mut self, timeout: &Timespec) -> Option<Vec<Completed>> {
         self.kick();
         loop {
             let completed = self.completed();
             if !completed.is_empty() {
                 self.queues.iter_mut().for_each(|queue| queue.ring.disarm());
-                return completed;
+                return Some(completed);
             }
             let mut has_more = false;
             for queue in &mut self.queues {
@@ -206,8 +257,9 @@ impl TestDisk {
             }
             let mut fds: Vec<PollFd<'_>> =
                 self.queues.iter().map(|q| PollFd::new(&q.call, PollFlags::IN)).collect();
-            let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
-            assert!(poll(&mut fds, Some(&timeout)).expect("poll") > 0, "no call in 20 seconds");
+            if poll(&mut fds, Some(timeout)).expect("poll") == 0 {
+                return None;
+            }
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             for (queue, _) in self.queues.iter_mut().zip(ready).filter(|(_, ready)| *ready) {
                 queue.waits += 1;

@@ -45,6 +45,12 @@ impl TestMemory {
         GUEST_ADDR
     }
 
+    /// Its length.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> u64 {
+        self.size
+    }
+
     /// Its file.
     pub fn fd(&self) -> &OwnedFd {
         &self.fd
@@ -269,6 +275,16 @@ impl TestQueue {
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Whether event indexes are used.
+    pub fn has_event_idx(&self) -> bool {
+        self.event_idx
+    }
+
+    /// Used index as the device has shown it last.
+    pub fn device_used_idx(&self) -> u16 {
+        self.used.load_u16(2, Ordering::Acquire).expect("in the ring")
     }
 
     /// Used index as the driver has seen it.

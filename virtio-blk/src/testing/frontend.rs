@@ -1,19 +1,24 @@
 //! A vhost-user frontend.
 
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use zerocopy::IntoBytes;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::driver::{TestMemory, TestQueue};
 use crate::device::Features;
 use crate::vhost_user::session::ProtocolFeatures;
-use crate::vhost_user::wire::{self, HEADER_BYTES, Request, VringAddr, VringState};
+use crate::vhost_user::wire::{
+    self, HEADER_BYTES, InflightDescription, Request, VringAddr, VringState,
+};
 
 /// A frontend's connection. Errors of the connection are panics, except where a method says.
 pub struct TestFrontend {
@@ -102,6 +107,31 @@ impl TestFrontend {
         self.tell(Request::SET_FEATURES, self.features.0.as_bytes(), &[]);
     }
 
+    /// Memory to record requests in flight, made by the device.
+    pub fn new_inflight(&self, queues: u16, queue_size: u16) -> (InflightDescription, OwnedFd) {
+        let asked = InflightDescription { queues, queue_size, ..Default::default() };
+        self.send(Request::GET_INFLIGHT_FD, false, asked.as_bytes(), &[]);
+        let mut bytes = [0; HEADER_BYTES + size_of::<InflightDescription>()];
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = rustix::net::recvmsg(&self.stream, &mut slices, &mut control, flags);
+        assert_eq!(received.expect("device answers").bytes, bytes.len());
+        let fd = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let description =
+            InflightDescription::read_from_bytes(&bytes[HEADER_BYTES..]).expect("the length");
+        (description, fd.expect("a file"))
+    }
+
+    /// Record requests in flight there.
+    pub fn set_inflight(&self, description: &InflightDescription, fd: BorrowedFd<'_>) {
+        self.tell(Request::SET_INFLIGHT_FD, description.as_bytes(), &[fd]);
+    }
+
     /// Share memory.
     pub fn add_memory(&self, memory: &TestMemory) {
         let mut payload = vec![0; 8];
@@ -115,7 +145,7 @@ impl TestFrontend {
         index: u32,
         memory: &TestMemory,
         queue: &TestQueue,
-        base: u16,
+        base: u32,
         kick: Option<BorrowedFd<'_>>,
         call: BorrowedFd<'_>,
     ) {
@@ -133,7 +163,7 @@ impl TestFrontend {
         };
         self.tell(Request::SET_VRING_NUM, state(u32::from(queue.size())).as_bytes(), &[]);
         self.tell(Request::SET_VRING_ADDR, address.as_bytes(), &[]);
-        self.tell(Request::SET_VRING_BASE, state(u32::from(base)).as_bytes(), &[]);
+        self.tell(Request::SET_VRING_BASE, state(base).as_bytes(), &[]);
         let value = u64::from(index);
         self.tell(Request::SET_VRING_CALL, value.as_bytes(), &[call]);
         match kick {
@@ -143,12 +173,12 @@ impl TestFrontend {
         self.tell(Request::SET_VRING_ENABLE, state(1).as_bytes(), &[]);
     }
 
-    /// Stop a ring; the available index to go on with.
-    pub fn stop_ring(&self, index: u32) -> u16 {
+    /// Stop a ring; where to go on with it.
+    pub fn stop_ring(&self, index: u32) -> u32 {
         let state = VringState { index, num: 0 };
         self.send(Request::GET_VRING_BASE, false, state.as_bytes(), &[]);
         let reply = self.reply(Request::GET_VRING_BASE);
         assert_eq!(reply[..4], index.to_ne_bytes());
-        u32::from_ne_bytes(reply[4..].try_into().expect("8 bytes")) as u16
+        u32::from_ne_bytes(reply[4..].try_into().expect("8 bytes"))
     }
 }

@@ -53,7 +53,7 @@ impl Judge {
                     let is_running = &mut self.running[usize::from(index)];
                     assert!(*is_running, "ring {index} is stopped twice");
                     *is_running = false;
-                    base = Some(index.wrapping_mul(100));
+                    base = Some(u32::from(index) * 100);
                 }
                 Action::SetKick { index, .. }
                 | Action::SetCall { index, .. }

@@ -23,7 +23,7 @@ use reactor::unix::{Listener, Waker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{info, warn};
 
-use super::session::{Action, Refusal, Session};
+use super::session::{Action, Refusal, Session, Step};
 use super::socket::{Connection, ConnectionError, Received};
 use crate::device::{Device, DeviceOptions};
 use crate::worker::{Command, Event};
@@ -55,7 +55,7 @@ struct Outstanding {
     op: u64,
     /// The cores that have to answer, once per command.
     cores: Vec<usize>,
-    outcome: Result<Option<u16>, String>,
+    outcome: Result<Option<u32>, String>,
 }
 
 struct Snapshot {
@@ -227,7 +227,7 @@ impl Server {
                 Ok(Received::Empty) => return,
                 Ok(Received::Closed) => return self.end_client(None),
                 Ok(Received::Message(message)) => match client.session.on_message(message) {
-                    Ok(step) => self.follow(step.actions, step.reply),
+                    Ok(step) => self.follow(step),
                     Err(refusal) => return self.end_client(Some(&refusal)),
                 },
                 Err(error) => return self.end_client(Some(&error)),
@@ -239,10 +239,11 @@ impl Server {
         }
     }
 
-    fn follow(&mut self, actions: Vec<Action>, reply: Option<Vec<u8>>) {
+    fn follow(&mut self, step: Step) {
+        let Step { actions, reply, fd } = step;
         let Some(client) = &mut self.client else { return };
         if let Some(reply) = reply
-            && let Err(error) = client.connection.send(&reply)
+            && let Err(error) = client.connection.send_with(&reply, fd)
         {
             return self.end_client(Some(&error));
         }
@@ -446,7 +447,7 @@ impl Server {
 }
 
 impl Outstanding {
-    fn take(&mut self, core: usize, outcome: &Result<Option<u16>, String>) {
+    fn take(&mut self, core: usize, outcome: &Result<Option<u32>, String>) {
         let Some(at) = self.cores.iter().position(|other| *other == core) else { return };
         self.cores.swap_remove(at);
         match (&self.outcome, outcome) {

@@ -13,11 +13,16 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use iobuf::{BadMemory, GuestMemory, GuestRegion};
-use rustix::fs::OFlags;
+use iobuf::{BadMemory, GuestMemory, GuestRegion, GuestSlice};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 
-use super::wire::{self, Command, Malformed, MemoryRegion, Message, Request, VringAddr, VringFd};
+use super::wire::{
+    self, Command, InflightDescription, Malformed, MemoryRegion, Message, Request, VringAddr,
+    VringFd,
+};
 use crate::device::{CONFIG_BYTES_MAX, CONFIG_WRITEBACK_OFFSET, Device, Features};
+use crate::queue::QUEUE_SIZE_MAX;
+use crate::queue::inflight::InflightLayout;
 
 /// Most memory regions, the answer to GET_MAX_MEM_SLOTS.
 pub const MEM_SLOTS_MAX: usize = 256;
@@ -33,6 +38,8 @@ impl ProtocolFeatures {
     pub const REPLY_ACK: ProtocolFeatures = ProtocolFeatures(1 << 3);
     /// Configuration space is the backend's.
     pub const CONFIG: ProtocolFeatures = ProtocolFeatures(1 << 9);
+    /// Requests in flight are recorded in memory that outlives the device.
+    pub const INFLIGHT_SHMFD: ProtocolFeatures = ProtocolFeatures(1 << 12);
     /// The device can be reset.
     pub const RESET_DEVICE: ProtocolFeatures = ProtocolFeatures(1 << 13);
     /// Memory regions come and go one at a time.
@@ -43,6 +50,7 @@ impl ProtocolFeatures {
         ProtocolFeatures::MQ.0
             | ProtocolFeatures::REPLY_ACK.0
             | ProtocolFeatures::CONFIG.0
+            | ProtocolFeatures::INFLIGHT_SHMFD.0
             | ProtocolFeatures::RESET_DEVICE.0
             | ProtocolFeatures::CONFIGURE_MEM_SLOTS.0,
     );
@@ -110,8 +118,10 @@ pub struct RingStart {
     pub size: u16,
     /// Where the ring is, in the frontend's addresses.
     pub address: VringAddr,
-    /// First available entry to take.
-    pub next_avail: u16,
+    /// Where to go on, as SET_VRING_BASE says it.
+    pub base: u32,
+    /// Where to record requests in flight.
+    pub inflight: Option<Inflight>,
     /// Negotiated features.
     pub features: Features,
     /// Every write must be durable before it completes.
@@ -124,6 +134,24 @@ pub struct RingStart {
     pub call: Option<Arc<OwnedFd>>,
     /// Eventfd for a broken ring.
     pub err: Option<Arc<OwnedFd>>,
+}
+
+/// Memory of the frontend's that records requests in flight.
+#[derive(Clone, Debug)]
+pub struct Inflight {
+    memory: GuestMemory,
+    layout: InflightLayout,
+}
+
+impl Inflight {
+    /// A queue's part of it. None: nothing of this queue is recorded.
+    pub fn queue(&self, index: u16, _features: Features) -> Option<GuestSlice> {
+        if index >= self.layout.queues {
+            return None;
+        }
+        let bytes = self.layout.queue_bytes(false);
+        self.memory.view().slice(u64::from(index) * bytes, bytes).ok()
+    }
 }
 
 /// Why a message was not carried out.
@@ -216,6 +244,19 @@ pub enum Refusal {
         /// Number of bytes.
         size: u32,
     },
+    /// Memory for requests in flight that no ring could use.
+    #[error("{queues} queues of {queue_size} descriptors cannot be recorded in {bytes} bytes")]
+    Inflight {
+        /// Queues asked for.
+        queues: u16,
+        /// Descriptors of each.
+        queue_size: u16,
+        /// Length of the memory.
+        bytes: u64,
+    },
+    /// No memory for requests in flight.
+    #[error("memory for requests in flight: {0}")]
+    InflightMemory(#[source] io::Error),
     /// The core could not do what was asked.
     #[error("{0}")]
     Core(String),
@@ -229,6 +270,8 @@ pub struct Step {
     pub actions: Vec<Action>,
     /// To be sent now.
     pub reply: Option<Vec<u8>>,
+    /// To be sent with the reply.
+    pub fd: Option<OwnedFd>,
 }
 
 #[derive(Debug, Default)]
@@ -244,7 +287,7 @@ struct Ring {
     /// 0: not set.
     size: u16,
     address: Option<VringAddr>,
-    base: u16,
+    base: u32,
     kick: Kick,
     call: Option<Arc<OwnedFd>>,
     err: Option<Arc<OwnedFd>>,
@@ -281,6 +324,7 @@ pub struct Session {
     writeback: Option<bool>,
     regions: Vec<Arc<GuestRegion>>,
     memory: GuestMemory,
+    inflight: Option<Inflight>,
     rings: Vec<Ring>,
     pending: Option<Pending>,
 }
@@ -293,6 +337,7 @@ enum Reply {
     VringBase(u16),
     U64(u64),
     Bytes(Vec<u8>),
+    BytesAndFd(Vec<u8>, OwnedFd),
 }
 
 impl Session {
@@ -307,6 +352,7 @@ impl Session {
             writeback: None,
             regions: Vec::new(),
             memory: GuestMemory::default(),
+            inflight: None,
             rings,
             pending: None,
         }
@@ -341,24 +387,28 @@ impl Session {
             Ok(reply) => reply,
             Err(refusal) => {
                 let reply = refuse(request, ack, refusal)?;
-                return Ok(Step { actions: Vec::new(), reply: Some(reply) });
+                return Ok(Step { reply: Some(reply), ..Step::default() });
             }
         };
         let finish = match reply {
             Reply::Ack => Finish::Ack,
             Reply::VringBase(index) => Finish::VringBase(index),
             Reply::U64(value) => {
-                return Ok(Step { actions, reply: Some(wire::reply_u64(request, value)) });
+                let reply = Some(wire::reply_u64(request, value));
+                return Ok(Step { actions, reply, fd: None });
             }
-            Reply::Bytes(bytes) => return Ok(Step { actions, reply: Some(bytes) }),
+            Reply::Bytes(bytes) => return Ok(Step { actions, reply: Some(bytes), fd: None }),
+            Reply::BytesAndFd(bytes, fd) => {
+                return Ok(Step { actions, reply: Some(bytes), fd: Some(fd) });
+            }
         };
         let starting = self.start_rings(&mut actions);
         let pending = Pending { request, ack, finish, starting };
         if actions.is_empty() {
-            return Ok(Step { actions, reply: self.finish(&pending) });
+            return Ok(Step { actions, reply: self.finish(&pending), fd: None });
         }
         self.pending = Some(pending);
-        Ok(Step { actions, reply: None })
+        Ok(Step { actions, ..Step::default() })
     }
 
     /// All actions of the last message are done, or the first that failed has failed. `base` is
@@ -369,7 +419,7 @@ impl Session {
     /// If no action is outstanding.
     pub fn on_done(
         &mut self,
-        outcome: Result<Option<u16>, String>,
+        outcome: Result<Option<u32>, String>,
     ) -> Result<Option<Vec<u8>>, Refusal> {
         let pending = self.pending.take().expect("actions are outstanding");
         match outcome {
@@ -470,8 +520,10 @@ impl Session {
                 Ok(Reply::Ack)
             }
             Command::SetVringBase(state) => {
-                let base = u16::try_from(state.num).map_err(|_| Refusal::RingBase(state.num))?;
-                self.stopped_ring(state.index, request)?.base = base;
+                if state.num > u32::from(u16::MAX) {
+                    return Err(Refusal::RingBase(state.num));
+                }
+                self.stopped_ring(state.index, request)?.base = state.num;
                 Ok(Reply::Ack)
             }
             Command::GetVringBase { index } => {
@@ -554,6 +606,38 @@ impl Session {
                 }
                 Ok(Reply::Ack)
             }
+            Command::GetInflightFd { description, len } => {
+                self.require(ProtocolFeatures::INFLIGHT_SHMFD, request)?;
+                let layout = self.inflight_layout(&description)?;
+                let (queues, queue_size) = (layout.queues, layout.queue_size);
+                let mmap_size = layout.bytes(false);
+                let fd = inflight_file(mmap_size).map_err(Refusal::InflightMemory)?;
+                let description = InflightDescription {
+                    mmap_size,
+                    mmap_offset: 0,
+                    queues,
+                    queue_size,
+                    padding: 0,
+                };
+                Ok(Reply::BytesAndFd(wire::reply_inflight(&description, len), fd))
+            }
+            Command::SetInflightFd(description, fd) => {
+                self.require(ProtocolFeatures::INFLIGHT_SHMFD, request)?;
+                if let Some(index) = self.rings.iter().position(|ring| ring.is_running) {
+                    return Err(Refusal::Running { request, index: index as u16 });
+                }
+                let layout = self.inflight_layout(&description)?;
+                let InflightDescription { mmap_size, mmap_offset, queues, queue_size, .. } =
+                    description;
+                if mmap_size < layout.bytes(false) {
+                    return Err(Refusal::Inflight { queues, queue_size, bytes: mmap_size });
+                }
+                let region = GuestRegion::map(fd.as_fd(), mmap_offset, mmap_size, 0, 0)
+                    .map_err(Refusal::InflightMemory)?;
+                let memory = GuestMemory::new(vec![region])?;
+                self.inflight = Some(Inflight { memory, layout });
+                Ok(Reply::Ack)
+            }
             Command::ResetDevice => {
                 self.require(ProtocolFeatures::RESET_DEVICE, request)?;
                 self.features = None;
@@ -574,6 +658,19 @@ impl Session {
 
     fn require(&self, feature: ProtocolFeatures, request: Request) -> Result<(), Refusal> {
         self.protocol.has(feature).then_some(()).ok_or(Refusal::Unsupported(request))
+    }
+
+    fn inflight_layout(
+        &self,
+        description: &InflightDescription,
+    ) -> Result<InflightLayout, Refusal> {
+        let InflightDescription { mmap_size, queues, queue_size, .. } = *description;
+        let is_good = (1..=self.device.queues()).contains(&queues)
+            && (1..=QUEUE_SIZE_MAX).contains(&queue_size);
+        match is_good {
+            true => Ok(InflightLayout { queues, queue_size }),
+            false => Err(Refusal::Inflight { queues, queue_size, bytes: mmap_size }),
+        }
     }
 
     fn set_features(&mut self, features: Features) -> Result<Reply, Refusal> {
@@ -649,7 +746,8 @@ impl Session {
                 index,
                 size: ring.size,
                 address,
-                next_avail: ring.base,
+                base: ring.base,
+                inflight: self.inflight.clone(),
                 features: features.without(Features::PROTOCOL_FEATURES),
                 write_through,
                 memory: self.memory.clone(),
@@ -692,7 +790,8 @@ fn refuse(request: Request, ack: bool, refusal: Refusal) -> Result<Vec<u8>, Refu
         | Request::GET_PROTOCOL_FEATURES
         | Request::GET_QUEUE_NUM
         | Request::GET_VRING_BASE
-        | Request::GET_MAX_MEM_SLOTS => Err(refusal),
+        | Request::GET_MAX_MEM_SLOTS
+        | Request::GET_INFLIGHT_FD => Err(refusal),
         _ if ack => Ok(wire::reply_u64(request, 1)),
         _ => Err(refusal),
     }
@@ -702,6 +801,15 @@ fn map(region: &MemoryRegion, fd: OwnedFd) -> Result<Arc<GuestRegion>, Refusal> 
     let MemoryRegion { guest_addr, size, user_addr, mmap_offset } = *region;
     GuestRegion::map(fd.as_fd(), mmap_offset, size, guest_addr, user_addr)
         .map_err(|error| Refusal::Map { guest_addr, size, error })
+}
+
+/// Zeros that keep their length: memory that a frontend cuts off would be lost for both of us.
+fn inflight_file(bytes: u64) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = rustix::fs::memfd_create("inflight", flags)?;
+    rustix::fs::ftruncate(&fd, bytes)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(fd)
 }
 
 /// Another kind of file could block or wake us for ever.

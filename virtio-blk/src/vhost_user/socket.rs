@@ -1,11 +1,14 @@
 //! One connection as a stream of messages.
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 
 use super::wire::{Decoder, FDS_MAX, Message, PAYLOAD_BYTES_MAX, WireFault};
 
@@ -34,12 +37,14 @@ pub(crate) struct Connection {
     socket: OwnedFd,
     decoder: Decoder,
     out: Vec<u8>,
+    /// Goes with the first byte of `out`.
+    out_fd: Option<OwnedFd>,
     out_sent: usize,
 }
 
 impl Connection {
     pub(crate) fn new(socket: OwnedFd) -> Connection {
-        Connection { socket, decoder: Decoder::new(), out: Vec::new(), out_sent: 0 }
+        Connection { socket, decoder: Decoder::new(), out: Vec::new(), out_fd: None, out_sent: 0 }
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -84,7 +89,18 @@ impl Connection {
 
     /// Send a reply, now or when the peer takes it.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
+        self.send_with(bytes, None)
+    }
+
+    /// Send a reply with a file descriptor. Only when nothing is waiting to be sent.
+    pub(crate) fn send_with(
+        &mut self,
+        bytes: &[u8],
+        fd: Option<OwnedFd>,
+    ) -> Result<(), ConnectionError> {
+        assert!(fd.is_none() || !self.has_output(), "it would go with another message");
         self.out.extend_from_slice(bytes);
+        self.out_fd = fd.or(self.out_fd.take());
         self.flush()
     }
 
@@ -97,8 +113,19 @@ impl Connection {
     pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
         while self.out_sent < self.out.len() {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::send(&self.socket, &self.out[self.out_sent..], flags) {
-                Ok(sent) => self.out_sent += sent,
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = self.out_fd.as_ref().map(|fd| [fd.as_fd()]);
+            if let Some(fds) = &fds {
+                let is_pushed = control.push(SendAncillaryMessage::ScmRights(fds));
+                debug_assert!(is_pushed, "there is room for one");
+            }
+            let slices = [IoSlice::new(&self.out[self.out_sent..])];
+            match rustix::net::sendmsg(&self.socket, &slices, &mut control, flags) {
+                Ok(sent) => {
+                    self.out_sent += sent;
+                    self.out_fd = None;
+                }
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(ConnectionError::Socket(error)),

@@ -162,6 +162,28 @@ struct ConfigHeader {
 
 const _: () = assert!(size_of::<ConfigHeader>() == CONFIG_HEADER_BYTES);
 
+/// What GET_INFLIGHT_FD and SET_INFLIGHT_FD say of the memory that records requests in flight.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct InflightDescription {
+    /// Its length.
+    pub mmap_size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+    /// Queues that are recorded in it.
+    pub queues: u16,
+    /// Descriptors of each.
+    pub queue_size: u16,
+    /// The structure as compilers lay it out. The specification counts 20 bytes, QEMU sends and
+    /// expects all 24: what is answered is as long as what was asked.
+    pub padding: u32,
+}
+
+const _: () = assert!(size_of::<InflightDescription>() == 24);
+const INFLIGHT_BYTES_SHORT: usize = 20;
+
 /// The stream cannot be understood any more: the connection has to be closed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireFault {
@@ -360,6 +382,15 @@ pub enum Command {
         /// New contents.
         bytes: Vec<u8>,
     },
+    /// Make memory to record requests in flight.
+    GetInflightFd {
+        /// For which queues.
+        description: InflightDescription,
+        /// Length of the description, and of the one in the answer.
+        len: usize,
+    },
+    /// Record requests in flight there.
+    SetInflightFd(InflightDescription, OwnedFd),
     /// Stop all rings and forget what a driver set.
     ResetDevice,
     /// Ask how many memory regions there can be.
@@ -420,7 +451,7 @@ impl Message {
         let fds_allowed = match request {
             Request::SET_MEM_TABLE => FDS_MAX,
             Request::SET_VRING_KICK | Request::SET_VRING_CALL | Request::SET_VRING_ERR => 1,
-            Request::ADD_MEM_REG => 1,
+            Request::ADD_MEM_REG | Request::SET_INFLIGHT_FD => 1,
             // "The back-end SHOULD close the passed descriptor" (VHOST_USER_REM_MEM_REG).
             Request::REM_MEM_REG => 1,
             _ => 0,
@@ -483,6 +514,14 @@ impl Message {
                 let ConfigHeader { offset, flags, .. } = header;
                 Ok(Command::SetConfig { offset, flags, bytes: bytes.to_vec() })
             }
+            Request::GET_INFLIGHT_FD => {
+                let description = inflight(payload).ok_or(length)?;
+                Ok(Command::GetInflightFd { description, len: payload.len() })
+            }
+            Request::SET_INFLIGHT_FD => {
+                let description = inflight(payload).ok_or(length)?;
+                Ok(Command::SetInflightFd(description, fds.pop().ok_or(wrong_fds)?))
+            }
             Request::RESET_DEVICE => empty(Command::ResetDevice),
             Request::GET_MAX_MEM_SLOTS => empty(Command::GetMaxMemSlots),
             Request::ADD_MEM_REG => {
@@ -517,6 +556,16 @@ fn single_region(payload: &[u8]) -> Option<MemoryRegion> {
     MemoryRegion::read_from_bytes(rest).ok()
 }
 
+/// With or without the padding at its end.
+fn inflight(payload: &[u8]) -> Option<InflightDescription> {
+    let mut bytes = [0; size_of::<InflightDescription>()];
+    if payload.len() != INFLIGHT_BYTES_SHORT && payload.len() != bytes.len() {
+        return None;
+    }
+    bytes[..payload.len()].copy_from_slice(payload);
+    Some(zerocopy::transmute!(bytes))
+}
+
 fn config(payload: &[u8]) -> Option<(ConfigHeader, &[u8])> {
     let (header, bytes) = ConfigHeader::read_from_prefix(payload).ok()?;
     (bytes.len() == usize::try_from(header.size).ok()?).then_some((header, bytes))
@@ -533,8 +582,8 @@ pub fn reply_u64(request: Request, value: u64) -> Vec<u8> {
 }
 
 /// The reply to GET_VRING_BASE.
-pub fn reply_vring_base(index: u32, base: u16) -> Vec<u8> {
-    let state = VringState { index, num: u32::from(base) };
+pub fn reply_vring_base(index: u32, base: u32) -> Vec<u8> {
+    let state = VringState { index, num: base };
     reply(Request::GET_VRING_BASE, state.as_bytes())
 }
 
@@ -544,6 +593,12 @@ pub fn reply_config(offset: u32, bytes: &[u8]) -> Vec<u8> {
     let mut payload = header.as_bytes().to_vec();
     payload.extend_from_slice(bytes);
     reply(Request::GET_CONFIG, &payload)
+}
+
+/// The reply to GET_INFLIGHT_FD, of the length that was asked with.
+pub fn reply_inflight(description: &InflightDescription, len: usize) -> Vec<u8> {
+    let bytes = description.as_bytes();
+    reply(Request::GET_INFLIGHT_FD, &bytes[..len.min(bytes.len())])
 }
 
 fn message(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {

@@ -17,13 +17,13 @@ struct Pair {
 }
 
 fn config(driver: &TestQueue, size: u16, event_idx: bool) -> RingConfig {
-    RingConfig { size, address: driver.address(), next_avail: 0, event_idx, indirect: true }
+    RingConfig { size, address: driver.address(), base: 0, event_idx, indirect: true }
 }
 
 fn pair(size: u16, event_idx: bool) -> Pair {
     let memory = TestMemory::new(0x40000);
     let driver = TestQueue::new(memory.view(), memory.base() + RING_AT, size, event_idx);
-    let device = SplitQueue::new(memory.view(), &config(&driver, size, event_idx)).unwrap();
+    let device = SplitQueue::new(memory.view(), &config(&driver, size, event_idx), None).unwrap();
     Pair { memory, driver, device, chain: Chain::new() }
 }
 
@@ -65,17 +65,17 @@ fn chains_come_out_as_they_went_in() {
         assert_eq!(pair.pop(), Ok(false), "nothing is published");
         pair.driver.publish();
         assert_eq!(pair.pop(), Ok(true));
-        assert_eq!(pair.chain.head, head);
+        assert_eq!(pair.chain.token.id, head);
         let piece = |addr, len| Piece { addr, len };
         assert_eq!(pair.chain.readable, [piece(at, 16), piece(at + 200, 512)]);
         assert_eq!(pair.chain.writable, [piece(at + 1000, 4096), piece(at + 9000, 1)]);
         assert!(pair.chain.is_ordered);
         assert_eq!(pair.pop(), Ok(false));
 
-        pair.device.unpop();
+        pair.device.unpop(pair.chain.token).unwrap();
         assert_eq!(pair.pop(), Ok(true), "a chain that was put back comes again");
 
-        pair.device.push_used(head, 4097).unwrap();
+        pair.device.push_used(pair.chain.token, 4097).unwrap();
         assert_eq!(pair.driver.pop_used(), None, "nothing is published");
         pair.device.publish().unwrap();
         assert_eq!(pair.driver.pop_used(), Some((head, 4097)));
@@ -107,7 +107,7 @@ fn a_table_across_two_regions_is_followed() {
     let split = iobuf::GuestMemory::new(regions).unwrap().view();
 
     let mut driver = TestQueue::new(memory.view(), base + RING_AT, 8, false);
-    let mut device = SplitQueue::new(&split, &config(&driver, 8, false)).unwrap();
+    let mut device = SplitQueue::new(&split, &config(&driver, 8, false), None).unwrap();
     let buffers: Vec<_> = (0..6).map(|i| Buffer::readable(base + 512 * i, 512)).collect();
     driver.add_indirect(memory.view(), base + 0x10000, &buffers).unwrap();
     driver.publish();
@@ -168,7 +168,7 @@ fn what_breaks_a_queue() {
 fn indirect_needs_the_feature() {
     let mut pair = pair(8, false);
     let config = RingConfig { indirect: false, ..config(&pair.driver, 8, false) };
-    pair.device = SplitQueue::new(pair.memory.view(), &config).unwrap();
+    pair.device = SplitQueue::new(pair.memory.view(), &config, None).unwrap();
     let at = pair.data();
     pair.driver.add_indirect(pair.memory.view(), at, &[Buffer::writable(at, 1)]).unwrap();
     pair.driver.publish();
@@ -183,7 +183,7 @@ fn rings_must_be_in_memory_and_aligned() {
     let at = good.address;
     let refused = |address| {
         let config = RingConfig { address, ..good };
-        SplitQueue::new(memory.view(), &config).expect_err("refused")
+        SplitQueue::new(memory.view(), &config, None).expect_err("refused")
     };
     let end = memory.base() + 0x10000;
     for address in [
@@ -200,9 +200,9 @@ fn rings_must_be_in_memory_and_aligned() {
     }
     for size in [0, 3, 2048] {
         let config = RingConfig { size, ..good };
-        assert!(SplitQueue::new(memory.view(), &config).is_err(), "{size}");
+        assert!(SplitQueue::new(memory.view(), &config, None).is_err(), "{size}");
     }
-    assert!(SplitQueue::new(memory.view(), &good).is_ok());
+    assert!(SplitQueue::new(memory.view(), &good, None).is_ok());
 }
 
 #[test]
@@ -225,7 +225,7 @@ fn interrupts_only_when_the_driver_wants_them() {
             pair.driver.add(&[Buffer::writable(at, 1)]).unwrap();
             pair.driver.publish();
             assert_eq!(pair.pop(), Ok(true));
-            pair.device.push_used(pair.chain.head, 1).unwrap();
+            pair.device.push_used(pair.chain.token, 1).unwrap();
             pair.device.publish().unwrap()
         };
         assert!(round(&mut pair), "the first one always: a driver may have waited before us");
@@ -272,13 +272,13 @@ fn goes_on_behind_what_was_used() {
         let head = pair.driver.add(&[Buffer::writable(at, 1)]).unwrap();
         pair.driver.publish();
         assert_eq!(pair.pop(), Ok(true));
-        pair.device.push_used(head, round).unwrap();
+        pair.device.push_used(pair.chain.token, round).unwrap();
         pair.device.publish().unwrap();
         assert_eq!(pair.driver.pop_used(), Some((head, round)));
         if round % 7919 == 0 {
-            let next_avail = pair.device.next_avail();
-            let config = RingConfig { next_avail, ..config(&pair.driver, 4, true) };
-            pair.device = SplitQueue::new(pair.memory.view(), &config).unwrap();
+            let base = u32::from(pair.device.next_avail());
+            let config = RingConfig { base, ..config(&pair.driver, 4, true) };
+            pair.device = SplitQueue::new(pair.memory.view(), &config, None).unwrap();
         }
     }
 }
@@ -295,12 +295,12 @@ fn no_wakeup_is_lost() {
         let (kick, kicked) = mpsc::channel();
         let (call, called) = mpsc::channel();
         let device = std::thread::spawn(move || {
-            let mut queue = SplitQueue::new(&shared.view(), &config).unwrap();
+            let mut queue = SplitQueue::new(&shared.view(), &config, None).unwrap();
             let mut chain = Chain::new();
             let (mut done, mut waits) = (0, 0u32);
             while done < ROUNDS {
                 while queue.pop(&mut chain).unwrap() {
-                    queue.push_used(chain.head, 1).unwrap();
+                    queue.push_used(chain.token, 1).unwrap();
                     done += 1;
                 }
                 if queue.publish().unwrap() {
@@ -425,7 +425,7 @@ proptest! {
                 break;
             };
             prop_assert_eq!(popped, Ok(true));
-            prop_assert_eq!(pair.chain.head, head);
+            prop_assert_eq!(pair.chain.token.id, head);
             prop_assert_eq!(&pair.chain.readable, &expected.readable);
             prop_assert_eq!(&pair.chain.writable, &expected.writable);
             prop_assert_eq!(pair.chain.is_ordered, expected.is_ordered);
@@ -439,8 +439,8 @@ proptest! {
     ) {
         let memory = TestMemory::new(0x10000);
         let mut driver = TestQueue::new(memory.view(), memory.base(), 16, true);
-        let config = RingConfig { next_avail: start, ..config(&driver, 16, true) };
-        let mut device = SplitQueue::new(memory.view(), &config).unwrap();
+        let config = RingConfig { base: u32::from(start), ..config(&driver, 16, true) };
+        let mut device = SplitQueue::new(memory.view(), &config, None).unwrap();
         driver.publish_index(index);
         let ahead = index.wrapping_sub(start);
         let mut chain = Chain::new();

@@ -122,7 +122,7 @@ fn negotiation() {
     let mut rig = Rig::new();
     let features = rig.ask(Request::GET_FEATURES, &[]);
     assert_eq!(features, rig.session.device.features().0.as_bytes());
-    assert_eq!(rig.ask(Request::GET_PROTOCOL_FEATURES, &[]), 0xa209u64.as_bytes());
+    assert_eq!(rig.ask(Request::GET_PROTOCOL_FEATURES, &[]), 0xb209u64.as_bytes());
     assert_eq!(rig.ask(Request::GET_QUEUE_NUM, &[]), 4u64.as_bytes());
     rig.tell(Request::SET_OWNER, &[]);
     rig.tell(Request::RESET_OWNER, &[]);
@@ -130,7 +130,7 @@ fn negotiation() {
     // Nothing is acknowledged before that is negotiated.
     let step = rig.send(Request::SET_OWNER, true, &[], vec![]);
     assert!(step.reply.is_none());
-    rig.tell(Request::SET_PROTOCOL_FEATURES, 0xa209u64.as_bytes());
+    rig.tell(Request::SET_PROTOCOL_FEATURES, 0xb209u64.as_bytes());
     assert_eq!(rig.acked(Request::SET_OWNER, &[], vec![]), (0, 0));
     assert_eq!(rig.ask(Request::GET_MAX_MEM_SLOTS, &[]), 256u64.as_bytes());
 
@@ -150,7 +150,7 @@ fn a_ring_starts_when_it_is_complete() {
     let step = rig.send(Request::SET_VRING_ENABLE, true, enable.as_bytes(), vec![]);
     assert!(step.reply.is_none(), "not before it has started");
     let [Action::Start(start)] = &step.actions[..] else { panic!("{:?}", step.actions) };
-    assert_eq!((start.index, start.size, start.next_avail), (2, 128, 7));
+    assert_eq!((start.index, start.size, start.base), (2, 128, 7));
     assert_eq!(start.address, rig.address(2));
     assert!(start.kick.is_some() && start.call.is_some() && start.err.is_none());
     assert!(!start.features.has(Features::PROTOCOL_FEATURES));
@@ -168,7 +168,7 @@ fn a_ring_starts_when_it_is_complete() {
     assert_eq!(rig.acked(Request::SET_VRING_ENABLE, enable.as_bytes(), vec![]), (0, 0));
     let step = rig.send(Request::SET_VRING_KICK, true, 0x102u64.as_bytes(), vec![]);
     let [Action::Start(start)] = &step.actions[..] else { panic!("{:?}", step.actions) };
-    assert_eq!(start.next_avail, 4711);
+    assert_eq!(start.base, 4711);
     assert!(start.kick.is_none(), "it polls");
     assert!(start.call.is_some(), "the eventfd is still there");
 }
@@ -313,6 +313,48 @@ fn memory_that_is_not_there() {
 }
 
 #[test]
+fn the_record_of_requests_in_flight() {
+    let mut rig = Rig::ready();
+    let asked = InflightDescription { queues: 4, queue_size: 128, ..Default::default() };
+    for len in [20, 24] {
+        let payload = &asked.as_bytes()[..len];
+        let step = rig.send(Request::GET_INFLIGHT_FD, false, payload, vec![]);
+        let reply = step.reply.unwrap();
+        assert_eq!(reply.len(), 12 + len, "as long as the question");
+        // Four times a header of 16 bytes and 128 entries of 16, in multiples of 64.
+        assert_eq!(reply[12..20], (4 * 2112u64).to_ne_bytes());
+        assert_eq!(reply[20..32], [0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 128, 0]);
+        let fd = step.fd.unwrap();
+        assert_eq!(rustix::fs::fstat(&fd).unwrap().st_size, 4 * 2112);
+        assert!(rustix::fs::ftruncate(&fd, 0).is_err(), "it cannot be cut off");
+    }
+    let description = InflightDescription { mmap_size: 4 * 2112, ..asked };
+    let file = |bytes: u64| inflight_file(bytes).unwrap();
+    let set = |rig: &mut Rig, description: InflightDescription, fd| {
+        rig.acked(Request::SET_INFLIGHT_FD, description.as_bytes(), vec![fd]).0
+    };
+    let short = InflightDescription { mmap_size: 4 * 2112 - 1, ..description };
+    assert_eq!(set(&mut rig, short, file(4 * 2112)), 1);
+    assert_eq!(set(&mut rig, description, file(4 * 2112 - 1)), 1, "beyond the end of the file");
+    assert_eq!(set(&mut rig, description, event()), 1, "no file");
+    let many = InflightDescription { queues: 5, ..description };
+    assert_eq!(set(&mut rig, many, file(1 << 20)), 1);
+    let long = InflightDescription { queue_size: 1025, ..description };
+    assert_eq!(set(&mut rig, long, file(1 << 20)), 1);
+    assert_eq!(set(&mut rig, description, file(4 * 2112)), 0);
+
+    rig.prepare_ring(3);
+    let enable = VringState { index: 3, num: 1 };
+    let step = rig.send(Request::SET_VRING_ENABLE, true, enable.as_bytes(), vec![]);
+    let [Action::Start(start)] = &step.actions[..] else { panic!() };
+    let record = start.inflight.as_ref().unwrap();
+    assert_eq!(record.queue(3, start.features).unwrap().len(), 2112);
+    assert!(record.queue(4, start.features).is_none());
+    rig.session.on_done(Ok(None)).unwrap();
+    assert_eq!(set(&mut rig, description, file(4 * 2112)), 1, "while a ring runs");
+}
+
+#[test]
 fn configuration_space() {
     let mut rig = Rig::new();
     let get = |offset: u32, size: u32| {
@@ -392,7 +434,7 @@ fn reset_forgets_the_driver_but_not_the_frontend() {
     rig.tell(Request::SET_VRING_ADDR, rig.address(0).as_bytes());
     let step = rig.send(Request::SET_VRING_KICK, false, 0u64.as_bytes(), vec![event()]);
     let [Action::Start(start)] = &step.actions[..] else { panic!() };
-    assert!(start.call.is_some() && start.next_avail == 0);
+    assert!(start.call.is_some() && start.base == 0);
     assert_eq!(start.memory.regions().len(), 1);
 }
 
@@ -400,7 +442,7 @@ fn reset_forgets_the_driver_but_not_the_frontend() {
 fn refusals_say_what_is_wrong() {
     let mut rig = Rig::ready();
     let state = |index, num| VringState { index, num };
-    let cases: [(Request, Vec<u8>, Vec<OwnedFd>, &str); 14] = [
+    let cases: [(Request, Vec<u8>, Vec<OwnedFd>, &str); 15] = [
         (Request::SET_VRING_NUM, state(4, 1).as_bytes().into(), vec![], "ring 4 does not exist"),
         (Request::SET_VRING_NUM, state(0, 0).as_bytes().into(), vec![], "ring size 0"),
         (Request::SET_VRING_NUM, state(0, 48).as_bytes().into(), vec![], "ring size 48"),
@@ -411,7 +453,8 @@ fn refusals_say_what_is_wrong() {
         (Request::SET_VRING_CALL, 255u64.as_bytes().into(), vec![event()], "ring 255"),
         (Request::SET_VRING_KICK, 0u64.as_bytes().into(), vec![], "0 file descriptors"),
         (Request::SET_LOG_BASE, vec![0; 16], vec![], "SET_LOG_BASE is not supported"),
-        (Request::GET_INFLIGHT_FD, vec![0; 16], vec![], "GET_INFLIGHT_FD is not supported"),
+        (Request::GET_INFLIGHT_FD, vec![0; 16], vec![], "GET_INFLIGHT_FD has 16 bytes"),
+        (Request::GET_INFLIGHT_FD, vec![0; 20], vec![], "0 queues of 0 descriptors"),
         (Request(1000), vec![], vec![], "message type 1000 is not supported"),
         (Request::SET_FEATURES, vec![0; 4], vec![], "SET_FEATURES has 4 bytes of payload"),
         (Request::SET_MEM_TABLE, vec![1, 0, 0, 0, 0, 0, 0, 0], vec![], "8 bytes of payload"),
@@ -505,7 +548,7 @@ fn any_message() -> impl Strategy<Value = (Request, bool, Vec<u8>, u8)> {
         prop_oneof![Just(Request::SET_FEATURES), Just(Request::SET_PROTOCOL_FEATURES)],
         prop_oneof![
             Just(u64::MAX),
-            Just(0xa209u64),
+            Just(0xb209u64),
             Just(1 << 32),
             Just(0x1_7000_0000),
             any::<u64>()
