@@ -1,8 +1,6 @@
 //! Hashes and the key derivation of TLS 1.3 (RFC 5869, RFC 8446 section 7.1) over secrets.
 
-#[cfg(test)]
-use aws_lc_rs::digest;
-use aws_lc_rs::hmac;
+use aws_lc_rs::{digest, hmac};
 use zeroize::Zeroize;
 
 use crate::secret::{SECRET_BYTES_MAX, Secret};
@@ -28,7 +26,6 @@ impl Hash {
         }
     }
 
-    #[cfg(test)]
     fn digest_algorithm(self) -> &'static digest::Algorithm {
         match self {
             Hash::Sha256 => &digest::SHA256,
@@ -46,7 +43,6 @@ impl Hash {
     }
 
     /// The digest of all `parts`, one after the other.
-    #[cfg(test)]
     pub(crate) fn digest(self, parts: &[&[u8]]) -> Secret {
         let mut context = digest::Context::new(self.digest_algorithm());
         for part in parts {
@@ -112,6 +108,11 @@ pub(crate) const LABEL_PREFIX: &[u8] = b"tls13 ";
 
 fn whole(bytes: &[u8]) -> Secret {
     Secret::new(bytes).expect("no digest is longer than 64 bytes")
+}
+
+/// Whether two values are equal, in a time that tells nothing but their lengths.
+pub(crate) fn is_equal(a: &[u8], b: &[u8]) -> bool {
+    aws_lc_rs::constant_time::verify_slices_are_equal(a, b).is_ok()
 }
 
 #[cfg(test)]

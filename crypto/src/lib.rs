@@ -6,6 +6,7 @@
 //!   constant time and wiped when dropped.
 //! - [`psk`]: retained keys, identities and pre-shared keys of TLS 1.3, in both derivations that are
 //!   in the field.
+//! - [`tls`]: handshake and record layer of TLS 1.3 as bytes in and out.
 //!
 //! ```
 //! use crypto::psk::{Derivation, IdentityVersion, RetainedKey};
@@ -23,13 +24,11 @@
 //!
 //! # What this crate does not do
 //!
-//! It does no I/O and draws no random numbers of its own for keys; who makes a key passes the bytes
-//! in. Parsing a key takes time that depends on its characters, as it happens once per configured
+//! It does no I/O, reads no clock and makes no keys on its own: who makes one passes the random bytes
+//! in. (The library of the TLS handshake draws its own.) Parsing a key takes time that depends on its characters, as it happens once per configured
 //! key and not at a peer's request.
 //!
-//! Start reading at [`TlsKey`], then [`psk`].
-
-#![forbid(unsafe_code)]
+//! Start reading at [`TlsKey`], then [`psk`] and [`tls`].
 
 mod base64;
 mod kdf;
@@ -38,6 +37,7 @@ pub mod psk;
 mod secret;
 #[cfg(test)]
 mod testing;
+pub mod tls;
 
 pub use kdf::Hash;
 pub use key::{DhchapKey, KeyError, KeyHash, TlsKey};

@@ -35,6 +35,14 @@ impl Suite {
         }
     }
 
+    /// Length of the suite's traffic keys.
+    pub(crate) const fn key_len(self) -> usize {
+        match self {
+            Suite::Aes128GcmSha256 => 16,
+            Suite::Aes256GcmSha384 => 32,
+        }
+    }
+
     /// The number that TLS gives it (RFC 8446, appendix B.4).
     pub const fn iana(self) -> u16 {
         match self {

@@ -1,0 +1,6 @@
+//! Both ends with each other: handshakes, refusals, records, and what a third party may do to them.
+
+mod adversary;
+mod handshake;
+mod record;
+mod support;
