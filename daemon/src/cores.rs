@@ -32,6 +32,11 @@ pub fn core_config() -> CoreConfig {
     CoreConfig { entries: RING_ENTRIES, pool_bytes: POOL_BYTES, ..CoreConfig::default() }
 }
 
+/// The configuration of a core that emulates devices, for guests nobody has to trust.
+pub fn emulator_config() -> CoreConfig {
+    CoreConfig { restricted: true, ..core_config() }
+}
+
 /// The configuration of a core that serves volumes: files and block devices read and write a little
 /// of its pool at less cost.
 pub fn target_config() -> CoreConfig {

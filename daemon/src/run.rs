@@ -238,7 +238,7 @@ impl Daemon {
             let roles = 1 + usize::from(self.target.is_some());
             let count = self.emulator_cores.unwrap_or_else(|| cores::default_count(roles));
             let ended = ended(self.failed.clone());
-            let cores = Cores::start("emulator", count, &cores::core_config(), ended)?;
+            let cores = Cores::start("emulator", count, &cores::emulator_config(), ended)?;
             self.emulator = Some(RunningEmulator { cores, next_core: 0, devices: Vec::new() });
         }
         let host = self.host.clone();

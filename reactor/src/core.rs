@@ -46,6 +46,9 @@ pub struct CoreConfig {
     /// lock; without the right to lock as much the core goes on unregistered. The pool hands out
     /// its first bytes first, so a part of it serves all but bursts.
     pub pool_registered_bytes: usize,
+    /// The core's ring takes only what connections, event counters and open files need: nobody who
+    /// takes the process over can have it open a file or make a socket. Devices cannot be polled.
+    pub restricted: bool,
     /// Processor to bind the calling thread to.
     pub pin_to: Option<usize>,
     /// Messages that may wait in the mailbox: at least 1.
@@ -62,6 +65,7 @@ impl Default for CoreConfig {
             rx_incremental: false,
             pool_bytes: 64 << 20,
             pool_registered_bytes: 0,
+            restricted: false,
             pin_to: None,
             mailbox_depth: 1024,
         }

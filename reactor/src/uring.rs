@@ -42,6 +42,21 @@ const SQ_ENTRIES_MAX: u32 = 4096;
 const CQ_PER_OP: u32 = 4;
 const CQ_ENTRIES_MAX: u32 = 65536;
 
+/// What a core asks the kernel for.
+const OPERATIONS: [(u8, &str); 11] = [
+    (opcode::Read::CODE, "reads on the ring"),
+    (opcode::Readv::CODE, "vectored reads on the ring"),
+    (opcode::Write::CODE, "writes on the ring"),
+    (opcode::Writev::CODE, "vectored writes on the ring"),
+    (opcode::Fsync::CODE, "fsync on the ring"),
+    (opcode::Fallocate::CODE, "fallocate on the ring"),
+    (opcode::Connect::CODE, "connect on the ring"),
+    (opcode::LinkTimeout::CODE, "linked timeouts on the ring"),
+    (opcode::Recv::CODE, "receive on the ring"),
+    (opcode::SendMsg::CODE, "sendmsg on the ring"),
+    (opcode::AsyncCancel::CODE, "cancellation on the ring"),
+];
+
 pub(crate) struct Uring {
     ring: IoUring,
     /// Dropped after the ring: the kernel reads its ring of buffers.
@@ -57,6 +72,7 @@ pub(crate) struct Uring {
     /// table, and nobody asks again.
     places: Option<Result<Rc<Places>, ()>>,
     entries: u32,
+    restricted: bool,
     /// The part of the pool that is registered.
     arena: Option<Segment>,
 }
@@ -91,6 +107,10 @@ impl Uring {
             if no_sqarray {
                 builder.setup_no_sqarray(); // Linux 6.6
             }
+            if config.restricted {
+                // Restrictions can only be set on a ring that does not run yet.
+                builder.setup_r_disabled();
+            }
             builder.build(config.entries.min(SQ_ENTRIES_MAX))
         };
         let ring = match build(true) {
@@ -113,6 +133,9 @@ impl Uring {
         }
         check_operations(&ring)?;
         register_buffers(&ring, &rx, config.rx_incremental)?;
+        if config.restricted {
+            restrict(&ring).map_err(|e| SetupError::from_ring("restrictions of io_uring", e))?;
+        }
         let wake_value = Box::new(AtomicU64::new(0));
         Ok(Uring {
             ring,
@@ -124,11 +147,15 @@ impl Uring {
             polled: None,
             places: None,
             entries: config.entries.min(SQ_ENTRIES_MAX),
+            restricted: config.restricted,
             arena: None,
         })
     }
 
     pub(crate) fn enable_polling(&mut self) -> io::Result<()> {
+        if self.restricted {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         if self.polled.is_some() {
             return Ok(());
         }
@@ -509,25 +536,38 @@ fn check_operations(ring: &IoUring) -> Result<(), SetupError> {
     ring.submitter()
         .register_probe(&mut probe)
         .map_err(|e| SetupError::from_ring("probing io_uring operations", e))?;
-    let needed = [
-        (opcode::Read::CODE, "reads on the ring"),
-        (opcode::Readv::CODE, "vectored reads on the ring"),
-        (opcode::Write::CODE, "writes on the ring"),
-        (opcode::Writev::CODE, "vectored writes on the ring"),
-        (opcode::Fsync::CODE, "fsync on the ring"),
-        (opcode::Fallocate::CODE, "fallocate on the ring"),
-        (opcode::Connect::CODE, "connect on the ring"),
-        (opcode::LinkTimeout::CODE, "linked timeouts on the ring"),
-        (opcode::Recv::CODE, "receive on the ring"),
-        (opcode::SendMsg::CODE, "sendmsg on the ring"),
-        (opcode::AsyncCancel::CODE, "cancellation on the ring"),
-    ];
-    for (code, feature) in needed {
+    for (code, feature) in OPERATIONS {
         if !probe.is_supported(code) {
             return Err(SetupError::TooOld { feature });
         }
     }
     Ok(())
+}
+
+/// Starts a ring that was made disabled, for [`OPERATIONS`] only.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    use io_uring::register::Restriction;
+    // `io_uring_register` operations, which the crate keeps to itself (linux/io_uring.h).
+    const REGISTER_BUFFERS: u8 = 0;
+    const UNREGISTER_FILES: u8 = 3;
+    const REGISTER_FILES_UPDATE: u8 = 6;
+    const REGISTER_FILES2: u8 = 13;
+    const UNREGISTER_PBUF_RING: u8 = 23;
+    let flags = Flags::FIXED_FILE | Flags::IO_LINK | Flags::BUFFER_SELECT;
+    let fixed = [opcode::ReadFixed::CODE, opcode::WriteFixed::CODE];
+    let mut allowed: Vec<Restriction> =
+        OPERATIONS.iter().map(|(code, _)| *code).chain(fixed).map(Restriction::sqe_op).collect();
+    let register = [
+        REGISTER_BUFFERS,
+        UNREGISTER_FILES,
+        REGISTER_FILES_UPDATE,
+        REGISTER_FILES2,
+        UNREGISTER_PBUF_RING,
+    ];
+    allowed.extend(register.map(Restriction::register_op));
+    allowed.push(Restriction::sqe_flags_allowed(flags.bits()));
+    ring.submitter().register_restrictions(&mut allowed)?;
+    ring.submitter().register_enable_rings()
 }
 
 fn register_buffers(ring: &IoUring, rx: &RxPool, incremental: bool) -> Result<(), SetupError> {
@@ -547,4 +587,32 @@ fn register_buffers(ring: &IoUring, rx: &RxPool, incremental: bool) -> Result<()
         }
     }
     register(0).map_err(|e| SetupError::from_ring("rings of receive buffers", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the operation is answered with.
+    fn result(ring: &mut IoUring, entry: squeue::Entry) -> i32 {
+        // SAFETY: the entries of these tests name static strings or nothing.
+        unsafe { ring.submission().push(&entry) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn a_restricted_ring_opens_no_file_and_makes_no_socket() {
+        let mut ring = IoUring::builder().setup_r_disabled().build(8).unwrap();
+        restrict(&ring).unwrap();
+        let here = types::Fd(libc::AT_FDCWD);
+        let open = opcode::OpenAt::new(here, c"/dev/null".as_ptr()).flags(libc::O_RDONLY).build();
+        let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
+        for refused in [open, socket, opcode::Nop::new().build()] {
+            assert_eq!(result(&mut ring, refused), -libc::EACCES);
+        }
+        let cancel = opcode::AsyncCancel::new(7).build();
+        assert_eq!(result(&mut ring, cancel), -libc::ENOENT);
+        assert!(ring.submitter().unregister_eventfd().is_err(), "no other registration");
+    }
 }

@@ -155,6 +155,33 @@ fn connects_and_is_refused() {
 }
 
 #[test]
+fn a_restricted_core_serves_what_it_has() {
+    let mut core = core_with(CoreConfig { restricted: true, ..small() });
+    let local = core.local();
+    let mut port = local.port();
+    let (_file, fd) = file();
+    let data = pattern(70_000, 9);
+    port.writev(&fd, 0, &list(&local, &data), true, 1).unwrap();
+    assert_eq!(bytes(next(&mut core, &mut port)), (1, 70_000));
+    let back = list(&local, &vec![0; data.len()]);
+    port.readv(&fd, 0, &back, 2).unwrap();
+    assert_eq!(bytes(next(&mut core, &mut port)), (2, 70_000));
+    assert_eq!(content(&back), data);
+
+    let raw = eventfd(0);
+    port.watch(&Fd::from(raw.try_clone().unwrap()), 3).unwrap();
+    signal(&raw, 4);
+    assert!(matches!(next(&mut core, &mut port).result, Ok(Outcome::Signal(4))));
+    port.cancel_all();
+    assert_eq!(errno(next(&mut core, &mut port)), (3, Errno::CANCELED));
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    port.connect(listener.local_addr().unwrap(), LIMIT, 4).unwrap();
+    let done = next(&mut core, &mut port);
+    assert!(matches!(done.result, Ok(Outcome::Socket(_))), "{done:?}");
+}
+
+#[test]
 fn a_connect_that_nobody_answers_times_out() {
     let mut core = core();
     let mut port = core.local().port();
