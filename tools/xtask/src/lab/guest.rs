@@ -3,6 +3,9 @@
 //! QEMU emulates the processor (no KVM needed) and boots the kernel directly. The job, which is the
 //! first process, the scripts and the arguments, is a second archive behind the image's. The result
 //! comes back as a tar archive over a virtio-serial port, the console goes to a file.
+//!
+//! [`Guest::from_disk`] is the other way: firmware finds what to boot on a disk of ours, and the
+//! console is all that is seen of it.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -89,15 +92,20 @@ impl<'a> Job<'a> {
     /// Adds a disk served by a vhost-user-blk server.
     pub(super) fn vhost_user_blk(mut self, socket: &Path) -> Self {
         let id = format!("vhost{}", self.devices.len());
-        let path = quoted(socket);
-        self.devices.extend([
-            "-chardev".to_owned(),
-            format!("socket,id={id},path={path}"),
-            "-device".to_owned(),
-            format!("vhost-user-blk-pci,chardev={id},num-queues={CPUS}"),
-        ]);
+        self.devices.extend(vhost_user_blk(&id, socket, ""));
         self
     }
+}
+
+/// QEMU arguments for a disk served by a vhost-user-blk server; `more` are options of the device,
+/// each after a comma.
+pub(super) fn vhost_user_blk(id: &str, socket: &Path, more: &str) -> [String; 4] {
+    [
+        "-chardev".to_owned(),
+        format!("socket,id={id},path={}", quoted(socket)),
+        "-device".to_owned(),
+        format!("vhost-user-blk-pci,chardev={id},num-queues={CPUS}{more}"),
+    ]
 }
 
 /// A guest that runs.
@@ -124,29 +132,10 @@ impl Guest {
         fs::copy(&image.archive, &initrd)?;
         append_job(&initrd, scripts, job).context("cannot pack the guest's job")?;
 
-        let mut qemu = tree.program("usr/bin/qemu-system-x86_64");
-        qemu.arg("-L")
-            .arg(tree.path("usr/share/qemu"))
-            .arg("-L")
-            .arg(tree.path("usr/share/seabios"));
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        match &job.machine {
-            Some(words) => qemu.args(words),
-            // A server of a device maps the guest's memory, so it has to be shared.
-            None => qemu.args([
-                "-machine",
-                "q35,memory-backend=mem,accel=tcg",
-                "-m",
-                MEMORY,
-                "-object",
-                &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on"),
-            ]),
-        };
-        qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string()]);
+        let mut qemu = machine(tree, folder, job.machine.as_deref());
         qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&initrd);
         let words = format!("console=ttyS0 quiet panic=-1 {}", job.kernel_words);
         qemu.args(["-append", words.trim_end()]);
-        qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);
         qemu.args(["-device", "virtio-serial-pci", "-chardev"]);
         qemu.arg(format!("file,id=result,path={}", quoted(&folder.join("result.tar"))));
         qemu.args(["-device", "virtserialport,chardev=result,name=result"]);
@@ -159,6 +148,42 @@ impl Guest {
         qemu.args(&job.devices);
         let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
         Ok(Self { qemu, folder: folder.to_owned(), limit: job.limit })
+    }
+
+    /// Starts a machine whose firmware has to find something to boot on the disks in `devices`.
+    pub(super) fn from_disk(
+        tree: &Tree,
+        folder: &Path,
+        firmware: Firmware,
+        devices: &[String],
+        limit: Duration,
+    ) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        let mut qemu = machine(tree, folder, None);
+        if firmware == Firmware::Ovmf {
+            // The firmware's variables are the machine's own; a new machine knows no boot order.
+            let variables = folder.join("variables.fd");
+            fs::copy(tree.path("usr/share/OVMF/OVMF_VARS_4M.fd"), &variables)?;
+            let code = quoted(&tree.path("usr/share/OVMF/OVMF_CODE_4M.fd"));
+            let flash = "if=pflash,format=raw";
+            qemu.args(["-drive", &format!("{flash},unit=0,readonly=on,file={code}")]);
+            qemu.args(["-drive", &format!("{flash},unit=1,file={}", quoted(&variables))]);
+        }
+        qemu.args(["-nic", "none"]).args(devices);
+        let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
+        Ok(Self { qemu, folder: folder.to_owned(), limit })
+    }
+
+    /// Waits until the machine switches itself off, and returns all that its console showed.
+    pub(super) fn off(mut self) -> Result<String> {
+        let status = self
+            .qemu
+            .wait(self.limit)
+            .with_context(|| format!("the guest's console ends:\n{}", self.end_of_console()))?;
+        if !status.success() {
+            bail!("QEMU ended ({status}):\n{}", self.qemu.text().trim());
+        }
+        Ok(self.console())
     }
 
     /// What the guest has written to its console so far.
@@ -209,6 +234,37 @@ impl Guest {
     fn end_of_console(&self) -> String {
         exec::tail(&self.folder.join("console.log"), 20)
     }
+}
+
+/// What a machine has in place of a kernel given by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Firmware {
+    SeaBios,
+    Ovmf,
+}
+
+/// QEMU with what every guest has: processors, memory, a console that is a file of `folder`.
+fn machine(tree: &Tree, folder: &Path, words: Option<&[String]>) -> Command {
+    let mut qemu = tree.program("usr/bin/qemu-system-x86_64");
+    for below in ["usr/share/qemu", "usr/share/seabios"] {
+        qemu.arg("-L").arg(tree.path(below));
+    }
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    match words {
+        Some(words) => qemu.args(words),
+        // A server of a device maps the guest's memory, so it has to be shared.
+        None => qemu.args([
+            "-machine",
+            "q35,memory-backend=mem,accel=tcg",
+            "-m",
+            MEMORY,
+            "-object",
+            &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on"),
+        ]),
+    };
+    qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string()]);
+    qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);
+    qemu
 }
 
 fn console(folder: &Path) -> String {

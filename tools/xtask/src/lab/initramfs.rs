@@ -26,10 +26,22 @@ const PROGRAMS: &[&str] = &[
     "usr/sbin/mkfs.ext4",
     "usr/sbin/e2fsck",
     "usr/sbin/blkdiscard",
+    "usr/bin/lspci",
 ];
 /// Modules the scripts load, with what these depend on; built-in ones cost nothing.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_net", "virtio_blk", "nvme_tcp", "nvmet_tcp", "loop", "ext4"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "nvme",
+    "nvme_tcp",
+    "nvmet_tcp",
+    "tls",
+    "loop",
+    "ext4",
+];
+/// What a guest that boots from a disk of ours needs to find it.
+const MODULES_BOOT: &[&str] = &["virtio_pci", "virtio_blk", "nvme", "ext4"];
 /// Loaded on demand by others, and not present in every kernel.
 const MODULES_OPTIONAL: &[&str] = &["crc32c_generic", "crc32c_intel", "crc32c_cryptoapi"];
 const FOLDERS: &[&str] = &[
@@ -103,7 +115,7 @@ fn build(tree: &Tree, kernel: &Path, out: &Path) -> Result<()> {
     {
         archive.link(&format!("usr/bin/{applet}"), b"busybox")?;
     }
-    modules(tree, kernel, &mut archive)?;
+    modules(tree, kernel, MODULES, &mut archive)?;
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
     archive.file("etc/group", 0o644, b"root:x:0:\n")?;
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost guest\n")?;
@@ -128,19 +140,47 @@ fn place_of(tree: &Tree, library: &Path) -> Result<String> {
     })
 }
 
+/// Writes what a boot loader takes as a first file system: busybox, what finds the disk that
+/// carries the next one, and `init`.
+pub(super) fn boot_archive(tree: &Tree, kernel: Kernel, init: &[u8]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    for folder in ["dev", "proc", "sys", "root", "usr", "usr/bin", "usr/lib"] {
+        archive.folder(folder)?;
+    }
+    for (name, to) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
+        archive.link(name, to.as_bytes())?;
+    }
+    archive.link("usr/sbin", b"bin")?;
+    archive.file("usr/bin/busybox", 0o755, &read(&tree.path("usr/bin/busybox"))?)?;
+    archive.link("usr/bin/sh", b"busybox")?;
+    archive.file("init", 0o755, init)?;
+    modules(tree, &tree.kernel(kernel), MODULES_BOOT, &mut archive)?;
+    Ok(archive.finish()?)
+}
+
+/// The kernel of the tree, as a boot loader takes it.
+pub(super) fn kernel_image(tree: &Tree, kernel: Kernel) -> Result<PathBuf> {
+    vmlinuz(&tree.kernel(kernel))
+}
+
 /// Adds the modules, with the tables that `modprobe` reads.
-fn modules<W: std::io::Write>(tree: &Tree, kernel: &Path, archive: &mut Archive<W>) -> Result<()> {
+fn modules<W: std::io::Write>(
+    tree: &Tree,
+    kernel: &Path,
+    wanted: &[&str],
+    archive: &mut Archive<W>,
+) -> Result<()> {
     let release = release(kernel)?;
     let base = kernel.join("usr");
     let mut files = BTreeSet::new();
-    for module in MODULES.iter().chain(MODULES_OPTIONAL) {
+    for module in wanted.iter().chain(MODULES_OPTIONAL) {
         let mut modprobe = tree.program_as("usr/bin/kmod", "modprobe");
         modprobe.arg("-d").arg(&base).args(["-S", &release, "-D", module]);
         match exec::output(&mut modprobe) {
             Ok(text) => files.extend(text.lines().filter_map(|line| {
                 line.strip_prefix("insmod ")?.split_whitespace().next().map(PathBuf::from)
             })),
-            Err(error) if MODULES.contains(module) => return Err(error),
+            Err(error) if wanted.contains(module) => return Err(error),
             Err(_) => {}
         }
     }

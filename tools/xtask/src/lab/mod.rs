@@ -10,6 +10,7 @@
 //! guests saw, and ends everything it started. `selftest` does the same against the kernel's own
 //! target and QEMU's own disk server: if it passes and another scenario fails, the fault is ours.
 
+mod boot_disk;
 mod cpio;
 mod guest;
 mod initramfs;

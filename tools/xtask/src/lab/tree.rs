@@ -23,7 +23,25 @@ const SUITE: &str = "trixie";
 const BACKPORTS: &str = "trixie-backports";
 /// Newest QEMU: the older one lacks features that the device scenarios need.
 const PACKAGES_BACKPORTS: &[&str] = &["qemu-system-x86", "qemu-utils"];
-const PACKAGES: &[&str] = &["nvme-cli", "fio", "e2fsprogs", "busybox-static", "kmod", "xz-utils"];
+const PACKAGES: &[&str] = &[
+    "nvme-cli",
+    "fio",
+    "e2fsprogs",
+    "busybox-static",
+    "kmod",
+    "xz-utils",
+    "pciutils",
+    // Firmware and boot loader for guests that boot from a disk of ours.
+    "ovmf",
+    "grub-common",
+    "grub-pc-bin",
+    "grub-efi-amd64-bin",
+    // Keys, handshakes and certificates of others.
+    "ktls-utils",
+    "keyutils",
+    "gnutls-bin",
+    "openssl",
+];
 /// To build fio with its libblkio engine, which Debian's binary leaves out.
 const PACKAGES_BUILD: &[&str] = &[
     "gcc",

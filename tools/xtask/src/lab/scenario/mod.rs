@@ -1,6 +1,7 @@
 //! The scenarios, and what they share: starting our target and our emulator.
 
 mod ana_failover;
+mod boot;
 mod fio_jobs;
 mod kernel_host;
 mod kill_target;
@@ -81,6 +82,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "a guest's virtio disk is a remote volume; a kernel host reads the same bytes",
         needs_penstock: true,
         run: virtio_disk::run,
+    },
+    Scenario {
+        name: "boot-virtio",
+        shows: "a system on a volume boots from the virtio disk, by SeaBIOS and by OVMF",
+        needs_penstock: true,
+        run: boot::virtio,
     },
     Scenario {
         name: "kill-target-kernel",
