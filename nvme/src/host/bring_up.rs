@@ -81,6 +81,8 @@ pub struct ControllerInfo {
     pub oaes: u32,
     /// Optional NVM commands.
     pub oncs: u16,
+    /// Copy Descriptor Formats Supported.
+    pub cdfs: u16,
     /// A volatile write cache may be present.
     pub write_cache: bool,
     /// Keep alive is supported.
@@ -93,6 +95,17 @@ pub struct ControllerInfo {
     pub queue_entries_max: u32,
     /// Smallest memory page, bytes: unit of size limits.
     pub page_bytes: u64,
+    /// What it reports about Asymmetric Namespace Access; `None`: it does not.
+    pub ana: Option<AnaInfo>,
+}
+
+/// Asymmetric Namespace Access as a controller reports it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AnaInfo {
+    /// ANA Transition Time: the longest that a group is in the Change state.
+    pub transition_time: Duration,
+    /// ANA groups of the subsystem (NANAGRPID).
+    pub groups: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -292,12 +305,17 @@ impl BringUp {
                 .then(|| Instance { ciu: id.ciu, cirn: id.cirn.get() }),
             oaes: id.oaes.get(),
             oncs: id.oncs.get(),
+            cdfs: id.cdfs.get(),
             write_cache: id.vwc & IdentifyController::VWC_PRESENT != 0,
             has_keep_alive: id.kas.get() != 0,
             transfer_bytes_max,
             in_capsule_bytes: (id.ioccsz.get().max(4) - 4).saturating_mul(16),
             queue_entries_max,
             page_bytes,
+            ana: (id.cmic & IdentifyController::CMIC_ANA != 0).then(|| AnaInfo {
+                transition_time: Duration::from_secs(id.anatt.into()),
+                groups: id.nanagrpid.get(),
+            }),
         })
     }
 }

@@ -4,6 +4,9 @@
 //! capsule", else the transport moves the data.
 
 use crate::spec::{NvmOpcode, SglDescriptor, Sqe};
+use crate::subsys::reservation::{
+    AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationRequest,
+};
 
 /// Logical blocks one command addresses at most.
 pub const BLOCKS_MAX: u32 = 1 << 16;
@@ -69,6 +72,103 @@ pub fn deallocate(nsid: u32, ranges: u16, in_capsule: bool) -> [u8; 64] {
     sqe.to_bytes()
 }
 
+/// Compare `nlb` blocks with `len` bytes of data.
+#[must_use]
+pub fn compare(nsid: u32, slba: u64, nlb: u32, len: u32, in_capsule: bool, fua: bool) -> [u8; 64] {
+    let mut sqe = lba_command(NvmOpcode::COMPARE, nsid, slba, nlb, fua);
+    sqe.dptr = descriptor(len, in_capsule);
+    sqe.to_bytes()
+}
+
+/// Verify `nlb` blocks.
+#[must_use]
+pub fn verify(nsid: u32, slba: u64, nlb: u32, fua: bool) -> [u8; 64] {
+    lba_command(NvmOpcode::VERIFY, nsid, slba, nlb, fua).to_bytes()
+}
+
+/// Copy `ranges` source ranges (1..=128, [`crate::spec::CopyRange`] in format 0h, 32 bytes each, as
+/// data) to `slba`.
+#[must_use]
+pub fn copy(nsid: u32, slba: u64, ranges: u16, in_capsule: bool, fua: bool) -> [u8; 64] {
+    debug_assert!((1..=128).contains(&ranges));
+    let mut sqe = lba_command(NvmOpcode::COPY, nsid, slba, u32::from(ranges), fua);
+    sqe.dptr = descriptor(u32::from(ranges) * 32, in_capsule);
+    sqe.to_bytes()
+}
+
+/// A reservation command (Register, Acquire or Release), and its data, of which the first
+/// [`reservation_len`] bytes are sent.
+#[must_use]
+pub fn reservation(
+    nsid: u32,
+    request: &ReservationRequest,
+    in_capsule: bool,
+) -> ([u8; 64], [u8; 16]) {
+    let (opcode, cdw10, first, second) = match *request {
+        ReservationRequest::Register { action, iekey, persist, crkey, nrkey } => {
+            let action = match action {
+                RegisterAction::Register => 0,
+                RegisterAction::Unregister => 1,
+                RegisterAction::Replace => 2,
+            };
+            let persist = match persist {
+                PersistChange::Keep => 0,
+                PersistChange::Clear => 2,
+                PersistChange::Set => 3u32,
+            };
+            let cdw10 = action | u32::from(iekey) << 3 | persist << 30;
+            (NvmOpcode::RESERVATION_REGISTER, cdw10, crkey, nrkey)
+        }
+        ReservationRequest::Acquire { action, rtype, crkey, prkey } => {
+            let action = match action {
+                AcquireAction::Acquire => 0,
+                AcquireAction::Preempt => 1,
+                AcquireAction::PreemptAndAbort => 2,
+            };
+            let cdw10 = action | u32::from(rtype.to_wire()) << 8;
+            (NvmOpcode::RESERVATION_ACQUIRE, cdw10, crkey, prkey)
+        }
+        ReservationRequest::Release { action, crkey } => {
+            let cdw10 = match action {
+                ReleaseAction::Release(rtype) => {
+                    rtype.map_or(0, |rtype| u32::from(rtype.to_wire()) << 8)
+                }
+                ReleaseAction::Clear => 1,
+            };
+            (NvmOpcode::RESERVATION_RELEASE, cdw10, crkey, 0)
+        }
+    };
+    let mut sqe = Sqe::new(opcode.0);
+    sqe.nsid.set(nsid);
+    sqe.cdw10.set(cdw10);
+    sqe.dptr = descriptor(reservation_len(request), in_capsule);
+    let mut data = [0; 16];
+    data[..8].copy_from_slice(&first.to_le_bytes());
+    data[8..].copy_from_slice(&second.to_le_bytes());
+    (sqe.to_bytes(), data)
+}
+
+/// Bytes of data of a reservation command.
+#[must_use]
+pub const fn reservation_len(request: &ReservationRequest) -> u32 {
+    match request {
+        ReservationRequest::Release { .. } => 8,
+        _ => 16,
+    }
+}
+
+/// Reservation Report of `len` bytes (a multiple of 4, not 0) in the extended format.
+#[must_use]
+pub fn reservation_report(nsid: u32, len: u32) -> [u8; 64] {
+    debug_assert!(len > 0 && len.is_multiple_of(4));
+    let mut sqe = Sqe::new(NvmOpcode::RESERVATION_REPORT.0);
+    sqe.nsid.set(nsid);
+    sqe.cdw10.set((len / 4).wrapping_sub(1));
+    sqe.cdw11.set(1);
+    sqe.dptr = SglDescriptor::transport(len);
+    sqe.to_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,9 +216,71 @@ mod tests {
             ),
             (deallocate(1, 256, false), IoCommand::Deallocate { nsid: 1, ranges: 256 }),
             (deallocate(1, 1, true), IoCommand::Deallocate { nsid: 1, ranges: 1 }),
+            (
+                compare(1, 8, 8, 4096, true, true),
+                IoCommand::Compare { nsid: 1, offset: 4096, len: 4096, fua: true },
+            ),
+            (
+                verify(1, 8, 16, false),
+                IoCommand::Verify { nsid: 1, offset: 4096, len: 8192, fua: false },
+            ),
+            (
+                copy(1, 8, 128, false, true),
+                IoCommand::Copy { nsid: 1, offset: 4096, ranges: 128, fua: true },
+            ),
+            (
+                copy(1, 0, 1, true, false),
+                IoCommand::Copy { nsid: 1, offset: 0, ranges: 1, fua: false },
+            ),
         ];
         for (bytes, command) in cases {
             assert_eq!(decode(&Sqe::from_bytes(&bytes), &subsys), Ok(command));
         }
+    }
+
+    #[test]
+    fn reservations_encode_then_decode() {
+        use crate::subsys::reservation::ReservationType;
+        let mut namespaces = sample().namespaces().to_vec();
+        (namespaces[0].reservations, namespaces[0].ptpl) = (true, true);
+        let subsys = sample().with_namespaces(namespaces).unwrap();
+        let mut requests = Vec::new();
+        for action in
+            [RegisterAction::Register, RegisterAction::Unregister, RegisterAction::Replace]
+        {
+            for persist in [PersistChange::Keep, PersistChange::Clear, PersistChange::Set] {
+                for iekey in [false, true] {
+                    let (crkey, nrkey) = (0x0102_0304_0506_0708, u64::MAX - 1);
+                    requests.push(ReservationRequest::Register {
+                        action,
+                        iekey,
+                        persist,
+                        crkey,
+                        nrkey,
+                    });
+                }
+            }
+        }
+        for rtype in ReservationType::ALL {
+            for action in
+                [AcquireAction::Acquire, AcquireAction::Preempt, AcquireAction::PreemptAndAbort]
+            {
+                requests.push(ReservationRequest::Acquire { action, rtype, crkey: 1, prkey: 2 });
+            }
+            let action = ReleaseAction::Release(Some(rtype));
+            requests.push(ReservationRequest::Release { action, crkey: 3 });
+        }
+        requests.push(ReservationRequest::Release { action: ReleaseAction::Clear, crkey: 4 });
+        for request in requests {
+            let (sqe, data) = reservation(1, &request, true);
+            let command = decode(&Sqe::from_bytes(&sqe), &subsys).unwrap();
+            assert_eq!(command.host_data_len(), reservation_len(&request));
+            let data = &data[..reservation_len(&request) as usize];
+            assert_eq!(ReservationRequest::parse(&command, data), Ok(request));
+        }
+        assert_eq!(
+            decode(&Sqe::from_bytes(&reservation_report(1, 64)), &subsys),
+            Ok(IoCommand::ReservationReport { nsid: 1, len: 64 })
+        );
     }
 }

@@ -22,9 +22,9 @@ mod tests;
 use core::time::Duration;
 
 pub use self::backoff::Backoff;
-pub use self::bring_up::ControllerInfo;
+pub use self::bring_up::{AnaInfo, ControllerInfo};
 pub use self::session::{
-    OldController, ReadyInfo, RemoteNamespace, Session, SessionConfig, SessionState,
+    CopyLimits, OldController, ReadyInfo, RemoteNamespace, Session, SessionConfig, SessionState,
 };
 use crate::fabrics::ConnectRequest;
 use crate::spec::fabrics::CONNECT_DATA_LEN;

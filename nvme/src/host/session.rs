@@ -1,13 +1,14 @@
 //! The admin queue of an I/O controller, from Connect to shutdown.
 //!
 //! ```text
-//! bring-up ─► Number of Queues ─► event configuration ─► Identify (CNS 06, 03, 00, 08) ─► Ready
+//! bring-up ─► Number of Queues ─► event configuration ─► Identify (CNS 06, 03, 00, 08) ─► ANA ─► Ready
 //!                                                            ▲                              │
 //!     └► end the old controller (after a loss)               │
 //!                     Changed Namespace List ◄── event ──────┼──────────────────────────────┤
 //!                               └────────────────────────────┘          shutdown() ─► CC.SHN ─► Closed
 //! ```
-//! Beside the steps, one Keep Alive every KATO/2 and one Asynchronous Event Request.
+//! Beside the steps, one Keep Alive every KATO/2 and one Asynchronous Event Request. A ready session
+//! also ends controllers of this host on other paths ([`Session::end_other`]).
 
 use core::time::Duration;
 
@@ -15,9 +16,11 @@ use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown, identify_data}
 use super::{AdminCommand, ConnectNames, SessionError};
 use crate::ctrl::{CROSS_RESET_IMMEDIATE, Instance};
 use crate::spec::{
-    AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController, IdentifyControllerNvm,
-    IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe, Status, event, nidt,
+    ANA_LSP_GROUPS_ONLY, AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController,
+    IdentifyControllerNvm, IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe,
+    Status, event, nidt,
 };
+use crate::subsys::ana::{AnaState, log_state};
 
 const TAG_STEP: u16 = 0;
 const TAG_KEEP_ALIVE: u16 = 1;
@@ -26,6 +29,8 @@ const TAG_EVENT: u16 = 2;
 /// Shortest time between two Asynchronous Event Requests, and from an event to the next rescan:
 /// a controller that raises events without end must not keep a host busy.
 const EVENT_INTERVAL: Duration = Duration::from_millis(50);
+/// Most bytes of the ANA log that are read: a header and 127 groups.
+const ANA_LOG_BYTES_MAX: u32 = 4096;
 
 /// What a session needs to know.
 #[derive(Clone, Debug)]
@@ -89,6 +94,29 @@ pub struct RemoteNamespace {
     pub write_granularity_bytes: u32,
     /// Preferred deallocate granularity, bytes; 0: not reported.
     pub deallocate_granularity_bytes: u32,
+    /// Compare is supported.
+    pub compare: bool,
+    /// Blocks one Verify command may have, 1..=65536; 0: it is not supported.
+    pub verify_blocks_max: u32,
+    /// What one Copy command may be; `None`: it is not supported.
+    pub copy: Option<CopyLimits>,
+    /// Reservation Capabilities (RESCAP); 0: there are no reservations.
+    pub rescap: u8,
+    /// Its ANA group; 0: none is reported.
+    pub ana_group: u32,
+    /// State of that group at this controller; `None`: none is reported.
+    pub ana: Option<AnaState>,
+}
+
+/// Limits of the Copy command of a namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CopyLimits {
+    /// Source ranges (MSRC), 1..=128: those that a page has room for.
+    pub ranges_max: u16,
+    /// Blocks of one range (MSSRL), not 0.
+    pub range_blocks_max: u16,
+    /// Blocks altogether (MCL), not 0.
+    pub blocks_max: u32,
 }
 
 /// What is known once a session is ready.
@@ -138,6 +166,9 @@ enum Step {
     Descriptors,
     Namespace,
     Independent,
+    AnaLog,
+    /// A controller on another path is being ended.
+    EndOther,
     /// Nothing to do but keep alive and events.
     Idle,
     ChangedNamespaces,
@@ -162,6 +193,17 @@ struct Draft {
     namespace: Option<RemoteNamespace>,
 }
 
+/// From CNS 06.
+#[derive(Clone, Copy, Debug)]
+struct NvmLimits {
+    /// Bytes of one Write Zeroes command.
+    write_zeroes_bytes: u64,
+    /// Bytes of one Verify command.
+    verify_bytes: u64,
+    /// Blocks of one Deallocate range.
+    deallocate_blocks: u32,
+}
+
 /// The admin queue of an I/O controller. See the module documentation of [`crate::host`].
 #[derive(Debug)]
 pub struct Session {
@@ -181,8 +223,10 @@ pub struct Session {
     rescan_at: Option<Duration>,
     controller: Option<ControllerInfo>,
     queues: u16,
-    /// From CNS 06: Write Zeroes limit in bytes, Deallocate range limit in blocks.
-    limits: (u64, u32),
+    limits: NvmLimits,
+    /// A controller on another path that is to be ended, and whether it was, once that is known.
+    other: Option<OldController>,
+    other_ended: Option<bool>,
     draft: Draft,
     ready: Option<ReadyInfo>,
     changed: bool,
@@ -208,7 +252,13 @@ impl Session {
             rescan_at: None,
             controller: None,
             queues: 0,
-            limits: (0, u32::MAX),
+            limits: NvmLimits {
+                write_zeroes_bytes: 0,
+                verify_bytes: 0,
+                deallocate_blocks: u32::MAX,
+            },
+            other: None,
+            other_ended: None,
             draft: Draft::default(),
             ready: None,
             changed: false,
@@ -224,6 +274,34 @@ impl Session {
     /// refuses, the session waits until `old` has ended by itself.
     pub fn end_old(&mut self, old: OldController) {
         self.old = Some(old);
+    }
+
+    /// The old controller has ended otherwise: nothing has to be done or waited for any more.
+    pub fn old_is_over(&mut self) {
+        self.old = None;
+    }
+
+    /// Asks the target to end a controller that this host has lost the path to, in another session:
+    /// a Cross-Controller Reset. `false`: this session cannot, or is about another one.
+    /// [`Session::take_other_ended`] says what came of it.
+    pub fn end_other(&mut self, other: OldController) -> bool {
+        let can = self.controller.as_ref().is_some_and(|info| info.instance.is_some());
+        if !can || other.instance.is_none() || self.other.is_some() || self.ready.is_none() {
+            return false;
+        }
+        (self.other, self.other_ended) = (Some(other), None);
+        true
+    }
+
+    /// Whether the other controller has ended (nothing of it can land any more), once that is
+    /// known.
+    pub fn take_other_ended(&mut self) -> Option<bool> {
+        self.other_ended.take()
+    }
+
+    /// The ANA state of the namespace is to be read again: I/O was refused because of it.
+    pub fn rescan(&mut self, now: Duration) {
+        self.rescan_at.get_or_insert(now + EVENT_INTERVAL);
     }
 
     /// Where the session stands. While a changed namespace is looked at again it stays ready,
@@ -289,6 +367,9 @@ impl Session {
         if self.step == Step::OutliveOld && self.old.is_none_or(|old| now >= old.safe_at) {
             self.step = Step::Queues;
         }
+        if self.step == Step::Idle && self.other.is_some() {
+            self.step = Step::EndOther;
+        }
         if self.step == Step::Idle && self.rescan_at.is_some_and(|at| now >= at) {
             self.rescan_at = None;
             self.step = Step::ChangedNamespaces;
@@ -314,15 +395,8 @@ impl Session {
         let nsid = self.config.nsid;
         Some(match self.step {
             Step::BringUp => return self.bring_up.request(now),
-            Step::EndOld => {
-                let old = self.old?;
-                let instance = old.instance?;
-                let mut sqe = Sqe::new(AdminOpcode::CROSS_CONTROLLER_RESET.0);
-                sqe.cdw10.set(u32::from(old.cntlid) | u32::from(instance.ciu) << 16);
-                sqe.cdw12.set(instance.cirn as u32);
-                sqe.cdw13.set((instance.cirn >> 32) as u32);
-                Request::plain("Cross-Controller Reset", sqe)
-            }
+            Step::EndOld => cross_controller_reset(self.old?)?,
+            Step::EndOther => cross_controller_reset(self.other?)?,
             Step::OutliveOld => return None,
             Step::Queues => {
                 let wanted_z = u32::from(self.config.queues_wanted - 1);
@@ -332,7 +406,7 @@ impl Session {
             Step::EventConfiguration => set_features(
                 "Set Features: Asynchronous Event Configuration",
                 Feature::ASYNC_EVENT_CONFIGURATION,
-                IdentifyController::OAES_NAMESPACE_ATTRIBUTE,
+                self.events(),
             ),
             Step::NvmController => {
                 Request::identify("Identify Controller (NVM)", Cns::IOCS_CONTROLLER, 0)
@@ -349,22 +423,12 @@ impl Session {
                 nsid,
             ),
             Step::ChangedNamespaces => {
-                const LEN: u32 = 4096;
-                let mut sqe = Sqe::new(AdminOpcode::GET_LOG_PAGE.0);
-                sqe.nsid.set(NSID_ALL);
-                GetLogPage {
-                    lid: LogPage::CHANGED_NAMESPACES,
-                    lsp: 0,
-                    rae: false,
-                    len: u64::from(LEN),
-                    offset: 0,
-                    lsi: 0,
-                    offset_is_index: false,
-                    csi: 0,
-                    uuid_index: 0,
-                }
-                .apply(&mut sqe);
-                Request::read("Get Log Page: Changed Namespaces", sqe, LEN)
+                let what = "Get Log Page: Changed Namespaces";
+                log_page(what, LogPage::CHANGED_NAMESPACES, 0, 4096)
+            }
+            Step::AnaLog => {
+                let len = self.ana_log_len()?;
+                log_page("Get Log Page: ANA", LogPage::ANA, ANA_LSP_GROUPS_ONLY, len)
             }
             Step::Shutdown => return self.shutdown.as_ref()?.request(now),
             Step::Idle | Step::Closed | Step::Failed => return None,
@@ -437,11 +501,36 @@ impl Session {
         }
         self.event_at = Some(now + EVENT_INTERVAL);
         let dw0 = cqe.dw0();
-        let is_change =
-            dw0 & 7 == event::TYPE_NOTICE && dw0 >> 8 & 0xff == event::NOTICE_NAMESPACE_ATTRIBUTE;
-        if is_change && self.rescan_at.is_none() {
-            self.rescan_at = Some(now + EVENT_INTERVAL);
+        let notice = dw0 >> 8 & 0xff;
+        let is_change = dw0 & 7 == event::TYPE_NOTICE
+            && matches!(notice, event::NOTICE_NAMESPACE_ATTRIBUTE | event::NOTICE_ANA);
+        if is_change {
+            self.rescan(now);
         }
+    }
+
+    /// The events to be told of, of those that the controller has.
+    fn events(&self) -> u32 {
+        let wanted = IdentifyController::OAES_NAMESPACE_ATTRIBUTE | IdentifyController::OAES_ANA;
+        self.controller.as_ref().map_or(0, |info| info.oaes & wanted)
+    }
+
+    /// Bytes of the ANA log without namespaces; `None`: there is no such log.
+    fn ana_log_len(&self) -> Option<u32> {
+        const HEADER: u32 = 16;
+        const GROUP: u32 = 32;
+        let info = self.controller.as_ref()?;
+        let groups = info.ana?.groups.min((ANA_LOG_BYTES_MAX - HEADER) / GROUP);
+        Some((HEADER + groups * GROUP).min(info.transfer_bytes_max & !3))
+    }
+
+    /// The namespace is known but for its ANA state.
+    fn after_namespace(&mut self) -> Result<(), SessionError> {
+        if self.ana_log_len().is_some() {
+            self.step = Step::AnaLog;
+            return Ok(());
+        }
+        self.finish_scan()
     }
 
     fn on_step(
@@ -462,6 +551,7 @@ impl Session {
                         return Err(SessionError::Invalid { what: "controller type", value });
                     }
                     self.step = match self.old {
+                        // Or there was one and it is over by now.
                         None => Step::Queues,
                         Some(old) if old.instance.is_some() && info.instance.is_some() => {
                             Step::EndOld
@@ -472,23 +562,15 @@ impl Session {
                 }
             }
             Step::EndOld => {
-                // "No such controller" says as much as "ended": nothing of it can land. That is
-                // also the answer of a target that was restarted.
-                let is_over = (ok && u64::from(cqe.dw0()) & CROSS_RESET_IMMEDIATE != 0)
-                    || status.is(Status::INVALID_CONTROLLER_IDENTIFIER);
-                self.step = if is_over { Step::Queues } else { Step::OutliveOld };
+                self.step = if has_ended(cqe) { Step::Queues } else { Step::OutliveOld };
             }
             Step::Queues => {
                 required()?;
                 // NSQA in 15:0, NCQA in 31:16, zero-based; a queue is a pair.
                 let granted_z = (cqe.dw0() & 0xffff).min(cqe.dw0() >> 16) as u16;
                 self.queues = granted_z.saturating_add(1).min(self.config.queues_wanted);
-                self.step = match &self.controller {
-                    Some(info) if info.oaes & IdentifyController::OAES_NAMESPACE_ATTRIBUTE != 0 => {
-                        Step::EventConfiguration
-                    }
-                    _ => Step::NvmController,
-                };
+                self.step =
+                    if self.events() != 0 { Step::EventConfiguration } else { Step::NvmController };
             }
             Step::EventConfiguration => {
                 self.event_at = ok.then_some(now);
@@ -519,7 +601,7 @@ impl Session {
                 if has_independent {
                     self.step = Step::Independent;
                 } else {
-                    self.finish_scan()?;
+                    self.after_namespace()?;
                 }
             }
             Step::Independent => {
@@ -531,7 +613,19 @@ impl Session {
                         namespace.write_cache = false;
                     }
                 }
+                self.after_namespace()?;
+            }
+            Step::AnaLog => {
+                // Without the log nothing is known, as with a controller that has none.
+                if ok && let Some(namespace) = &mut self.draft.namespace {
+                    namespace.ana = log_state(data, namespace.ana_group);
+                }
                 self.finish_scan()?;
+            }
+            Step::EndOther => {
+                self.other = None;
+                self.other_ended = Some(has_ended(cqe));
+                self.step = Step::Idle;
             }
             Step::Shutdown => {
                 if let Some(shutdown) = &mut self.shutdown
@@ -545,7 +639,7 @@ impl Session {
         Ok(())
     }
 
-    /// CNS 06 is optional: without it the transfer limit is assumed for Write Zeroes too.
+    /// CNS 06 is optional: without it the transfer limit is assumed for Write Zeroes and Verify too.
     fn on_nvm_controller(
         &mut self,
         what: &'static str,
@@ -555,17 +649,26 @@ impl Session {
         let Some(info) = &self.controller else { return Ok(()) };
         self.limits = if ok {
             let id = identify_data::<IdentifyControllerNvm>(what, data)?;
-            let bytes = match id.wzsl {
+            let bytes = |limit: u8| match limit {
                 0 => u64::MAX,
-                wzsl => 1u64
-                    .checked_shl(u32::from(wzsl))
+                limit => 1u64
+                    .checked_shl(u32::from(limit))
                     .and_then(|pages| pages.checked_mul(info.page_bytes))
                     .unwrap_or(u64::MAX),
             };
             let range = id.dmrsl.get();
-            (bytes, if range == 0 { u32::MAX } else { range })
+            NvmLimits {
+                write_zeroes_bytes: bytes(id.wzsl),
+                verify_bytes: bytes(id.vsl),
+                deallocate_blocks: if range == 0 { u32::MAX } else { range },
+            }
         } else {
-            (u64::from(info.transfer_bytes_max), u32::MAX)
+            let bytes = u64::from(info.transfer_bytes_max);
+            NvmLimits {
+                write_zeroes_bytes: bytes,
+                verify_bytes: bytes,
+                deallocate_blocks: u32::MAX,
+            }
         };
         Ok(())
     }
@@ -628,7 +731,19 @@ impl Session {
             let bytes = (u32::from(blocks_z) + 1).checked_mul(block_bytes);
             if has_granularities { bytes.unwrap_or(0) } else { 0 }
         };
-        let zeroes_blocks = (self.limits.0 / u64::from(block_bytes)).min(1 << 16) as u32;
+        let blocks_of = |bytes: u64| (bytes / u64::from(block_bytes)).min(1 << 16) as u32;
+        let zeroes_blocks = blocks_of(self.limits.write_zeroes_bytes);
+        let can = |command: u16| controller.oncs & command != 0;
+        // A page of source ranges of format 0h; what has no such format is not used.
+        let copy = CopyLimits {
+            ranges_max: (u16::from(id.msrc_z) + 1).min(128),
+            range_blocks_max: id.mssrl.get(),
+            blocks_max: id.mcl.get(),
+        };
+        let can_copy = can(IdentifyController::ONCS_COPY)
+            && controller.cdfs & 1 != 0
+            && copy.range_blocks_max > 0
+            && copy.blocks_max > 0;
         Ok(RemoteNamespace {
             nsid,
             block_bytes,
@@ -638,14 +753,25 @@ impl Session {
             eui64: if self.draft.eui64 == [0; 8] { id.eui64 } else { self.draft.eui64 },
             read_only: id.nsattr & IdentifyNamespace::NSATTR_WRITE_PROTECTED != 0,
             write_cache: controller.write_cache,
-            deallocate: controller.oncs & IdentifyController::ONCS_DSM != 0,
-            deallocate_blocks_max: self.limits.1,
-            write_zeroes: controller.oncs & IdentifyController::ONCS_WRITE_ZEROES != 0
-                && zeroes_blocks > 0,
+            deallocate: can(IdentifyController::ONCS_DSM),
+            deallocate_blocks_max: self.limits.deallocate_blocks,
+            write_zeroes: can(IdentifyController::ONCS_WRITE_ZEROES) && zeroes_blocks > 0,
             write_zeroes_blocks_max: zeroes_blocks.max(1),
             deallocated_reads_zero: id.dlfeat & 7 == IdentifyNamespace::DLFEAT_READS_ZERO,
             write_granularity_bytes: granularity(id.npwg_z.get()),
             deallocate_granularity_bytes: granularity(id.npdg_z.get()),
+            compare: can(IdentifyController::ONCS_COMPARE),
+            verify_blocks_max: match can(IdentifyController::ONCS_VERIFY) {
+                true => blocks_of(self.limits.verify_bytes),
+                false => 0,
+            },
+            copy: can_copy.then_some(copy),
+            rescap: match can(IdentifyController::ONCS_RESERVATIONS) {
+                true => id.rescap,
+                false => 0,
+            },
+            ana_group: if controller.ana.is_some() { id.anagrpid.get() } else { 0 },
+            ana: None,
         })
     }
 
@@ -698,7 +824,8 @@ impl Session {
         let polls = match self.step {
             Step::BringUp => idle(self.bring_up.poll_at()),
             Step::Shutdown => idle(self.shutdown.as_ref().map(Shutdown::poll_at)),
-            Step::OutliveOld => self.old.map(|old| old.safe_at),
+            Step::OutliveOld => self.old.map_or(Some(Duration::ZERO), |old| Some(old.safe_at)),
+            Step::Idle if self.other.is_some() => Some(Duration::ZERO),
             Step::Idle => self.rescan_at,
             _ => None,
         };
@@ -737,6 +864,42 @@ impl Session {
         self.keep_alive = None;
         self.event = None;
     }
+}
+
+fn log_page(what: &'static str, lid: LogPage, lsp: u8, len: u32) -> Request {
+    let mut sqe = Sqe::new(AdminOpcode::GET_LOG_PAGE.0);
+    sqe.nsid.set(NSID_ALL);
+    GetLogPage {
+        lid,
+        lsp,
+        rae: false,
+        len: u64::from(len),
+        offset: 0,
+        lsi: 0,
+        offset_is_index: false,
+        csi: 0,
+        uuid_index: 0,
+    }
+    .apply(&mut sqe);
+    Request::read(what, sqe, len)
+}
+
+fn cross_controller_reset(old: OldController) -> Option<Request> {
+    let instance = old.instance?;
+    let mut sqe = Sqe::new(AdminOpcode::CROSS_CONTROLLER_RESET.0);
+    sqe.cdw10.set(u32::from(old.cntlid) | u32::from(instance.ciu) << 16);
+    sqe.cdw12.set(instance.cirn as u32);
+    sqe.cdw13.set((instance.cirn >> 32) as u32);
+    Some(Request::plain("Cross-Controller Reset", sqe))
+}
+
+/// Whether the answer to a Cross-Controller Reset says that nothing of the controller can land any
+/// more. "No such controller" says as much as "ended"; it is also the answer of a target that was
+/// restarted.
+fn has_ended(cqe: &Cqe) -> bool {
+    let status = cqe.status();
+    (status.is_success() && u64::from(cqe.dw0()) & CROSS_RESET_IMMEDIATE != 0)
+        || status.is(Status::INVALID_CONTROLLER_IDENTIFIER)
 }
 
 fn set_features(what: &'static str, fid: Feature, value: u32) -> Request {

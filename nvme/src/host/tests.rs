@@ -254,6 +254,94 @@ fn session_against_controller() {
 }
 
 #[test]
+fn ana_state_is_known_and_followed() {
+    use crate::subsys::ana::{AnaGroup, AnaState};
+    let with = |state| {
+        let group = AnaGroup { id: 1, state, change_count: 1 };
+        Arc::new(sample().with_ana_groups(vec![group]).unwrap())
+    };
+    let mut peer = Peer::io();
+    peer.subsys = with(AnaState::NonOptimized);
+    let mut session = Session::new(config(1), MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    let info = ready(&session);
+    assert_eq!(info.controller.ana.unwrap().transition_time, Duration::from_secs(10));
+    assert_eq!(info.namespace.ana, Some(AnaState::NonOptimized));
+    let mut now = MS(0);
+    for state in [AnaState::Inaccessible, AnaState::Change, AnaState::Optimized] {
+        peer.ctrl().update_subsys(with(state));
+        settle(&mut session, &mut peer, now);
+        now += EVENT_PAUSE;
+        settle(&mut session, &mut peer, now);
+        assert!(session.take_changed());
+        assert_eq!(ready(&session).namespace.ana, Some(state));
+        now += EVENT_PAUSE;
+    }
+    // An I/O error is as good as an event.
+    session.rescan(now);
+    settle(&mut session, &mut peer, now + EVENT_PAUSE);
+    assert!(!session.take_changed());
+}
+
+/// Longer than from an event to what follows from it.
+const EVENT_PAUSE: Duration = Duration::from_millis(60);
+
+#[test]
+fn a_ready_session_ends_controllers_on_other_paths() {
+    let refused = (Status::INTERNAL_ERROR, 0);
+    for (answer, want) in [
+        ((Status::SUCCESS, CROSS_RESET_IMMEDIATE), true),
+        ((Status::INVALID_CONTROLLER_IDENTIFIER.dnr(), 0), true),
+        ((Status::SUCCESS, 0), false),
+        (refused, false),
+    ] {
+        let mut peer = Peer { cross_reset: Some(answer), ..Peer::io() };
+        let mut session = Session::new(config(1), MS(0));
+        assert!(!session.end_other(OLD), "not ready");
+        settle(&mut session, &mut peer, MS(0));
+        assert!(session.end_other(OLD) && !session.end_other(OLD), "one at a time");
+        assert_eq!(session.deadline(), Some(Duration::ZERO));
+        settle(&mut session, &mut peer, MS(0));
+        assert_eq!(peer.ended, Some((OLD.cntlid, OLD.instance.unwrap())));
+        assert_eq!((session.take_other_ended(), session.take_other_ended()), (Some(want), None));
+        ready(&session);
+    }
+    let mut peer = Peer::io();
+    let mut session = Session::new(config(1), MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    assert!(!session.end_other(OLD), "the target cannot");
+}
+
+#[test]
+fn what_a_namespace_can_do() {
+    let mut peer = Peer::io();
+    let mut session = Session::new(config(1), MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    let ns = &ready(&session).namespace;
+    assert!(ns.compare);
+    assert_eq!(ns.verify_blocks_max, 65536, "VSL is 32 MiB");
+    let copy = CopyLimits { ranges_max: 128, range_blocks_max: 8192, blocks_max: 65536 };
+    assert_eq!((ns.copy, ns.rescap), (Some(copy), 0));
+
+    let mut controller = good_controller();
+    controller.oncs = U16::new(0x1a1);
+    controller.cdfs = U16::new(1);
+    let mut id = good_namespace();
+    (id.mssrl, id.mcl, id.msrc_z, id.rescap) = (U16::new(64), U32::new(100), 255, 0x7f);
+    let session = scan(controller.clone(), &id).unwrap();
+    let ns = &ready(&session).namespace;
+    let copy = CopyLimits { ranges_max: 128, range_blocks_max: 64, blocks_max: 100 };
+    assert_eq!((ns.copy, ns.rescap), (Some(copy), 0x7f));
+    assert_eq!(ns.verify_blocks_max, 65536, "VSL 0: no limit");
+    controller.cdfs = U16::new(2);
+    let session = scan(controller, &id).unwrap();
+    assert_eq!(ready(&session).namespace.copy, None, "no format that is known");
+    let session = scan(good_controller(), &id).unwrap();
+    let ns = &ready(&session).namespace;
+    assert_eq!((ns.compare, ns.verify_blocks_max, ns.copy, ns.rescap), (false, 0, None, 0));
+}
+
+#[test]
 fn per_namespace_write_cache_and_protection() {
     let mut peer = Peer::io();
     let mut session = Session::new(config(3), MS(0));

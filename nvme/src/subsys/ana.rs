@@ -247,6 +247,23 @@ pub fn ana_log(subsys: &SubsystemInfo, rgo: bool) -> Vec<u8> {
     out
 }
 
+/// State of a group according to a host's copy of an ANA log, which may be cut short or followed by
+/// anything; `None`: the log does not say.
+#[must_use]
+pub fn log_state(log: &[u8], group: u32) -> Option<AnaState> {
+    let reported = u16::from_le_bytes(log.get(8..10)?.try_into().ok()?);
+    let mut at = LOG_HEADER_LEN;
+    for _ in 0..reported {
+        let header = log.get(at..)?.get(..GROUP_HEADER_LEN)?;
+        let word = |from: usize| header[from..].first_chunk().map(|word| u32::from_le_bytes(*word));
+        if word(0)? == group {
+            return AnaState::from_wire(header[16] & 0xf);
+        }
+        at = at.checked_add(GROUP_HEADER_LEN)?.checked_add((word(4)? as usize).checked_mul(4)?)?;
+    }
+    None
+}
+
 /// The group with this identifier in a list sorted by it.
 pub(crate) fn group(groups: &[AnaGroup], id: u32) -> Option<&AnaGroup> {
     // Usually numbered from 1 without gaps.
@@ -435,5 +452,37 @@ mod tests {
         assert_eq!(ana_log(&view, false).len(), 16 + 128 * 32 + 10_000 * 4);
         assert_eq!(view.ana_states.len(), 10_000);
         assert_eq!(view.restricted(|ns| ns.nsid % 2 == 0).namespaces().len(), 5_000);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_host_finds_in_the_log_what_the_controller_put_there(
+            rgo: bool,
+            states in proptest::collection::vec(0..5usize, 3),
+            junk in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+            cut in 0..200usize,
+            group: u32,
+        ) {
+            use AnaState::{Change, Inaccessible, NonOptimized, Optimized, PersistentLoss};
+            let all = [Optimized, NonOptimized, Inaccessible, PersistentLoss, Change];
+            let base = crate::subsys::tests::sample();
+            let groups = (1..=3u32).map(|id| AnaGroup {
+                id,
+                state: all[states[id as usize - 1]],
+                change_count: u64::from(id),
+            });
+            let subsys = base.with_ana_groups(groups.collect()).unwrap();
+            let log = ana_log(&subsys, rgo);
+            for ns in subsys.namespaces() {
+                proptest::prop_assert_eq!(
+                    log_state(&log, ns.ana_group),
+                    Some(subsys.ana_state(ns))
+                );
+            }
+            proptest::prop_assert_eq!(log_state(&log, 99), None);
+            // No panic, whatever comes.
+            let _ = log_state(&log[..cut.min(log.len())], group);
+            let _ = log_state(&junk, group);
+        }
     }
 }
