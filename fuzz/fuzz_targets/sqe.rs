@@ -7,8 +7,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use nvme::ctrl::io::{self, Fuse, FusedPairing, IoCommand, Paired};
-use nvme::spec::Sqe;
+use nvme::spec::{NSID_ALL, Sqe};
 use nvme::subsys::SubsystemInfo;
+use nvme::subsys::ana::AnaState;
 use nvme::subsys::reservation::{Access, ReservationRequest};
 use nvme::xfer;
 use penstock_fuzz::{Input, nvm};
@@ -31,8 +32,17 @@ fn range(command: &IoCommand) -> Option<(u64, u64)> {
 
 fn judge(sqe: &Sqe, command: &IoCommand, subsys: &SubsystemInfo, input: &mut Input<'_>) {
     let limits = subsys.limits();
-    let ns = subsys.namespace(command.nsid()).expect("only active namespaces");
     let pointer = xfer::parse_data(sqe, limits.in_capsule_bytes).expect("checked with the command");
+    if command.nsid() == NSID_ALL {
+        // The one command that is about all namespaces, and has no data.
+        assert!(matches!(command, IoCommand::Flush { .. }) && pointer.is_empty());
+        assert!(!command.takes_data() && command.reply_len() == 0);
+        let has_access =
+            |ns| matches!(subsys.ana_state(ns), AnaState::Optimized | AnaState::NonOptimized);
+        assert!(subsys.namespaces().iter().all(has_access));
+        return;
+    }
+    let ns = subsys.namespace(command.nsid()).expect("only active namespaces");
     if let Some((offset, len)) = range(command) {
         assert!(len > 0 && offset.checked_add(len).expect("no overflow") <= ns.size_bytes());
         let block = u64::from(ns.block_bytes);

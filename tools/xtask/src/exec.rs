@@ -53,7 +53,8 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
         .status()
         .with_context(|| format!("cannot run `{text}`"))?;
     if !status.success() {
-        eprintln!("{}", tail(log, LOG_TAIL_LINES));
+        // On the same stream as the account of the steps: a log of that is often all there is.
+        println!("{}", tail(log, LOG_TAIL_LINES));
         bail!("`{text}` ended with {status}, see {}", log.display());
     }
     Ok(())

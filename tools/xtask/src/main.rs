@@ -4,7 +4,7 @@
 //!  check   format, lints, docs, dependency direction, house rules      (check/)
 //!  test    installs what is missing, then check, tests, fuzz smoke,
 //!          release build and every lab scenario                        (test.rs)
-//!  fuzz    the fuzz smoke alone                                        (fuzz.rs)
+//!  fuzz    the fuzz smoke alone, or random inputs for a time           (fuzz.rs)
 //!  lab     one scenario in a guest with a stock Linux kernel           (lab/)
 //!  bench   one comparison                                              (bench.rs)
 //! ```
@@ -44,8 +44,8 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
-    /// Run every fuzz target for a short time.
-    Fuzz,
+    /// Run fuzz targets: the same inputs each time, or random ones for a while.
+    Fuzz(fuzz::Args),
     /// Run scenarios of the guest lab.
     Lab(lab::Args),
     /// Run a comparison.
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Check => check::task(),
         Task::Test { no_lab } => test::task(no_lab),
-        Task::Fuzz => fuzz::task(),
+        Task::Fuzz(args) => fuzz::task(&args),
         Task::Lab(args) => lab::task(&args),
         Task::Bench(args) => bench::task(&args),
     };
