@@ -88,6 +88,9 @@ impl Driver {
             AdminOutcome::CrossReset { cntlid, .. } => {
                 assert_ne!(cntlid, self.controller.cntlid());
             }
+            AdminOutcome::Queue(_) | AdminOutcome::DoorbellBuffer { .. } => {
+                panic!("queues of fabrics are connected");
+            }
             AdminOutcome::SetWriteProtect { nsid, .. } => {
                 assert!(self.controller.subsys().namespace(nsid).is_some());
             }

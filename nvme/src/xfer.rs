@@ -1,10 +1,44 @@
-//! Where a command's data is: parsing of the data pointer of a fabrics SQE.
+//! Where a command's data is: the data pointer of an SQE.
+//!
+//! Over fabrics it is parsed by [`parse_data`]; a PCI function's is walked by [`walk`] ([`memory`]).
 //!
 //! NVMe/TCP commands carry one SGL descriptor, either a Data Block at an offset in the capsule or
 //! a Transport SGL Data Block (NVMe/TCP Transport 1.0, "Data Transfers"). Everything else,
 //! PRPs included, is refused with the status the base specification gives.
 
+mod memory;
+
+pub use self::memory::{
+    Copying, HostMemory, MEMORY_PAGE_BYTES, SGL_DESCRIPTORS_MAX, walk, walk_queue,
+};
 use crate::spec::{Direction, SglDescriptor, Sqe, Status};
+use crate::subsys::Limits;
+
+/// How commands and their data reach a controller.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Transport {
+    /// In capsules: a Connect command makes the controller, Property Set moves it.
+    #[default]
+    Fabrics,
+    /// A PCI function: queues, PRPs and SGLs are in the host's memory, properties are registers.
+    Pcie,
+}
+
+/// Bytes that the data pointer of a command is about, of which the command needs `needed` (at
+/// least). A PRP has no length of its own, and an SGL may be longer than what is needed
+/// (SGLS bit 18): on PCIe the length is what the command says, and [`walk`] finds out whether an
+/// SGL is too short.
+///
+/// # Errors
+/// Over fabrics as [`parse_data`]; on PCIe Invalid Field in Command for the reserved PSDT.
+#[inline]
+pub fn data_len(sqe: &Sqe, limits: &Limits, needed: u32) -> Result<u32, Status> {
+    match limits.transport {
+        Transport::Fabrics => parse_data(sqe, limits.in_capsule_bytes).map(DataPtr::len),
+        Transport::Pcie if sqe.psdt() == 0b11 => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
+        Transport::Pcie => Ok(needed),
+    }
+}
 
 /// A checked data pointer. Lengths are in bytes and at most the limit passed to [`parse_data`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

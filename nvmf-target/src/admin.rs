@@ -95,6 +95,7 @@ pub(crate) fn subsystem_info(
         in_capsule_bytes: limits.in_capsule_bytes,
         kato_max: limits.kato_max,
         namespaces_max: limits.namespaces_max,
+        transport: nvme::xfer::Transport::Fabrics,
     };
     let ascii = |e: nvme::spec::InvalidAscii| format!("serial \"{}\" {e}", config.serial);
     SubsystemInfo::new(
@@ -413,6 +414,11 @@ impl Conn {
             }
             AdminOutcome::ReservationPersistence { nsid, set } => {
                 self.persistence(slot, nsid, set, env);
+            }
+            // Refused to controllers that are not PCI functions.
+            AdminOutcome::Queue(_) | AdminOutcome::DoorbellBuffer { .. } => {
+                debug_assert!(false, "queues of fabrics are connected");
+                self.respond(slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0, env);
             }
             AdminOutcome::ResetQueues { status, result, shutdown } => {
                 // The host polls CSTS for the end of it, which comes when the queues are gone.

@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use super::enable::{CcEffect, Ending};
-use super::{ABORT_MAX, ADMIN_DATA_MAX, Controller, Instance};
+use super::{ABORT_MAX, ADMIN_DATA_MAX, Controller, Instance, QueueChange};
 use crate::spec::{AdminOpcode, FabricsType, GetLogPage, Property, Sqe, Status, WriteProtectState};
 use crate::xfer;
 
@@ -59,6 +59,17 @@ pub enum AdminOutcome {
         status: Status,
         /// Dwords 0 and 1 of the completion.
         result: u64,
+    },
+    /// Create or delete a queue of a PCI function. If it was done, call
+    /// [`Controller::queue_changed`]; then complete: with success, or with what it failed of.
+    Queue(QueueChange),
+    /// Doorbell Buffer Config: from now on the doorbells are in host memory, except those of the
+    /// admin queues. Complete with success, or with Invalid Field in Command if there is no memory.
+    DoorbellBuffer {
+        /// Page with the shadow doorbells.
+        shadow: u64,
+        /// Page with the event indexes.
+        event_idx: u64,
     },
     /// Namespace Write Protection Config: change the state for every controller, and complete
     /// (with success and result 0) when no write of before can land any more.
@@ -123,6 +134,16 @@ impl Controller {
         needed.min(available).min(ADMIN_DATA_MAX)
     }
 
+    /// [`Controller::needs_host_data`] of a PCI function's command, whose data pointer has no
+    /// length.
+    #[must_use]
+    pub fn needs_host_memory(sqe: &Sqe) -> u32 {
+        match AdminOpcode(sqe.opcode) {
+            AdminOpcode::SET_FEATURES => Self::set_features_data_len(sqe),
+            _ => 0,
+        }
+    }
+
     /// Largest controller-to-host payload this admin command can produce, in bytes: what the
     /// driver must be able to hold before it calls [`Controller::admin`].
     #[must_use]
@@ -153,7 +174,7 @@ impl Controller {
     ) -> AdminOutcome {
         out.clear();
         self.touch(now);
-        let reply = if sqe.is_fabrics() {
+        let reply = if sqe.is_fabrics() && !self.is_pcie() {
             self.fabrics(sqe)
         } else {
             self.admin_command(slot, sqe, data, out, now)
@@ -189,7 +210,7 @@ impl Controller {
         if !self.is_ready() {
             return Err(Status::COMMAND_SEQUENCE_ERROR.dnr());
         }
-        let transfer = xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES)?.len();
+        let transfer = self.admin_transfer(sqe)?;
         if !self.has_admin_command(AdminOpcode(sqe.opcode)) {
             return Err(Status::INVALID_COMMAND_OPCODE.dnr());
         }
@@ -204,7 +225,7 @@ impl Controller {
                 }
                 // The host gets as much as it asked for, so that a transfer is never short. A
                 // feature without data (a host may pass a buffer all the same) moves none.
-                if !out.is_empty() {
+                if !out.is_empty() && !self.is_pcie() {
                     out.resize(transfer.min(ADMIN_DATA_MAX) as usize, 0);
                 }
                 Ok(reply)
@@ -216,8 +237,32 @@ impl Controller {
             AdminOpcode::KEEP_ALIVE => Ok(nothing),
             AdminOpcode::CROSS_CONTROLLER_RESET => self.cross_reset(sqe),
             AdminOpcode::ABORT => self.abort(sqe),
+            AdminOpcode::CREATE_IO_CQ
+            | AdminOpcode::CREATE_IO_SQ
+            | AdminOpcode::DELETE_IO_CQ
+            | AdminOpcode::DELETE_IO_SQ
+            | AdminOpcode::DOORBELL_BUFFER_CONFIG => self.queue_command(sqe),
             _ => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
         }
+    }
+
+    /// Bytes that the data pointer of an admin command is about. A PRP has no length: it is what
+    /// the command says, and a page where the command does not.
+    fn admin_transfer(&self, sqe: &Sqe) -> Result<u32, Status> {
+        if !self.is_pcie() {
+            return xfer::parse_data(sqe, ADMIN_IN_CAPSULE_BYTES).map(xfer::DataPtr::len);
+        }
+        if sqe.psdt() != 0 {
+            // "SGLs shall not be used for Admin commands in NVMe over PCIe implementations."
+            return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+        }
+        Ok(match AdminOpcode(sqe.opcode) {
+            // Longer than MDTS is refused by the command itself.
+            AdminOpcode::GET_LOG_PAGE => {
+                u32::try_from(GetLogPage::from_sqe(sqe).len).unwrap_or(u32::MAX)
+            }
+            _ => ADMIN_DATA_MAX,
+        })
     }
 
     /// Whether this opcode is supported, as the Commands Supported log page tells it.
@@ -227,9 +272,13 @@ impl Controller {
             | AdminOpcode::IDENTIFY
             | AdminOpcode::SET_FEATURES
             | AdminOpcode::GET_FEATURES
-            | AdminOpcode::ASYNC_EVENT_REQUEST
-            | AdminOpcode::KEEP_ALIVE
-            | AdminOpcode::FABRICS => true,
+            | AdminOpcode::ASYNC_EVENT_REQUEST => true,
+            AdminOpcode::KEEP_ALIVE | AdminOpcode::FABRICS => !self.is_pcie(),
+            AdminOpcode::CREATE_IO_CQ
+            | AdminOpcode::CREATE_IO_SQ
+            | AdminOpcode::DELETE_IO_CQ
+            | AdminOpcode::DELETE_IO_SQ
+            | AdminOpcode::DOORBELL_BUFFER_CONFIG => self.is_pcie(),
             AdminOpcode::ABORT => !self.is_discovery(),
             AdminOpcode::CROSS_CONTROLLER_RESET => self.instance.is_some(),
             _ => false,
@@ -274,7 +323,7 @@ impl Controller {
                 let value = sqe.cdw12_13();
                 let value = if is_8_bytes { value } else { value & 0xffff_ffff };
                 Ok(match self.registers.write(property, is_8_bytes, value)? {
-                    CcEffect::None => Reply::Result(0),
+                    CcEffect::None | CcEffect::Enabled => Reply::Result(0),
                     CcEffect::CloseQueues(ending) => Reply::Close(ending),
                     CcEffect::SubsystemReset => Reply::Driver(AdminOutcome::SubsystemReset {
                         status: Status::SUCCESS,

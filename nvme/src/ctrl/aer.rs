@@ -13,6 +13,9 @@
 
 use std::collections::VecDeque;
 
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
 use super::AER_MAX;
 use crate::spec::{
     CHANGED_NAMESPACES_MAX, IdentifyController, LogPage, NSID_ALL, Status, critical_warning, event,
@@ -22,6 +25,10 @@ use crate::subsys::SubsystemInfo;
 /// What can be reported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
+    /// Error: Write to Invalid Doorbell Register.
+    DoorbellRegister,
+    /// Error: Invalid Doorbell Write Value.
+    DoorbellValue,
     /// Error: Persistent Internal Error.
     PersistentError,
     /// Error: Transient Internal Error.
@@ -43,7 +50,9 @@ pub(crate) enum Kind {
 }
 
 /// All of them, in the order in which they are reported.
-pub(crate) const KINDS: [Kind; 9] = [
+pub(crate) const KINDS: [Kind; 11] = [
+    Kind::DoorbellRegister,
+    Kind::DoorbellValue,
     Kind::PersistentError,
     Kind::TransientError,
     Kind::Reliability,
@@ -59,6 +68,8 @@ impl Kind {
     /// Event type and information.
     pub(crate) fn code(self) -> (u32, u32) {
         match self {
+            Kind::DoorbellRegister => (event::TYPE_ERROR, event::ERROR_DOORBELL_REGISTER),
+            Kind::DoorbellValue => (event::TYPE_ERROR, event::ERROR_DOORBELL_VALUE),
             Kind::PersistentError => (event::TYPE_ERROR, event::ERROR_PERSISTENT),
             Kind::TransientError => (event::TYPE_ERROR, event::ERROR_TRANSIENT),
             Kind::Reliability => (event::TYPE_SMART, event::SMART_RELIABILITY),
@@ -74,7 +85,10 @@ impl Kind {
     /// The log page that tells more and whose reading clears the event.
     pub(crate) fn log_page(self) -> LogPage {
         match self {
-            Kind::PersistentError | Kind::TransientError => LogPage::ERROR_INFORMATION,
+            Kind::DoorbellRegister
+            | Kind::DoorbellValue
+            | Kind::PersistentError
+            | Kind::TransientError => LogPage::ERROR_INFORMATION,
             Kind::Reliability | Kind::Temperature | Kind::Spare => LogPage::SMART,
             Kind::ReservationLog => LogPage::RESERVATION_NOTIFICATION,
             Kind::Ana => LogPage::ANA,
@@ -87,7 +101,11 @@ impl Kind {
     /// (reservation notices have a feature of their own, the Reservation Notification Mask).
     fn enabled_by(self) -> u32 {
         match self {
-            Kind::PersistentError | Kind::TransientError | Kind::ReservationLog => 0,
+            Kind::DoorbellRegister
+            | Kind::DoorbellValue
+            | Kind::PersistentError
+            | Kind::TransientError
+            | Kind::ReservationLog => 0,
             Kind::Reliability => u32::from(critical_warning::RELIABILITY),
             Kind::Temperature => u32::from(critical_warning::TEMPERATURE),
             Kind::Spare => u32::from(critical_warning::SPARE),
@@ -119,6 +137,15 @@ impl core::fmt::Debug for Held {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         write!(f, "slot {} cid {:#x}", self.slot, self.cid)
     }
+}
+
+/// Events as they are saved.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct SavedEvents {
+    config: U32,
+    warning: u8,
+    events: [u8; KINDS.len()],
 }
 
 #[derive(Debug, Default)]
@@ -254,6 +281,33 @@ impl AsyncEvents {
         Some((held.slot, Status::SUCCESS, u64::from(dw0)))
     }
 
+    /// What outlives this process. Held requests are the driver's to give again.
+    pub(crate) fn save(&self) -> SavedEvents {
+        let mut events = [0; KINDS.len()];
+        for (to, from) in events.iter_mut().zip(self.events) {
+            *to = from as u8;
+        }
+        SavedEvents { config: U32::new(self.config), warning: self.warning, events }
+    }
+
+    /// Takes up what [`AsyncEvents::save`] gave. Which namespaces have changed is not known any
+    /// more: if a change was to be told, "all" is.
+    pub(crate) fn restore(&mut self, saved: SavedEvents) {
+        *self = AsyncEvents {
+            config: saved.config.get(),
+            warning: saved.warning,
+            ..AsyncEvents::default()
+        };
+        for (to, from) in self.events.iter_mut().zip(saved.events) {
+            *to = match from {
+                1 => Event::Raised,
+                2 => Event::Reported,
+                _ => Event::Idle,
+            };
+        }
+        self.overflowed = self.events[Kind::Namespaces as usize] != Event::Idle;
+    }
+
     /// Controller reset or shutdown: held requests end, events are forgotten, and everything is
     /// disabled. What is wrong stays known, to be told when the host enables it.
     pub(crate) fn reset(&mut self) {
@@ -344,11 +398,15 @@ mod tests {
             events.hold(slot, slot).unwrap();
         }
         dw0.extend(told(&mut events));
-        events.hold(9, 9).unwrap();
+        for slot in 9..12 {
+            events.hold(slot, slot).unwrap();
+        }
         dw0.extend(told(&mut events));
         assert_eq!(
             dw0,
             [
+                0x0001_0000,
+                0x0001_0100,
                 0x0001_0300,
                 0x0001_0400,
                 0x0002_0001,

@@ -9,7 +9,12 @@
 //!                               SHST=01b                      │ EN 1→0 ─► Ending(Reset)
 //! ```
 
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::queues::AdminQueues;
 use crate::spec::{Cap, Cc, Csts, NSSR_RESET, Property, Status, VERSION_2_0};
+use crate::xfer::{MEMORY_PAGE_BYTES, Transport};
 
 /// Worst time for CSTS.RDY to change, in units of 500 ms: 15 s. Enabling is immediate; disabling
 /// waits for I/O in flight.
@@ -43,6 +48,8 @@ enum State {
 pub(crate) enum CcEffect {
     /// Nothing.
     None,
+    /// The controller was enabled (PCIe: with the admin queues that AQA, ASQ and ACQ say).
+    Enabled,
     /// Close the I/O queues, then `finish`.
     CloseQueues(Ending),
     /// End every controller of the subsystem.
@@ -57,12 +64,52 @@ pub(crate) struct Registers {
     is_discovery: bool,
     /// CSTS.NSSRO: set by the driver, cleared by the host.
     subsystem_was_reset: bool,
+    transport: Transport,
+    /// Registers that only a PCI function has.
+    pcie: PcieRegisters,
 }
 
+/// Registers that only a PCI function has. "A Controller Reset does not affect AQA, ASQ and ACQ"
+/// (NVMe Base 2.0, "Controller Level Reset"): they keep what the host wrote.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct PcieRegisters {
+    aqa: u32,
+    asq: u64,
+    acq: u64,
+    interrupt_mask: u32,
+}
+
+/// Registers as they are saved.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct SavedRegisters {
+    asq: U64,
+    acq: U64,
+    aqa: U32,
+    interrupt_mask: U32,
+    cc: U32,
+    state: u8,
+    subsystem_was_reset: u8,
+    reserved: [u8; 2],
+}
+
+/// Bits of AQA that exist: ACQS 27:16 and ASQS 11:0.
+const AQA_BITS: u32 = 0x0fff_0fff;
+
 impl Registers {
-    pub(crate) fn new(queue_entries_max: u16, is_discovery: bool) -> Registers {
+    pub(crate) fn new(
+        queue_entries_max: u16,
+        is_discovery: bool,
+        transport: Transport,
+    ) -> Registers {
+        // Queues of a PCI function may be anywhere, page by page. MPSMIN and MPSMAX are 0 (4 KiB),
+        // and so is DSTRD: doorbells are 4 bytes apart.
+        let contiguous = match transport {
+            Transport::Fabrics => Cap::CQR,
+            Transport::Pcie => 0,
+        };
         let cap = u64::from(queue_entries_max - 1)
-            | Cap::CQR
+            | contiguous
             | READY_TIMEOUT << 24
             | Cap::CSS_NVM
             | Cap::CRMS_CRWMS
@@ -73,7 +120,115 @@ impl Registers {
             state: State::Disabled,
             is_discovery,
             subsystem_was_reset: false,
+            transport,
+            pcie: PcieRegisters::default(),
         }
+    }
+
+    /// The dword at `offset` of a PCI function's registers; what is not there reads as 0.
+    pub(crate) fn read_dword(&self, offset: u32) -> u32 {
+        let (whole, is_8_bytes) = match Property(offset & !7) {
+            property @ (Property::CAP | Property::ASQ | Property::ACQ) => (property, true),
+            _ => (Property(offset & !3), false),
+        };
+        let value = self.read(whole, is_8_bytes).unwrap_or(0);
+        if is_8_bytes && offset & 4 != 0 { (value >> 32) as u32 } else { value as u32 }
+    }
+
+    /// A write of a dword at `offset` of a PCI function's registers; 64-bit ones are written in two
+    /// halves. What is not there, or cannot be written now, is not.
+    pub(crate) fn write_dword(&mut self, offset: u32, value: u32) -> CcEffect {
+        let half = |old: u64| match offset & 4 {
+            0 => old & !0xffff_ffff | u64::from(value),
+            _ => old & 0xffff_ffff | u64::from(value) << 32,
+        };
+        let (property, is_8_bytes, value) = match Property(offset & !7) {
+            Property::ASQ => (Property::ASQ, true, half(self.pcie.asq)),
+            Property::ACQ => (Property::ACQ, true, half(self.pcie.acq)),
+            _ => (Property(offset & !3), false, u64::from(value)),
+        };
+        self.write(property, is_8_bytes, value).unwrap_or(CcEffect::None)
+    }
+
+    /// Where a PCI host has put its admin queues; `None` if they cannot be there.
+    fn admin_queues(&self) -> Option<AdminQueues> {
+        let PcieRegisters { aqa, asq, acq, .. } = self.pcie;
+        let (sq_entries, cq_entries) = ((aqa & 0xfff) + 1, (aqa >> 16 & 0xfff) + 1);
+        let is_aligned = (asq | acq) & (MEMORY_PAGE_BYTES - 1) == 0;
+        // "The minimum size of a queue is two entries."
+        (is_aligned && sq_entries >= 2 && cq_entries >= 2).then_some(AdminQueues {
+            sq_address: asq,
+            sq_entries,
+            cq_address: acq,
+            cq_entries,
+        })
+    }
+
+    /// Whether CC has the sizes of entries that I/O queues have: 64 and 16 bytes.
+    pub(crate) fn has_entry_sizes(&self) -> bool {
+        self.cc.iosqes() == 6 && self.cc.iocqes() == 4
+    }
+
+    /// The admin queues while the controller is enabled.
+    pub(crate) fn enabled_queues(&self) -> Option<AdminQueues> {
+        match self.state {
+            State::Ready | State::Ending(_) | State::ShutDown => self.admin_queues(),
+            State::Disabled | State::Fatal => None,
+        }
+    }
+
+    /// Bits set keep the pin or message of that number quiet (INTMS, INTMC).
+    pub(crate) fn interrupt_mask(&self) -> u32 {
+        self.pcie.interrupt_mask
+    }
+
+    /// Controller Fatal Status: the host resets.
+    pub(crate) fn fail(&mut self) {
+        self.state = State::Fatal;
+    }
+
+    /// What outlives this process, for `restore`.
+    pub(crate) fn save(&self) -> SavedRegisters {
+        let state = match self.state {
+            State::Disabled => 0,
+            State::Fatal => 1,
+            State::Ready => 2,
+            State::Ending(Ending::Reset) => 3,
+            State::Ending(Ending::Shutdown) => 4,
+            State::ShutDown => 5,
+        };
+        SavedRegisters {
+            asq: U64::new(self.pcie.asq),
+            acq: U64::new(self.pcie.acq),
+            aqa: U32::new(self.pcie.aqa),
+            interrupt_mask: U32::new(self.pcie.interrupt_mask),
+            cc: U32::new(self.cc.0),
+            state,
+            subsystem_was_reset: u8::from(self.subsystem_was_reset),
+            reserved: [0; 2],
+        }
+    }
+
+    /// Takes up what [`Registers::save`] gave; `None` if it did not.
+    pub(crate) fn restore(&mut self, saved: &SavedRegisters) -> Option<()> {
+        self.state = match saved.state {
+            0 => State::Disabled,
+            1 => State::Fatal,
+            2 => State::Ready,
+            3 => State::Ending(Ending::Reset),
+            4 => State::Ending(Ending::Shutdown),
+            5 => State::ShutDown,
+            _ => return None,
+        };
+        self.cc = Cc(saved.cc.get());
+        self.subsystem_was_reset = saved.subsystem_was_reset != 0;
+        self.pcie = PcieRegisters {
+            aqa: saved.aqa.get() & AQA_BITS,
+            asq: saved.asq.get(),
+            acq: saved.acq.get(),
+            interrupt_mask: saved.interrupt_mask.get(),
+        };
+        Some(())
     }
 
     pub(crate) fn note_subsystem_reset(&mut self) {
@@ -114,6 +269,12 @@ impl Registers {
             Property::NSSR if !self.is_discovery => (0, false),
             // CRIMT 31:16 is 0 (CRMS bit 1 is clear), CRWMT 15:0 in units of 500 ms.
             Property::CRTO => (READY_TIMEOUT, false),
+            Property::INTMS | Property::INTMC if self.is_pcie() => {
+                (u64::from(self.pcie.interrupt_mask), false)
+            }
+            Property::AQA if self.is_pcie() => (u64::from(self.pcie.aqa), false),
+            Property::ASQ if self.is_pcie() => (self.pcie.asq, true),
+            Property::ACQ if self.is_pcie() => (self.pcie.acq, true),
             _ => return Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
         };
         if has_8_bytes == is_8_bytes {
@@ -142,8 +303,31 @@ impl Registers {
                 let is_reset = value == u64::from(NSSR_RESET);
                 Ok(if is_reset { CcEffect::SubsystemReset } else { CcEffect::None })
             }
+            Property::INTMS if self.is_pcie() && !is_8_bytes => {
+                self.pcie.interrupt_mask |= value as u32;
+                Ok(CcEffect::None)
+            }
+            Property::INTMC if self.is_pcie() && !is_8_bytes => {
+                self.pcie.interrupt_mask &= !(value as u32);
+                Ok(CcEffect::None)
+            }
+            // "These shall not be modified while CC.EN is 1": then nothing is written.
+            Property::AQA | Property::ASQ | Property::ACQ if self.is_pcie() => {
+                if !self.cc.en() {
+                    match property {
+                        Property::AQA => self.pcie.aqa = value as u32 & AQA_BITS,
+                        Property::ASQ => self.pcie.asq = value,
+                        _ => self.pcie.acq = value,
+                    }
+                }
+                Ok(CcEffect::None)
+            }
             _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
         }
+    }
+
+    fn is_pcie(&self) -> bool {
+        self.transport == Transport::Pcie
     }
 
     fn write_cc(&mut self, new: Cc) -> Result<CcEffect, Status> {
@@ -154,7 +338,14 @@ impl Registers {
         }
         self.cc = new;
         if new.en() && !old.en() {
-            self.state = if self.is_supported(new) { State::Ready } else { State::Fatal };
+            if !self.is_supported(new) {
+                self.state = State::Fatal;
+            } else {
+                self.state = State::Ready;
+                if new.shn() == 0 {
+                    return Ok(CcEffect::Enabled);
+                }
+            }
         }
         if !new.en() && old.en() {
             return Ok(match self.state {
@@ -190,8 +381,13 @@ impl Registers {
     /// Whether this configuration exists: NVM Command Set, 4 KiB pages, round robin, entries of
     /// 64 and 16 bytes. A discovery controller has no I/O queues, so entry sizes do not matter.
     fn is_supported(&self, cc: Cc) -> bool {
-        let sizes_ok = self.is_discovery || (cc.iosqes() == 6 && cc.iocqes() == 4);
-        cc.css() == 0 && cc.mps() == 0 && cc.ams() == 0 && sizes_ok
+        // A PCI host need not say the sizes of entries before it creates an I/O queue, which is where
+        // they are looked at again.
+        let sizes_ok = self.is_discovery
+            || (cc.iosqes() == 6 && cc.iocqes() == 4)
+            || (self.is_pcie() && cc.iosqes() == 0 && cc.iocqes() == 0);
+        let queues_ok = !self.is_pcie() || self.admin_queues().is_some();
+        cc.css() == 0 && cc.mps() == 0 && cc.ams() == 0 && sizes_ok && queues_ok
     }
 
     /// The I/O queues are closed: what ended, if anything was ending.
@@ -219,7 +415,7 @@ mod tests {
 
     #[test]
     fn enable_reset_enable() {
-        let mut r = Registers::new(128, false);
+        let mut r = Registers::new(128, false, Transport::Fabrics);
         assert_eq!(csts(&r), 0);
         // Linux first writes everything but EN.
         assert_eq!(set(&mut r, Cc(Cc::ENABLE.0 & !1)), CcEffect::None);
@@ -242,7 +438,7 @@ mod tests {
 
     #[test]
     fn shutdown_then_reset() {
-        let mut r = Registers::new(128, false);
+        let mut r = Registers::new(128, false, Transport::Fabrics);
         set(&mut r, Cc::ENABLE);
         let effect = set(&mut r, Cc::ENABLE.with_shn(1));
         assert_eq!(effect, CcEffect::CloseQueues(Ending::Shutdown));
@@ -259,7 +455,7 @@ mod tests {
 
     #[test]
     fn shutdown_of_a_controller_that_was_never_enabled() {
-        let mut r = Registers::new(128, false);
+        let mut r = Registers::new(128, false, Transport::Fabrics);
         assert_eq!(set(&mut r, Cc(0).with_shn(1)), CcEffect::None);
         assert!(Csts(csts(&r) as u32).is_shutdown_complete());
     }
@@ -267,20 +463,20 @@ mod tests {
     #[test]
     fn impossible_configuration_is_fatal() {
         for cc in [Cc::ENABLE.0 | 1 << 7, Cc::ENABLE.0 | 6 << 4, Cc::ENABLE.0 | 1 << 11, 1] {
-            let mut r = Registers::new(128, false);
+            let mut r = Registers::new(128, false, Transport::Fabrics);
             set(&mut r, Cc(cc));
             assert_eq!(csts(&r), 2, "{cc:x}");
             set(&mut r, Cc(0));
             assert_eq!(csts(&r), 0);
         }
-        let mut r = Registers::new(128, true);
+        let mut r = Registers::new(128, true, Transport::Fabrics);
         set(&mut r, Cc(1));
         assert!(r.is_ready(), "a discovery controller has no entry sizes");
     }
 
     #[test]
     fn properties() {
-        let mut r = Registers::new(128, false);
+        let mut r = Registers::new(128, false, Transport::Fabrics);
         assert_eq!(r.read(Property::CAP, true), Ok(0x0800_0030_1e01_007f));
         assert_eq!(r.read(Property::VS, false), Ok(0x0002_0000));
         assert_eq!(r.read(Property::CRTO, false), Ok(30));
@@ -296,7 +492,7 @@ mod tests {
         let reset = r.write(Property::NSSR, false, u64::from(NSSR_RESET));
         assert_eq!(reset, Ok(CcEffect::SubsystemReset));
 
-        let mut discovery = Registers::new(128, true);
+        let mut discovery = Registers::new(128, true, Transport::Fabrics);
         assert_eq!(discovery.read(Property::CAP, true).unwrap() & Cap::NSSRS, 0);
         assert_eq!(discovery.read(Property::NSSR, false), Err(invalid));
         let reset = discovery.write(Property::NSSR, false, u64::from(NSSR_RESET));
@@ -305,7 +501,7 @@ mod tests {
 
     #[test]
     fn a_subsystem_reset_shows_until_the_host_clears_it() {
-        let mut r = Registers::new(128, false);
+        let mut r = Registers::new(128, false, Transport::Fabrics);
         r.note_subsystem_reset();
         set(&mut r, Cc::ENABLE);
         assert_eq!(csts(&r), 0b1_0001);

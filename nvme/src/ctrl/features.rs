@@ -5,6 +5,9 @@
 use core::time::Duration;
 use std::collections::BTreeMap;
 
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
 use super::Controller;
 use super::admin::{AdminOutcome, Reply};
 use super::log::Thresholds;
@@ -13,6 +16,7 @@ use crate::spec::{
 };
 use crate::subsys::NamespaceInfo;
 use crate::subsys::reservation::NoticeKind;
+use crate::xfer::Transport;
 
 const INVALID_FIELD: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
 const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT.dnr();
@@ -51,6 +55,20 @@ pub(crate) struct Features {
     kato_default: Duration,
 }
 
+/// Features as they are saved.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct SavedFeatures {
+    arbitration: U32,
+    error_recovery: U32,
+    write_atomicity: U32,
+    thresholds: [U16; 2],
+    io_queues_granted: U16,
+    acre: u8,
+    has_timestamp: u8,
+    timestamp_ms: U64,
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 struct PerNamespace {
     error_recovery: Option<u32>,
@@ -78,6 +96,50 @@ impl Features {
     pub(crate) fn reset(&mut self, io_queues_max: u16, now: Duration) {
         let timestamp = self.timestamp;
         *self = Features { timestamp, ..Features::new(io_queues_max, self.kato_default, now) };
+    }
+
+    /// What outlives this process: the features, and those of single namespaces.
+    pub(crate) fn save(&self) -> (SavedFeatures, Vec<(u32, Option<u32>, u8)>) {
+        let features = SavedFeatures {
+            arbitration: U32::new(self.arbitration),
+            error_recovery: U32::new(self.error_recovery),
+            write_atomicity: U32::new(self.write_atomicity),
+            thresholds: self.thresholds.map(U16::new),
+            io_queues_granted: U16::new(self.io_queues_granted),
+            acre: u8::from(self.acre),
+            has_timestamp: u8::from(self.timestamp.2),
+            timestamp_ms: U64::new(self.timestamp.0),
+        };
+        let namespaces = self.namespaces.iter();
+        let namespaces = namespaces.map(|(nsid, ns)| (*nsid, ns.error_recovery, ns.notice_mask));
+        (features, namespaces.collect())
+    }
+
+    /// Takes up what [`Features::save`] gave. The time of day goes on from what the host set: how
+    /// long nobody was there is not known.
+    pub(crate) fn restore(
+        &mut self,
+        saved: &SavedFeatures,
+        namespaces: &[(u32, Option<u32>, u8)],
+        now: Duration,
+    ) {
+        let granted = saved.io_queues_granted.get().clamp(1, self.io_queues_max.max(1));
+        *self = Features {
+            arbitration: saved.arbitration.get(),
+            error_recovery: saved.error_recovery.get(),
+            write_atomicity: saved.write_atomicity.get(),
+            thresholds: saved.thresholds.map(U16::get),
+            io_queues_granted: granted,
+            acre: saved.acre != 0,
+            timestamp: (saved.timestamp_ms.get(), now, saved.has_timestamp != 0),
+            namespaces: namespaces
+                .iter()
+                .map(|&(nsid, error_recovery, notice_mask)| {
+                    (nsid, PerNamespace { error_recovery, notice_mask })
+                })
+                .collect(),
+            ..Features::new(self.io_queues_max, self.kato_default, now)
+        };
     }
 
     pub(crate) fn io_queues_granted(&self) -> u16 {
@@ -135,7 +197,9 @@ fn is_namespace_specific(fid: Feature) -> bool {
 impl Controller {
     fn has_feature(&self, fid: Feature) -> bool {
         match fid {
-            Feature::ASYNC_EVENT_CONFIGURATION | Feature::KEEP_ALIVE_TIMER => true,
+            Feature::ASYNC_EVENT_CONFIGURATION => true,
+            Feature::KEEP_ALIVE_TIMER => !self.is_pcie(),
+            Feature::INTERRUPT_COALESCING | Feature::INTERRUPT_VECTOR => self.is_pcie(),
             Feature::ARBITRATION
             | Feature::POWER_MANAGEMENT
             | Feature::TEMPERATURE_THRESHOLD
@@ -147,8 +211,9 @@ impl Controller {
             | Feature::HOST_BEHAVIOR
             | Feature::HOST_IDENTIFIER
             | Feature::RESERVATION_NOTIFICATION_MASK
-            | Feature::RESERVATION_PERSISTENCE
-            | Feature::NAMESPACE_WRITE_PROTECTION => !self.is_discovery(),
+            | Feature::RESERVATION_PERSISTENCE => !self.is_discovery(),
+            // A volume's own affair: a PCI function has no say in it.
+            Feature::NAMESPACE_WRITE_PROTECTION => !self.is_discovery() && !self.is_pcie(),
             _ => false,
         }
     }
@@ -177,6 +242,10 @@ impl Controller {
         match Feature(sqe.cdw10.get() as u8) {
             Feature::TIMESTAMP => TIMESTAMP_LEN as u32,
             Feature::HOST_BEHAVIOR => HOST_BEHAVIOR_LEN as u32,
+            // EXHID clear: a 64-bit identifier, which fabrics do not have.
+            Feature::HOST_IDENTIFIER if sqe.psdt() == 0 && sqe.cdw11.get() & 1 == 0 => {
+                HOST_ID_LEN as u32 / 2
+            }
             Feature::HOST_IDENTIFIER => HOST_ID_LEN as u32,
             _ => 0,
         }
@@ -255,7 +324,7 @@ impl Controller {
             Select::DEFAULT | Select::SAVED => {
                 self.feature_value(fid, nsid, cdw11, true, out, now)?
             }
-            Select::CAPABILITIES => capabilities(fid),
+            Select::CAPABILITIES => capabilities(fid, self.subsys.limits().transport),
             _ => return Err(INVALID_FIELD),
         };
         Ok(Reply::Result(u64::from(value)))
@@ -307,6 +376,11 @@ impl Controller {
                 let own = features.namespaces.get(&nsid).and_then(|ns| ns.error_recovery);
                 own.unwrap_or(features.error_recovery)
             }
+            Feature::INTERRUPT_COALESCING if is_default => 0,
+            Feature::INTERRUPT_VECTOR if is_default => cdw11 & 0xffff,
+            Feature::INTERRUPT_COALESCING | Feature::INTERRUPT_VECTOR => {
+                self.interrupt_feature(fid, cdw11)?
+            }
             Feature::VOLATILE_WRITE_CACHE => 1,
             Feature::NUMBER_OF_QUEUES => number_of_queues(features.io_queues_granted),
             Feature::WRITE_ATOMICITY => features.write_atomicity,
@@ -326,7 +400,11 @@ impl Controller {
             Feature::HOST_IDENTIFIER => {
                 // Fabrics use the extended identifier only.
                 if cdw11 & 1 == 0 {
-                    return Err(INVALID_FIELD);
+                    if !self.is_pcie() {
+                        return Err(INVALID_FIELD);
+                    }
+                    out.extend_from_slice(&self.hostid[..8]);
+                    return Ok(0);
                 }
                 out.extend_from_slice(&self.hostid);
                 1
@@ -436,7 +514,18 @@ impl Controller {
             }
             // "In fabrics the Host Identifier is set by Connect; Set Features shall be aborted
             // with Command Sequence Error."
-            Feature::HOST_IDENTIFIER => return Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
+            Feature::HOST_IDENTIFIER if !self.is_pcie() => {
+                return Err(Status::COMMAND_SEQUENCE_ERROR.dnr());
+            }
+            Feature::HOST_IDENTIFIER => {
+                // EXHID: 16 bytes, or the 8 that are the low half.
+                let len = if cdw11 & 1 != 0 { HOST_ID_LEN } else { HOST_ID_LEN / 2 };
+                self.hostid = [0; HOST_ID_LEN];
+                self.hostid[..len].copy_from_slice(&data[..len]);
+            }
+            Feature::INTERRUPT_COALESCING | Feature::INTERRUPT_VECTOR => {
+                self.set_interrupt_feature(fid, cdw11)?;
+            }
             _ => return Err(INVALID_FIELD),
         }
         Ok(Reply::Result(0))
@@ -517,7 +606,7 @@ impl Controller {
         if sq_z == 0xffff || cq_z == 0xffff {
             return Err(INVALID_FIELD);
         }
-        if self.io_queues_connected() != 0 {
+        if self.io_queues_connected() != 0 || !self.pcie.is_empty() {
             return Err(Status::COMMAND_SEQUENCE_ERROR.dnr());
         }
         let wanted = sq_z.min(cq_z) as u16 + 1;
@@ -538,16 +627,14 @@ impl Controller {
 }
 
 /// Supported capabilities: bit 0 saveable, bit 1 namespace specific, bit 2 changeable.
-fn capabilities(fid: Feature) -> u32 {
+fn capabilities(fid: Feature, transport: Transport) -> u32 {
     const NAMESPACE_SPECIFIC: u32 = 1 << 1;
     const CHANGEABLE: u32 = 1 << 2;
     let specific = if is_namespace_specific(fid) { NAMESPACE_SPECIFIC } else { 0 };
     // There is one power state; the write cache is what the namespaces have; the Host Identifier
-    // is set by Connect.
-    let is_fixed = matches!(
-        fid,
-        Feature::POWER_MANAGEMENT | Feature::VOLATILE_WRITE_CACHE | Feature::HOST_IDENTIFIER
-    );
+    // is set by Connect, where there is one.
+    let is_fixed = matches!(fid, Feature::POWER_MANAGEMENT | Feature::VOLATILE_WRITE_CACHE)
+        || (fid == Feature::HOST_IDENTIFIER && transport == Transport::Fabrics);
     if is_fixed { specific } else { specific | CHANGEABLE }
 }
 

@@ -145,25 +145,38 @@ impl Controller {
         id.cntlid = U16::new(self.cntlid);
         id.ver = U32::new(VERSION_2_0);
         id.oaes = U32::new(self.optional_async_events());
-        let ctratt = Id::CTRATT_HOST_ID_128 | Id::CTRATT_TBKAS;
-        id.ctratt = U32::new(ctratt);
+        let mut ctratt = Id::CTRATT_HOST_ID_128;
         id.aerl_z = (AER_MAX - 1) as u8;
         id.lpa = Id::LPA_EXTENDED;
-        id.kas = U16::new(keep_alive::KAS);
         id.maxcmd = U16::new(limits.queue_entries_max);
-        id.sgls = U32::new(Id::SGLS_SUPPORTED | Id::SGLS_OFFSET | Id::SGLS_TRANSPORT);
         id.subnqn = self.subsys.nqn().to_field();
-        // Units of 16 bytes: the 64-byte SQE and in-capsule data; the 16-byte CQE.
-        id.ioccsz = U32::new((64 + limits.in_capsule_bytes) / 16);
-        id.iorcsz = U32::new(1);
-        id.msdbd = 1;
+        if self.is_pcie() {
+            // Data blocks, segments and last segments, of any alignment and length.
+            id.sgls = U32::new(Id::SGLS_SUPPORTED | Id::SGLS_LONGER);
+            id.oacs = U16::new(Id::OACS_DOORBELL_BUFFER);
+        } else {
+            ctratt |= Id::CTRATT_TBKAS;
+            id.kas = U16::new(keep_alive::KAS);
+            id.sgls = U32::new(Id::SGLS_SUPPORTED | Id::SGLS_OFFSET | Id::SGLS_TRANSPORT);
+            // Units of 16 bytes: the 64-byte SQE and in-capsule data; the 16-byte CQE.
+            id.ioccsz = U32::new((64 + limits.in_capsule_bytes) / 16);
+            id.iorcsz = U32::new(1);
+            id.msdbd = 1;
+        }
+        id.ctratt = U32::new(ctratt);
         if self.is_discovery() {
             id.cntrltype = Id::CNTRLTYPE_DISCOVERY;
             id.dctype = Id::DCTYPE_DDC;
             return id;
         }
         id.cntrltype = Id::CNTRLTYPE_IO;
-        id.cmic = Id::CMIC_MULTI_PORT | Id::CMIC_MULTI_CONTROLLER;
+        if !self.is_pcie() {
+            id.cmic = Id::CMIC_MULTI_PORT | Id::CMIC_MULTI_CONTROLLER;
+            id.ofcs = U16::new(Id::OFCS_DISCONNECT);
+            id.nwpc = Id::NWPC_WRITE_PROTECT;
+            id.fuses = U16::new(Id::FUSES_COMPARE_AND_WRITE);
+            id.acwu_z = U16::new((COMPARE_AND_WRITE_BLOCKS_MAX - 1) as u16);
+        }
         if self.has_ana() {
             id.cmic |= Id::CMIC_ANA;
             id.anatt = ANA_TRANSITION_SECONDS;
@@ -184,15 +197,11 @@ impl Controller {
         id.nn = U32::new(limits.namespaces_max);
         id.mnan = U32::new(limits.namespaces_max);
         id.oncs = U16::new(self.optional_nvm_commands());
-        id.fuses = U16::new(Id::FUSES_COMPARE_AND_WRITE);
-        id.acwu_z = U16::new((COMPARE_AND_WRITE_BLOCKS_MAX - 1) as u16);
         id.cdfs = U16::new(io::COPY_FORMATS);
-        id.nwpc = Id::NWPC_WRITE_PROTECT;
         // AWUN and AWUPF are 0: one logical block, the least there is.
         // A namespace with a volatile cache may be added any time, and a host that was told there
         // is none would not flush. Namespaces without one say so in NSFEAT.VWCNP (CNS 08h).
         id.vwc = Id::VWC_PRESENT | Id::VWC_BROADCAST_FLUSH;
-        id.ofcs = U16::new(Id::OFCS_DISCONNECT);
         if let Some(instance) = self.instance {
             id.ciu = instance.ciu;
             id.cirn = U64::new(instance.cirn);
@@ -206,12 +215,19 @@ impl Controller {
     pub(crate) fn optional_nvm_commands(&self) -> u16 {
         type Id = IdentifyController;
         let namespaces = self.subsys.namespaces();
-        let mut oncs = Id::ONCS_COMPARE
-            | Id::ONCS_DSM
-            | Id::ONCS_SAVE_SELECT
-            | Id::ONCS_TIMESTAMP
-            | Id::ONCS_VERIFY
-            | Id::ONCS_COPY;
+        let mut oncs = Id::ONCS_DSM | Id::ONCS_SAVE_SELECT | Id::ONCS_TIMESTAMP;
+        let has = |ability: fn(&NamespaceInfo) -> bool| {
+            namespaces.is_empty() || namespaces.iter().any(ability)
+        };
+        if has(|ns| ns.compare) {
+            oncs |= Id::ONCS_COMPARE;
+        }
+        if has(|ns| ns.verify) {
+            oncs |= Id::ONCS_VERIFY;
+        }
+        if has(|ns| ns.copy) {
+            oncs |= Id::ONCS_COPY;
+        }
         if namespaces.is_empty() || namespaces.iter().any(|ns| ns.write_zeroes) {
             oncs |= Id::ONCS_WRITE_ZEROES;
         }
@@ -224,6 +240,11 @@ impl Controller {
         oncs
     }
 
+    /// NMIC: controllers of a target share its namespaces; those of a PCI function are its own.
+    fn sharing(&self) -> u8 {
+        if self.is_pcie() { 0 } else { IdentifyNamespace::NMIC_SHARED }
+    }
+
     /// ANAGRPID, 0 where ANA is not reported.
     fn ana_group(&self, ns: &NamespaceInfo) -> U32 {
         U32::new(if self.has_ana() { ns.ana_group } else { 0 })
@@ -231,6 +252,7 @@ impl Controller {
 
     fn identify_namespace(&self, ns: &NamespaceInfo, state: AnaState) -> IdentifyNamespace {
         let mut id = identify_namespace(ns);
+        id.nmic = self.sharing();
         // Without access "capacity fields are cleared to 0h" (NVMe Base 2.2, Figure 589): the
         // utilization is. The size stays, against the letter, because Linux takes a namespace
         // without one for gone and drops the path.
@@ -248,7 +270,7 @@ impl Controller {
         if !ns.write_cache {
             id.nsfeat |= IdentifyNamespaceIndependent::NSFEAT_VWC_NOT_PRESENT;
         }
-        id.nmic = IdentifyNamespace::NMIC_SHARED;
+        id.nmic = self.sharing();
         id.rescap = rescap(ns);
         id.anagrpid = self.ana_group(ns);
         id.nsattr = nsattr(ns);
@@ -320,7 +342,6 @@ fn identify_namespace(ns: &NamespaceInfo) -> IdentifyNamespace {
         id.npda_z = id.npdg_z;
         id.nows_z = blocks_z(ns.optimal_write_bytes, ns).unwrap_or(id.npwg_z);
     }
-    id.nmic = Id::NMIC_SHARED;
     if ns.deallocated_reads_zero {
         id.dlfeat = Id::DLFEAT_READS_ZERO;
     }

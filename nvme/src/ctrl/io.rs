@@ -382,7 +382,7 @@ fn byte_range(slba: u64, blocks: u64, ns: &NamespaceInfo) -> Result<(u64, u64), 
 #[inline]
 fn namespace<'a>(sqe: &Sqe, subsys: &'a SubsystemInfo) -> Result<&'a NamespaceInfo, Status> {
     if sqe.fuse() != 0 {
-        fused::check(sqe)?;
+        fused::check(sqe, subsys)?;
     }
     let nsid = sqe.nsid.get();
     let Some(index) = subsys.namespace_index(nsid) else { return Err(no_namespace(nsid, subsys)) };
@@ -441,7 +441,7 @@ fn data_range(sqe: &Sqe, subsys: &SubsystemInfo, ns: &NamespaceInfo) -> Result<(
         return Err(INVALID_FIELD);
     }
     let len = len as u32;
-    if xfer::parse_data(sqe, subsys.limits().in_capsule_bytes)?.len() != len {
+    if xfer::data_len(sqe, subsys.limits(), len)? != len {
         return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
     }
     Ok((offset, len))
@@ -480,6 +480,9 @@ fn read_write(sqe: &Sqe, subsys: &SubsystemInfo, is_write: bool) -> Result<IoCom
 
 fn compare(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
     let ns = namespace(sqe, subsys)?;
+    if !ns.compare {
+        return Err(INVALID_OPCODE);
+    }
     let (offset, len) = data_range(sqe, subsys, ns)?;
     Ok(IoCommand::Compare { nsid: ns.nsid, offset, len, fua: fua(sqe) })
 }
@@ -530,12 +533,18 @@ fn write_uncorrectable(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, S
 
 fn verify(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
     let ns = namespace(sqe, subsys)?;
+    if !ns.verify {
+        return Err(INVALID_OPCODE);
+    }
     let (offset, len) = limited_range(sqe, subsys, ns, VERIFY_BYTES_MAX)?;
     Ok(IoCommand::Verify { nsid: ns.nsid, offset, len, fua: fua(sqe) })
 }
 
 fn copy(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, Status> {
     let ns = namespace(sqe, subsys)?;
+    if !ns.copy {
+        return Err(INVALID_OPCODE);
+    }
     let cdw12 = sqe.cdw12.get();
     let (ranges, format) = ((cdw12 & 0xff) as u16 + 1, cdw12 >> 8 & 0xf);
     if COPY_FORMATS >> format & 1 == 0 || has_directive(sqe) {
@@ -649,7 +658,7 @@ fn reservation_report(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, St
         return Err(INVALID_FIELD);
     }
     let len = len as u32;
-    if xfer::parse_data(sqe, subsys.limits().in_capsule_bytes)?.len() != len {
+    if xfer::data_len(sqe, subsys.limits(), len)? != len {
         return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
     }
     Ok(IoCommand::ReservationReport { nsid: ns.nsid, len })
@@ -657,7 +666,7 @@ fn reservation_report(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<IoCommand, St
 
 /// Checks that the host sends at least `min` bytes, and no more than a page.
 fn expect_structure(sqe: &Sqe, subsys: &SubsystemInfo, min: u32) -> Result<(), Status> {
-    let len = xfer::parse_data(sqe, subsys.limits().in_capsule_bytes)?.len();
+    let len = xfer::data_len(sqe, subsys.limits(), min)?;
     if (min..=STRUCTURE_BYTES_MAX).contains(&len) {
         Ok(())
     } else {
@@ -667,7 +676,7 @@ fn expect_structure(sqe: &Sqe, subsys: &SubsystemInfo, min: u32) -> Result<(), S
 
 #[inline]
 fn expect_no_data(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<(), Status> {
-    if xfer::parse_data(sqe, subsys.limits().in_capsule_bytes)?.is_empty() {
+    if xfer::data_len(sqe, subsys.limits(), 0)? == 0 {
         Ok(())
     } else {
         Err(Status::DATA_SGL_LENGTH_INVALID.dnr())

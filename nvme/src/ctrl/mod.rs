@@ -25,6 +25,7 @@ mod identify;
 pub mod io;
 mod keep_alive;
 mod log;
+mod queues;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ use std::sync::Arc;
 
 pub use self::admin::{ABORT_NOT_DONE, AdminOutcome, CROSS_RESET_IMMEDIATE, io_queue_fabrics};
 pub use self::log::{ErrorRecord, HealthCounters};
+pub use self::queues::{AdminQueues, Coalescing, CqConfig, QueueChange, RegisterEffect, SqConfig};
 use crate::fabrics::{ConnectReject, ConnectRequest};
 use crate::spec::{AdminOpcode, Cns, Nqn, Sqe, Status, critical_warning};
 use crate::subsys::SubsystemInfo;
@@ -135,6 +137,8 @@ pub struct Controller {
     controllers: Vec<u16>,
     /// Aborts the driver is trying; at most [`ABORT_MAX`].
     aborts: u8,
+    /// What only a PCI function has.
+    pcie: queues::Queues,
 }
 
 /// Which controllers an Identify command asks for; see [`Controller::controllers_wanted`].
@@ -159,7 +163,11 @@ impl Controller {
             kind: config.kind,
             hostnqn: config.hostnqn,
             hostid: config.hostid,
-            registers: enable::Registers::new(limits.queue_entries_max, is_discovery),
+            registers: enable::Registers::new(
+                limits.queue_entries_max,
+                is_discovery,
+                limits.transport,
+            ),
             aer: aer::AsyncEvents::default(),
             features: features::Features::new(io_queues, keep_alive.kato(), now),
             keep_alive,
@@ -169,6 +177,7 @@ impl Controller {
             portid: None,
             controllers: vec![config.cntlid],
             aborts: 0,
+            pcie: queues::Queues::default(),
             subsys: config.subsys,
         }
     }
@@ -346,14 +355,24 @@ impl Controller {
         self.queues.fill(false);
         match self.registers.finish() {
             Some(enable::Ending::Reset) => {
-                let io_queues = (self.queues.len() - 1) as u16;
-                self.features.reset(io_queues, now);
-                self.aer.reset();
-                self.log.notices.reset();
+                self.reset_features(now);
             }
-            Some(enable::Ending::Shutdown) => self.aer.reset(),
+            Some(enable::Ending::Shutdown) => {
+                self.aer.reset();
+                self.pcie = queues::Queues::default();
+            }
             None => {}
         }
+    }
+
+    /// What a Controller Level Reset does to everything but the registers.
+    fn reset_features(&mut self, now: Duration) {
+        let io_queues = (self.queues.len() - 1) as u16;
+        self.features.reset(io_queues, now);
+        self.aer.reset();
+        self.log.notices.reset();
+        self.pcie = queues::Queues::default();
+        self.aborts = 0;
     }
 
     /// Whether a reset or shutdown waits for [`Controller::queues_closed`].

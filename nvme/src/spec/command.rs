@@ -62,6 +62,8 @@ open_u8! {
         KEEP_ALIVE = 0x18;
         /// Cross-Controller Reset (NVMe Base 2.3): end another controller of the same host.
         CROSS_CONTROLLER_RESET = 0x38;
+        /// Doorbell Buffer Config (memory-based transports only).
+        DOORBELL_BUFFER_CONFIG = 0x7c;
         /// Fabrics commands; FCTYPE says which.
         FABRICS = 0x7f;
     }
@@ -151,6 +153,13 @@ pub struct SglDescriptor {
 const _: () = assert!(size_of::<SglDescriptor>() == 16);
 
 impl SglDescriptor {
+    /// Identifier: Data Block at an address (type 0h, subtype 0h).
+    pub const DATA_BLOCK: u8 = 0x00;
+    /// Identifier: Segment (type 2h): the address of more descriptors, the last of which is a
+    /// segment again.
+    pub const SEGMENT: u8 = 0x20;
+    /// Identifier: Last Segment (type 3h): the address of more descriptors, none a segment.
+    pub const LAST_SEGMENT: u8 = 0x30;
     /// Identifier: Data Block at an offset in the capsule (type 0h, subtype 1h).
     pub const DATA_BLOCK_OFFSET: u8 = 0x01;
     /// Identifier: Transport SGL Data Block (type 5h, subtype Ah): the transport moves the data.
@@ -291,6 +300,21 @@ impl Sqe {
             2 => Direction::ToHost,
             _ => Direction::Bidirectional,
         }
+    }
+
+    /// PRP Entry 1 and PRP Entry 2, meaningful when PSDT is 00b.
+    #[must_use]
+    pub fn prps(&self) -> (u64, u64) {
+        let bytes: [u8; 16] = zerocopy::transmute!(self.dptr);
+        let value = u128::from_le_bytes(bytes);
+        (value as u64, (value >> 64) as u64)
+    }
+
+    /// Sets PRP Entry 1 and PRP Entry 2.
+    pub fn set_prps(&mut self, prp1: u64, prp2: u64) {
+        let bytes = (u128::from(prp1) | u128::from(prp2) << 64).to_le_bytes();
+        self.dptr = zerocopy::transmute!(bytes);
+        self.flags &= 0b11;
     }
 
     /// 64-bit value in dwords 10 and 11 (starting LBA of I/O commands).

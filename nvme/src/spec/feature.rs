@@ -81,6 +81,10 @@ pub mod event {
     pub const TYPE_NOTICE: u32 = 2;
     /// Type: I/O command specific status.
     pub const TYPE_IO_COMMAND: u32 = 6;
+    /// Error: Write to Invalid Doorbell Register.
+    pub const ERROR_DOORBELL_REGISTER: u32 = 0x00;
+    /// Error: Invalid Doorbell Write Value.
+    pub const ERROR_DOORBELL_VALUE: u32 = 0x01;
     /// Error: Persistent Internal Error.
     pub const ERROR_PERSISTENT: u32 = 0x03;
     /// Error: Transient Internal Error.

@@ -282,10 +282,14 @@ impl IdentifyController {
     pub const VWC_BROADCAST_FLUSH: u8 = 3 << 1;
     /// SGLS: SGLs supported, no alignment needed (bits 1:0 = 01b).
     pub const SGLS_SUPPORTED: u32 = 1;
+    /// SGLS: SGLs may be longer than the data.
+    pub const SGLS_LONGER: u32 = 1 << 18;
     /// SGLS: the address of a Data Block may be an offset (in-capsule data).
     pub const SGLS_OFFSET: u32 = 1 << 20;
     /// SGLS: Transport SGL Data Block descriptor.
     pub const SGLS_TRANSPORT: u32 = 1 << 21;
+    /// OACS: Doorbell Buffer Config.
+    pub const OACS_DOORBELL_BUFFER: u16 = 1 << 8;
     /// OFCS: Disconnect command.
     pub const OFCS_DISCONNECT: u16 = 1;
 }

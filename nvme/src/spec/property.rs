@@ -10,12 +10,22 @@ impl Property {
     pub const CAP: Property = Property(0x00);
     /// Version (4 bytes).
     pub const VS: Property = Property(0x08);
+    /// Interrupt Mask Set (4 bytes; PCIe).
+    pub const INTMS: Property = Property(0x0c);
+    /// Interrupt Mask Clear (4 bytes; PCIe).
+    pub const INTMC: Property = Property(0x10);
     /// Controller Configuration (4 bytes).
     pub const CC: Property = Property(0x14);
     /// Controller Status (4 bytes).
     pub const CSTS: Property = Property(0x1c);
     /// NVM Subsystem Reset (4 bytes).
     pub const NSSR: Property = Property(0x20);
+    /// Admin Queue Attributes (4 bytes; PCIe).
+    pub const AQA: Property = Property(0x24);
+    /// Admin Submission Queue Base Address (8 bytes; PCIe).
+    pub const ASQ: Property = Property(0x28);
+    /// Admin Completion Queue Base Address (8 bytes; PCIe).
+    pub const ACQ: Property = Property(0x30);
     /// Controller Ready Timeouts (4 bytes).
     pub const CRTO: Property = Property(0x68);
 }

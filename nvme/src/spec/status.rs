@@ -110,6 +110,8 @@ statuses! {
     /// Reservation Conflict.
     RESERVATION_CONFLICT = 0, 0x83;
 
+    /// Completion Queue Invalid: the completion queue does not exist.
+    COMPLETION_QUEUE_INVALID = 1, 0x00;
     /// Invalid Queue Identifier.
     INVALID_QUEUE_IDENTIFIER = 1, 0x01;
     /// Invalid Queue Size.
@@ -118,8 +120,12 @@ statuses! {
     ABORT_COMMAND_LIMIT_EXCEEDED = 1, 0x03;
     /// Asynchronous Event Request Limit Exceeded.
     ASYNC_EVENT_REQUEST_LIMIT_EXCEEDED = 1, 0x05;
+    /// Invalid Interrupt Vector.
+    INVALID_INTERRUPT_VECTOR = 1, 0x08;
     /// Invalid Log Page.
     INVALID_LOG_PAGE = 1, 0x09;
+    /// Invalid Queue Deletion: a completion queue that submission queues still use.
+    INVALID_QUEUE_DELETION = 1, 0x0c;
     /// Feature Identifier Not Saveable.
     FEATURE_NOT_SAVEABLE = 1, 0x0d;
     /// Feature Not Changeable.

@@ -7,6 +7,7 @@ pub mod reservation;
 
 use self::ana::{ANA_GROUPS_MAX, AnaGroup, AnaState};
 use crate::spec::{AsciiField, NSID_ALL, Nqn, Status};
+use crate::xfer::Transport;
 
 /// Unit of MDTS and WZSL: the minimum page size, CAP.MPSMIN = 0.
 pub const PAGE_BYTES: u32 = 4096;
@@ -52,6 +53,8 @@ pub struct Limits {
     pub kato_max: core::time::Duration,
     /// Namespaces the subsystem may ever have, and largest NSID.
     pub namespaces_max: u32,
+    /// How commands and data reach its controllers.
+    pub transport: Transport,
 }
 
 impl Default for Limits {
@@ -63,6 +66,7 @@ impl Default for Limits {
             in_capsule_bytes: 4096,
             kato_max: core::time::Duration::from_secs(600),
             namespaces_max: 1024,
+            transport: Transport::Fabrics,
         }
     }
 }
@@ -111,10 +115,17 @@ pub struct NamespaceInfo {
     pub write_protect: bool,
     /// Write Uncorrectable is supported.
     pub write_uncorrectable: bool,
+    /// Compare is supported.
+    pub compare: bool,
+    /// Verify is supported.
+    pub verify: bool,
+    /// Copy is supported.
+    pub copy: bool,
 }
 
 impl NamespaceInfo {
-    /// A read-write namespace with no identifiers and no optional features.
+    /// A read-write namespace with no identifiers and no optional features but Compare, Verify and
+    /// Copy, which a target can do by reading and writing.
     #[must_use]
     pub fn new(nsid: u32, block_bytes: u32, blocks: u64) -> NamespaceInfo {
         NamespaceInfo {
@@ -138,6 +149,9 @@ impl NamespaceInfo {
             ptpl: false,
             write_protect: false,
             write_uncorrectable: false,
+            compare: true,
+            verify: true,
+            copy: true,
         }
     }
 

@@ -4,6 +4,7 @@
 use super::IoCommand;
 use crate::spec::{NvmOpcode, Sqe, Status};
 use crate::subsys::{COMPARE_AND_WRITE_BLOCKS_MAX, SubsystemInfo};
+use crate::xfer::Transport;
 
 /// FUSE field of a command.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,7 +33,11 @@ impl Fuse {
 
 /// Whether the command may have its FUSE field, which is not 0.
 #[cold]
-pub(super) fn check(sqe: &Sqe) -> Result<(), Status> {
+pub(super) fn check(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<(), Status> {
+    // A PCI function's volume is not asked to do two things as one (FUSES is 0).
+    if subsys.limits().transport == Transport::Pcie {
+        return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+    }
     match (Fuse::of(sqe), NvmOpcode(sqe.opcode)) {
         (Fuse::First, NvmOpcode::COMPARE) | (Fuse::Second, NvmOpcode::WRITE) => Ok(()),
         _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),

@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::*;
 use crate::ctrl::aer::KINDS;
 use crate::spec::NvmOpcode;
+use crate::subsys::Limits;
+use crate::subsys::tests::build;
+use crate::xfer::Transport;
 
 const DOCUMENT: &str = include_str!("../../../../docs/support.md");
 
@@ -230,6 +233,75 @@ fn support_table_of_properties() {
             }
         }
     }
+}
+
+/// A PCI function's controller over the same namespaces.
+fn pcie() -> Rig {
+    let subsys = shared();
+    let limits = Limits { transport: Transport::Pcie, ..*subsys.limits() };
+    let groups = subsys.ana_groups().to_vec();
+    let subsys = build(subsys.namespaces().to_vec(), limits).unwrap();
+    let mut rig = Rig::new(ControllerKind::Io, subsys.with_ana_groups(groups).unwrap());
+    let _ = rig.ctrl.register_write(Property::AQA.0, 0x001f_001f);
+    let _ = rig.ctrl.register_write(Property::CC.0, Cc::ENABLE.0);
+    assert!(rig.ctrl.is_ready());
+    rig
+}
+
+/// What both kinds of controller answer, for every code.
+#[test]
+fn support_table_of_pcie_controllers() {
+    let mut said = BTreeMap::new();
+    for row in rows("PCIe controllers") {
+        assert!(row[4].starts_with('`'), "{row:?} has no test");
+        assert_eq!(said.insert((row[0], hex(row[1])), row[3]), None, "{row:?} twice");
+    }
+    let mut compare = |kind: &'static str, code: u32, io: &str, sqe: Sqe| {
+        let said = said.remove(&(kind, code)).unwrap_or(io);
+        let mut sqe = Sqe { flags: 0, ..sqe };
+        sqe.set_prps(0x1000, 0);
+        let mut rig = pcie();
+        rig.data = vec![0; 512];
+        agree(kind, code, said, rig.run(sqe));
+    };
+    for (code, said) in answers("Admin commands", 2, 256, 1) {
+        let mut sqe = admin_command(code as u8);
+        match AdminOpcode(sqe.opcode) {
+            // One that both have.
+            AdminOpcode::SET_FEATURES | AdminOpcode::GET_FEATURES => {
+                sqe.cdw10.set(u32::from(Feature::ARBITRATION.0));
+            }
+            AdminOpcode::CREATE_IO_CQ => sqe.cdw10.set(1 << 16 | 1),
+            // For the others to succeed a queue has to be there.
+            AdminOpcode::CREATE_IO_SQ | AdminOpcode::DELETE_IO_CQ | AdminOpcode::DELETE_IO_SQ => {
+                let mut rig = pcie();
+                let status = rig.run(Sqe { flags: 0, ..sqe }).unwrap_err();
+                assert_eq!(status, Status::INVALID_QUEUE_IDENTIFIER.dnr(), "{code:x}h");
+                assert_eq!(said[0], "refused: Invalid Command Opcode");
+                continue;
+            }
+            _ => {}
+        }
+        compare("admin command", code, said[0], sqe);
+    }
+    for (code, said) in answers("Features", 4, 256, 1) {
+        let nsid = if (0x82..=0x84).contains(&code) { 1 } else { 0 };
+        for (kind, opcode, said) in [
+            ("get feature", AdminOpcode::GET_FEATURES, said[0]),
+            ("set feature", AdminOpcode::SET_FEATURES, said[1]),
+        ] {
+            let mut sqe = Sqe::new(opcode.0);
+            sqe.nsid.set(nsid);
+            sqe.cdw10.set(code);
+            let fid = Feature(code as u8);
+            sqe.cdw11.set(u32::from(fid == Feature::HOST_IDENTIFIER));
+            compare(kind, code, said, sqe);
+        }
+    }
+    for code in [0x00, 0x01, 0x04] {
+        assert_eq!(said.remove(&("admin command", code)), Some(SUPPORTED));
+    }
+    assert!(said.is_empty(), "rows that were not looked at: {said:?}");
 }
 
 #[test]
