@@ -24,7 +24,7 @@ impl Mapping {
     /// Private zero pages that take memory only when touched.
     pub(crate) fn anonymous(len: usize) -> io::Result<Mapping> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let mapping = Mapping::new(len, flags, -1, 0)?;
+        let mapping = Mapping::new(len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)?;
         // A core dump must not carry what a tenant stored. Failure changes nothing else.
         // SAFETY: the range is exactly the mapping just made.
         let _ = unsafe { libc::madvise(mapping.base.cast(), len, libc::MADV_DONTDUMP) };
@@ -32,19 +32,24 @@ impl Mapping {
     }
 
     /// `len` bytes of a file from `offset`, shared with whoever else maps it. Both must suit the
-    /// file's page size.
-    pub(crate) fn file(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Mapping> {
+    /// file's page size. Without `is_writable` a write to it is a fault, ours or the kernel's.
+    pub(crate) fn file(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        is_writable: bool,
+    ) -> io::Result<Mapping> {
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         let offset = libc::off_t::try_from(offset)
             .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-        let mapping = Mapping::new(len, flags, fd.as_raw_fd(), offset)?;
+        let prot = if is_writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let mapping = Mapping::new(len, prot, flags, fd.as_raw_fd(), offset)?;
         // SAFETY: the range is exactly the mapping just made.
         let _ = unsafe { libc::madvise(mapping.base.cast(), len, libc::MADV_DONTDUMP) };
         Ok(mapping)
     }
 
-    fn new(len: usize, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
+    fn new(len: usize, prot: i32, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
         // SAFETY: no address is asked for, so no existing mapping is touched; the kernel checks fd,
         // offset and length.
         let base = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, fd, offset) };

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -172,8 +172,7 @@ impl Waker {
 
     /// Wakes the thread, now or when it next waits.
     pub fn wake(&self) {
-        // A full counter means that the reader has been told already.
-        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+        signal(&*self.0);
     }
 
     /// What the thread waits for.
@@ -186,6 +185,29 @@ impl Waker {
         // EAGAIN: there was none.
         let _ = rustix::io::read(&*self.0, &mut [0; 8]);
     }
+}
+
+/// Takes an eventfd of a peer, to signal it: checks that it is one, and makes it non-blocking, so
+/// that a full counter does not hold us up.
+pub fn adopt_eventfd(fd: OwnedFd) -> io::Result<OwnedFd> {
+    // Without /proc there is nothing to tell them apart by.
+    if let Ok(found) = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        && found.as_os_str() != "anon_inode:[eventfd]"
+    {
+        let what = format!("{} instead of an eventfd", found.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    if !flags.contains(OFlags::NONBLOCK) {
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+    }
+    Ok(fd)
+}
+
+/// Signals an eventfd that does not block. A full counter means that whoever waits has been told
+/// already.
+pub fn signal(eventfd: impl AsFd) {
+    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
 }
 
 #[cfg(test)]

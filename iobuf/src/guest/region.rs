@@ -26,6 +26,7 @@ pub struct GuestRegion {
     len: usize,
     guest_addr: u64,
     user_addr: u64,
+    is_writable: bool,
 }
 
 impl GuestRegion {
@@ -40,6 +41,29 @@ impl GuestRegion {
         size: u64,
         guest_addr: u64,
         user_addr: u64,
+    ) -> io::Result<Arc<GuestRegion>> {
+        GuestRegion::map_as(fd, offset, size, guest_addr, user_addr, true)
+    }
+
+    /// As [`GuestRegion::map`], of memory that the guest does not let us write to: a ROM. A view
+    /// reads it and refuses everything else.
+    pub fn map_read_only(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        size: u64,
+        guest_addr: u64,
+        user_addr: u64,
+    ) -> io::Result<Arc<GuestRegion>> {
+        GuestRegion::map_as(fd, offset, size, guest_addr, user_addr, false)
+    }
+
+    fn map_as(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        size: u64,
+        guest_addr: u64,
+        user_addr: u64,
+        is_writable: bool,
     ) -> io::Result<Arc<GuestRegion>> {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         if size == 0 {
@@ -63,11 +87,11 @@ impl GuestRegion {
         let map_len =
             (delta + size).checked_next_multiple_of(page).and_then(|len| usize::try_from(len).ok());
         let map_len = map_len.ok_or_else(|| invalid(format!("guest region of {size} bytes")))?;
-        let map = Mapping::file(fd, offset - delta, map_len)?;
+        let map = Mapping::file(fd, offset - delta, map_len, is_writable)?;
         let slot = sigbus::register(map.base(), map.len())?;
         // Both fit: they are parts of `map_len`.
         let (delta, len) = (delta as usize, size as usize);
-        Ok(Arc::new(GuestRegion { slot, map, delta, len, guest_addr, user_addr }))
+        Ok(Arc::new(GuestRegion { slot, map, delta, len, guest_addr, user_addr, is_writable }))
     }
 
     /// First guest address.
@@ -84,6 +108,11 @@ impl GuestRegion {
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> u64 {
         self.len as u64
+    }
+
+    /// Whether we may write to it.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
     }
 
     /// Whether the file was truncated under us: contents are lost, and what is written reaches

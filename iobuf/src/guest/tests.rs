@@ -2,7 +2,8 @@
 #![expect(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -304,4 +305,36 @@ fn a_foreign_sigbus_still_kills() {
     // AddressSanitizer reports the signal and exits.
     let by_sanitizer = String::from_utf8_lossy(&child.stderr).contains("AddressSanitizer: BUS");
     assert!(by_signal || by_sanitizer, "{:?} {out}", child.status);
+}
+
+#[test]
+fn memory_that_must_not_be_written_to_is_read_and_nothing_else() {
+    let rom = memfd(0x1000);
+    rom.write_all_at(b"firmware", 0xFF8).unwrap();
+    let memory = GuestMemory::new(vec![
+        GuestRegion::map_read_only(rom.as_fd(), 0, 0x1000, 0xF000, 0).unwrap(),
+        region(0x1000, 0x10000, 0),
+    ])
+    .unwrap();
+    let view = memory.view();
+    let mut text = [0; 10];
+    view.read(0xFFF8, &mut text).unwrap();
+    assert_eq!(&text, b"firmware\0\0");
+    // Alone, and as a part of what is asked for.
+    for (addr, len) in [(0xF000, 8), (0xFFFF, 2), (0xF800, 0x1000)] {
+        let bad = Err(BadAddress { addr, len: len as u64 });
+        assert_eq!(view.write(addr, &vec![0; len]), bad);
+        let mut sg = SgList::default();
+        assert_eq!(view.append(&mut sg, addr, len as u64), bad);
+        assert_eq!(sg.len(), 0);
+        view.append_source(&mut sg, addr, len as u64).unwrap();
+        assert_eq!(sg.len(), len);
+    }
+    assert!(view.slice(0xF000, 8).is_err());
+    view.write(0x10000, b"ram").unwrap();
+    // A file that nobody may write to can be mapped like that, and only like that.
+    let path = format!("/proc/self/fd/{}", rom.as_raw_fd());
+    let sealed = std::fs::File::open(path).unwrap();
+    assert!(GuestRegion::map(sealed.as_fd(), 0, 0x1000, 0, 0).is_err());
+    GuestRegion::map_read_only(sealed.as_fd(), 0, 0x1000, 0, 0).unwrap();
 }

@@ -36,6 +36,20 @@ struct Row {
     guest_addr: u64,
     len: u64,
     base: *mut u8,
+    is_writable: bool,
+}
+
+/// What is going to happen to memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+}
+
+impl Row {
+    fn allows(&self, access: Access) -> bool {
+        self.is_writable || access == Access::Read
+    }
 }
 
 /// One core's access to a [`GuestMemory`](super::GuestMemory), and the hold of lists made from it.
@@ -55,8 +69,12 @@ const SMALL_BYTES: usize = 64;
 
 impl GuestView {
     pub(crate) fn new(regions: Arc<[Arc<GuestRegion>]>) -> GuestView {
-        let row =
-            |r: &Arc<GuestRegion>| Row { guest_addr: r.guest_addr(), len: r.len(), base: r.base() };
+        let row = |r: &Arc<GuestRegion>| Row {
+            guest_addr: r.guest_addr(),
+            len: r.len(),
+            base: r.base(),
+            is_writable: r.is_writable(),
+        };
         GuestView { rows: regions.iter().map(row).collect(), last: Cell::new(0), regions }
     }
 
@@ -72,7 +90,7 @@ impl GuestView {
     }
 
     /// Appends `len` bytes of guest memory at `addr` to `sg`, going on into adjacent regions. On
-    /// error `sg` is unchanged.
+    /// error `sg` is unchanged. Memory that must not be written to is an error.
     ///
     /// # Panics
     ///
@@ -83,18 +101,33 @@ impl GuestView {
             return Ok(());
         }
         match self.find(addr) {
-            Some((row, offset)) if len <= row.len - offset => {
+            Some((row, offset)) if len <= row.len - offset && row.is_writable => {
                 self.append_in(sg, &row, offset, len);
                 Ok(())
             }
-            _ => self.append_over(sg, addr, len),
+            _ => self.append_over(sg, addr, len, Access::Write),
         }
+    }
+
+    /// As [`GuestView::append`], for a list that is only read from: the data of a write to a
+    /// volume, which may lie in a ROM. Who writes to such a list all the same faults.
+    ///
+    /// # Panics
+    ///
+    /// As [`GuestView::append`].
+    pub fn append_source(
+        self: &Rc<Self>,
+        sg: &mut SgList,
+        addr: u64,
+        len: u64,
+    ) -> Result<(), BadAddress> {
+        self.append_over(sg, addr, len, Access::Read)
     }
 
     /// A piece inside one region, for rings and other structures that are accessed in place.
     pub fn slice(self: &Rc<Self>, addr: u64, len: u64) -> Result<GuestSlice, BadAddress> {
         match self.find(addr) {
-            Some((row, offset)) if len <= row.len - offset => {
+            Some((row, offset)) if len <= row.len - offset && row.is_writable => {
                 let ptr = row.base.wrapping_add(offset as usize);
                 // SAFETY: `offset + len` is inside the region, which this view keeps mapped.
                 Ok(unsafe { GuestSlice::new(ptr, len as usize, Rc::clone(self)) })
@@ -116,7 +149,7 @@ impl GuestView {
             unsafe { raw::read_volatile(row.base.wrapping_add(offset as usize), dst) };
             return Ok(());
         }
-        self.each(addr, dst.len(), |memory, at, part| {
+        self.each(addr, dst.len(), Access::Read, |memory, at, part| {
             let to = &mut dst[at..at + part];
             // SAFETY: `each` passes a range inside a region, which this view keeps mapped.
             unsafe { raw::copy(memory, to.as_mut_ptr(), part) }
@@ -129,13 +162,14 @@ impl GuestView {
         if src.len() <= SMALL_BYTES
             && let Some((row, offset)) = self.find(addr)
             && src.len() as u64 <= row.len - offset
+            && row.is_writable
         {
             // SAFETY: the range was just checked to be inside the region, which this view keeps
             // mapped.
             unsafe { raw::write_volatile(row.base.wrapping_add(offset as usize), src) };
             return Ok(());
         }
-        self.each(addr, src.len(), |memory, at, part| {
+        self.each(addr, src.len(), Access::Write, |memory, at, part| {
             let from = &src[at..at + part];
             // SAFETY: `each` passes a range inside a region, which this view keeps mapped.
             unsafe { raw::copy(from.as_ptr(), memory, part) }
@@ -201,29 +235,32 @@ impl GuestView {
         sg: &mut SgList,
         addr: u64,
         len: u64,
+        access: Access,
     ) -> Result<(), BadAddress> {
-        self.each_row(addr, len, |row, offset, part| self.append_in(sg, row, offset, part))
+        self.each_row(addr, len, access, |row, offset, part| self.append_in(sg, row, offset, part))
     }
 
     fn each(
         &self,
         addr: u64,
         len: usize,
+        access: Access,
         mut f: impl FnMut(*mut u8, usize, usize),
     ) -> Result<(), BadAddress> {
         let mut at = 0;
-        self.each_row(addr, len as u64, |row, offset, part| {
+        self.each_row(addr, len as u64, access, |row, offset, part| {
             f(row.base.wrapping_add(offset as usize), at, part as usize);
             at += part as usize;
         })
     }
 
     /// Calls `f(region, offset, bytes)` for each region that the range crosses; not at all if some
-    /// part of the range is no memory.
+    /// part of the range is no memory, or not for this.
     fn each_row(
         &self,
         addr: u64,
         len: u64,
+        access: Access,
         mut f: impl FnMut(&Row, u64, u64),
     ) -> Result<(), BadAddress> {
         let bad = BadAddress { addr, len };
@@ -231,6 +268,9 @@ impl GuestView {
             let (mut addr, mut left) = (addr, len);
             while left > 0 {
                 let (row, offset) = self.find(addr).ok_or(bad)?;
+                if !row.allows(access) {
+                    return Err(bad);
+                }
                 let part = left.min(row.len - offset);
                 if apply {
                     f(&row, offset, part);

@@ -76,3 +76,37 @@ fn sockets_of_one_folder_are_set_up_at_once() {
         }
     });
 }
+
+#[test]
+fn only_eventfds_are_adopted_and_none_blocks() {
+    let peer = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let ours = adopt_eventfd(peer.try_clone().unwrap()).unwrap();
+    rustix::io::write(&ours, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    signal(&ours);
+    let mut count = [0; 8];
+    rustix::io::read(&peer, &mut count).unwrap();
+    assert_eq!(u64::from_ne_bytes(count), u64::MAX - 1);
+    let (socket, _other) = UnixStream::pair().unwrap();
+    let error = adopt_eventfd(socket.into()).unwrap_err().to_string();
+    assert!(error.contains("instead of an eventfd"), "{error}");
+}
+
+#[test]
+fn a_waker_is_cleared_and_wakes_again() {
+    let waker = Waker::new().unwrap();
+    let is_awake = || {
+        let mut fds = [rustix::event::PollFd::from_borrowed_fd(
+            waker.eventfd(),
+            rustix::event::PollFlags::IN,
+        )];
+        let nothing = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&nothing)).unwrap() == 1
+    };
+    for _ in 0..2 {
+        waker.clear();
+        assert!(!is_awake());
+        waker.clone().wake();
+        waker.wake();
+        assert!(is_awake());
+    }
+}
