@@ -17,3 +17,7 @@
 
 pub mod dirty;
 pub mod function;
+pub mod pci;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod vfio_user;

@@ -1,0 +1,133 @@
+//! One connection as a stream of messages.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+
+use super::session::Reply;
+use super::wire::{Decoder, FDS_MAX, Message, WireFault};
+
+/// Most bytes read at once.
+const PIECE_BYTES: usize = 4096;
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    #[error(transparent)]
+    Wire(#[from] WireFault),
+    #[error("socket error: {0}")]
+    Socket(Errno),
+}
+
+/// What a connection has for us.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    /// Nothing more now.
+    Empty,
+    /// The peer has closed, between two messages.
+    Closed,
+}
+
+/// A client's connection, not blocking.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    decoder: Decoder,
+    out: Vec<u8>,
+    /// Goes with the first byte of `out`.
+    out_fd: Option<OwnedFd>,
+    out_sent: usize,
+}
+
+impl Connection {
+    pub(crate) fn new(socket: OwnedFd) -> Connection {
+        Connection { socket, decoder: Decoder::new(), out: Vec::new(), out_fd: None, out_sent: 0 }
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// The next message. Never more is read than belongs to it.
+    pub(crate) fn receive(&mut self) -> Result<Received, ConnectionError> {
+        loop {
+            let mut bytes = [0; PIECE_BYTES];
+            let wanted = self.decoder.wanted().min(PIECE_BYTES);
+            let mut slices = [IoSliceMut::new(&mut bytes[..wanted])];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            // Descriptors that are not taken out are closed with it.
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let received =
+                match rustix::net::recvmsg(&self.socket, &mut slices, &mut control, flags) {
+                    Ok(received) => received,
+                    Err(Errno::AGAIN) => return Ok(Received::Empty),
+                    Err(Errno::INTR) => continue,
+                    Err(error) => return Err(ConnectionError::Socket(error)),
+                };
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(WireFault::Fds.into());
+            }
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(fds) = message {
+                    self.decoder.push_fds(fds)?;
+                }
+            }
+            if received.bytes == 0 {
+                self.decoder.end()?;
+                return Ok(Received::Closed);
+            }
+            let mut input = bytes.get(..received.bytes).unwrap_or_default();
+            if let Some(message) = self.decoder.push(&mut input)? {
+                return Ok(Received::Message(message));
+            }
+        }
+    }
+
+    /// Send a reply, now or when the peer takes it.
+    pub(crate) fn send(&mut self, reply: Reply) -> Result<(), ConnectionError> {
+        assert!(!self.has_output(), "no message is read while a reply waits");
+        self.out = reply.bytes;
+        self.out_fd = reply.fd;
+        self.flush()
+    }
+
+    /// Whether a reply is waiting for the peer. No message is read meanwhile, so that no more than
+    /// one collects.
+    pub(crate) fn has_output(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+        while self.out_sent < self.out.len() {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = self.out_fd.as_ref().map(|fd| [fd.as_fd()]);
+            if let Some(fds) = &fds {
+                let is_pushed = control.push(SendAncillaryMessage::ScmRights(fds));
+                debug_assert!(is_pushed, "there is room for one");
+            }
+            let slices = [IoSlice::new(&self.out[self.out_sent..])];
+            match rustix::net::sendmsg(&self.socket, &slices, &mut control, flags) {
+                Ok(sent) => {
+                    self.out_sent += sent;
+                    self.out_fd = None;
+                }
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(ConnectionError::Socket(error)),
+            }
+        }
+        self.out = Vec::new();
+        self.out_sent = 0;
+        Ok(())
+    }
+}
