@@ -163,6 +163,8 @@ pub(crate) struct Conn {
     pub(crate) held: Option<Held>,
     /// The subsystem's clock counts this queue as busy.
     is_busy: bool,
+    /// Ended, and what it has at volumes stands in their lines.
+    is_guarded: bool,
     /// Fused commands of the queue.
     pub(crate) pairing: FusedPairing,
     /// What the host may do, as last asked: serial of the volume and word of its home then.
@@ -266,6 +268,7 @@ impl Conn {
             handshake_deadline: Some(now + limits.handshake),
             held: None,
             is_busy: false,
+            is_guarded: false,
             pairing: FusedPairing::new(),
             rights: None,
         }
@@ -842,6 +845,9 @@ impl Conn {
             worked |= self.follow_association(env);
             worked |= self.poll_held(env);
             worked |= self.poll_delayed(env);
+        }
+        if self.life != Life::Open && !std::mem::replace(&mut self.is_guarded, true) {
+            self.guard_late_changes();
         }
         if self.life == Life::Draining {
             if matches!(self.role, Role::Admin(_))

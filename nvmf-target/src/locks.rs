@@ -4,13 +4,15 @@
 //!   pair (fused Compare and Write): enter ─► may_go ─► fence, read, compare, write ─► leave
 //!   any other change:     blocks? ─► no: submit        (one atomic load)
 //!                                └─► yes: enter ─► may_go ─► submit ─► leave
+//!   change at the volume when its connection ends:  enter as a pair ─► it is back ─► leave
 //! ```
 //!
 //! Entries of one volume stand in one line. A pair goes when nothing before it overlaps; a change
 //! goes when no pair before it overlaps. Both so wait for older entries only, which wait for older
 //! ones still: there is no circle, and nobody is overtaken for ever. A command has one entry at a
 //! time and asks for all the memory it needs before it enters, so that what stands in line never
-//! waits for anything that stands behind it.
+//! waits for anything that stands behind it. A change whose connection ended waits for nothing: it
+//! is at the volume.
 //!
 //! Changes that were submitted before the pair entered are no business of this table: the pair
 //! waits for a fence of its range. Ordering: an entry is published (`SeqCst`, under the lock) before

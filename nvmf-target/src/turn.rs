@@ -4,6 +4,7 @@
 //!   Compare, Write ─► Partner ─► Line ─► Fence ─► Go: compare ─► write ─► answers, leave the line
 //!   other change where a pair is ──────► Line ─► Go: submit, leave the line
 //!   reservation command ─► Job ─► Fence ─► answer
+//!   change at a volume when its connection ends ─► in the line until it is back
 //! ```
 //!
 //! What waits here stands in `Env::awaiting` and is looked at once per turn of the core. It does
@@ -180,6 +181,25 @@ impl Conn {
         let entry = &mut self.slots[slot as usize];
         entry.phase = Phase::Awaiting;
         (entry.turn.stage, entry.turn.place) = (Stage::Line, Some((home, ticket)));
+    }
+
+    /// The connection has ended, and its host may send the changes that are at volumes once more,
+    /// by a path that it has already. What comes by that waits for them: they stand in the line like
+    /// a pair whose turn it is, and leave it when the volume gives them back.
+    #[cold]
+    pub(crate) fn guard_late_changes(&mut self) {
+        let Some(view) = self.view.as_ref().filter(|_| self.at_volume > 0) else { return };
+        for slot in &mut self.slots {
+            let is_late = slot.phase == Phase::Submitted
+                && slot.turn.place.is_none()
+                && matches!(&slot.work, Work::Io(command) if command.access() == Access::Write);
+            // What is not in the view any more, a change of the target waits for.
+            let is_its = |volume: &&Arc<VolumeState>| volume.index == slot.place.volume;
+            if is_late && let Some(volume) = view.volumes.iter().find(is_its) {
+                let ticket = volume.home.locks.enter(slot.place.offset, slot.place.len, true);
+                slot.turn.place = Some((Arc::clone(&volume.home), ticket));
+            }
+        }
     }
 
     /// A change meets a pair: it goes when that is done.
