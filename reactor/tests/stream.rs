@@ -142,6 +142,64 @@ fn few_tiny_buffers_are_enough() {
     }
 }
 
+/// What has arrived when the layer comes, and what the owner took too much, goes through it.
+#[test]
+fn a_layer_is_put_on_a_stream_that_was_plain() {
+    let mut core = core();
+    let local = core.local();
+    let [mut near, mut far] = streams(&local, unix(), false);
+    near.push(b"hello ", None, None, Some(1)).unwrap();
+    near.flush();
+    let layer = near.set_layer(Box::new(Xor::default()), b"").unwrap_err().0;
+    let mut layer = Some(layer);
+    until(&mut core, || {
+        near.poll();
+        let result = near.set_layer(layer.take().unwrap(), b"");
+        layer = result.err().map(|pending| pending.0);
+        layer.is_none().then_some(())
+    });
+    let text = pattern(3000, 1);
+    near.push(&[], Some((&list(&local, &text), 0, text.len())), None, None).unwrap();
+    near.flush();
+    // All of it is at the far end, which knows of no layer yet.
+    let mut raw = Vec::new();
+    let framed = 6 + text.len() + 3 * 4;
+    let mut leftover = Vec::new();
+    until(&mut core, || {
+        near.poll();
+        far.poll();
+        if raw.is_empty()
+            && let Rx::Data(chunk) = far.recv()
+        {
+            raw.extend_from_slice(&chunk);
+            leftover = raw.split_off(6.min(raw.len()));
+        }
+        (!raw.is_empty() && !near.is_sending()).then_some(())
+    });
+    assert_eq!(raw, b"hello ");
+    assert!(leftover.len() < framed);
+    far.set_layer(Box::new(Xor::default()), &leftover).unwrap();
+    assert!(receive(&mut core, &mut far, Some(&mut near), text.len()) == text, "bytes differ");
+}
+
+#[test]
+fn a_layer_tells_a_peer_whose_records_are_wrong() {
+    let mut core = core();
+    let (mut raw, socket) = UnixStream::pair().unwrap();
+    let layer: Option<Box<dyn Layer>> = Some(Box::new(Xor::default()));
+    let config = StreamConfig { layer, ..StreamConfig::default() };
+    let mut stream = Stream::new(&core.local(), socket.into(), config).unwrap();
+    raw.write_all(b"rubbish").unwrap();
+    until(&mut core, || {
+        stream.poll();
+        (stream.failed().is_some() && stream.is_quiet()).then_some(())
+    });
+    drop(stream);
+    let mut told = Vec::new();
+    raw.read_to_end(&mut told).unwrap();
+    assert_eq!(told, b"not a frame");
+}
+
 #[test]
 fn pushes_during_a_send_go_with_the_next() {
     let mut core = core();

@@ -93,13 +93,19 @@ impl fmt::Debug for Gather<'_> {
 ///
 /// The stream promises: `seal` gets the bytes in the order of the pushes, and its output is sent in
 /// that order, all of it or none after a failure; `open` gets received bytes in order, in pieces
-/// cut anywhere. After an error neither is called again.
+/// cut anywhere. After an error neither is called again, only `farewell` after one of `open`.
 pub trait Layer {
     /// Appends to `out` the records that carry `plain`, whose bytes are not needed afterwards.
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError>;
 
     /// Takes all of `wire`, keeps what is incomplete, and reports plaintext to `sink` in order.
     fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError>;
+
+    /// Appends to `out` what the peer is to be told after `open` has failed, such as a TLS alert. Called
+    /// once at most, and nothing is called after it.
+    fn farewell(&mut self, out: &mut Vec<u8>) {
+        let _ = out;
+    }
 }
 
 /// Copies memory that others may change meanwhile: not inlined, so that the optimiser can neither

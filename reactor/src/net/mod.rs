@@ -12,7 +12,7 @@ mod stream;
 mod tx;
 
 pub use self::layer::{Gather, Layer, LayerError, Plain};
-pub use self::stream::{Rx, Stream, StreamConfig};
+pub use self::stream::{Rx, SendPending, Stream, StreamConfig};
 pub use self::tx::HEAD_BYTES_MAX;
 pub use crate::rx::RxChunk;
 

@@ -62,6 +62,15 @@ pub enum Rx {
     Failed(Errno),
 }
 
+/// The layer given to [`Stream::set_layer`], given back since something is being sent.
+pub struct SendPending(pub Box<dyn Layer>);
+
+impl fmt::Debug for SendPending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendPending").finish_non_exhaustive()
+    }
+}
+
 /// The receiving side. Who moves it on stands behind each state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RxState {
@@ -164,6 +173,35 @@ impl Stream {
             None if self.rx_eof => Rx::Eof,
             None => Rx::Empty,
         }
+    }
+
+    /// Puts a record layer on a stream that has been sent and received as is so far, as a handshake
+    /// does that came to its end. `leftover` are bytes that the owner took from [`Stream::recv`] and
+    /// that are the layer's; what has arrived and was not taken yet goes through it, too.
+    ///
+    /// [`SendPending`] while something is being sent, which has to leave as it is: call it again when
+    /// [`Stream::is_sending`] says no.
+    ///
+    /// # Panics
+    ///
+    /// If the stream has a layer already.
+    pub fn set_layer(&mut self, layer: Box<dyn Layer>, leftover: &[u8]) -> Result<(), SendPending> {
+        assert!(self.layer.is_none(), "a stream has one record layer at most");
+        if self.is_sending() {
+            return Err(SendPending(layer));
+        }
+        self.layer = Some(layer);
+        let waiting = std::mem::take(&mut self.rx_chunks);
+        let mut left = leftover;
+        while !left.is_empty() {
+            let (copy, len) = self.port.shared().rx.spare().copy_of(left);
+            left = &left[len..];
+            self.on_chunk(copy);
+        }
+        for chunk in waiting {
+            self.on_chunk(chunk);
+        }
+        Ok(())
     }
 
     /// Stops receiving (back-pressure). What has arrived already still comes out of
@@ -334,6 +372,24 @@ impl Stream {
         if opened.is_err() {
             self.stop_recv();
             self.fail(Errno::BAD_MESSAGE);
+            self.say_farewell();
+        }
+    }
+
+    /// Sends what the layer has to say to a peer whose records were wrong, if nothing is under way
+    /// that it would have to wait for.
+    fn say_farewell(&mut self) {
+        let Some(layer) = &mut self.layer else { return };
+        if self.send != TxState::Idle || self.closing {
+            return;
+        }
+        // SAFETY: no send is in flight: `send` is `Idle`.
+        if unsafe { self.tx.prepare_farewell(&mut **layer) } {
+            // Not tried again where the core has no slot: the connection is lost anyway.
+            let request = Request::Send(Rc::clone(&self.tx));
+            if let Ok(op) = self.port.start_fd(request, &self.fd, 0) {
+                self.send = TxState::Flying(op);
+            }
         }
     }
 

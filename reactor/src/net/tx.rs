@@ -236,6 +236,27 @@ impl Tx {
         Ok(true)
     }
 
+    /// Prepares the layer's last words; nothing else is sent any more. `false`: it has none.
+    ///
+    /// # Safety
+    ///
+    /// No send of this queue is in flight.
+    pub(crate) unsafe fn prepare_farewell(&self, layer: &mut dyn Layer) -> bool {
+        // SAFETY: as in `prepare`.
+        let message = unsafe { &mut *self.message.get() };
+        message.iovecs.clear();
+        message.at = 0;
+        message.sealed.clear();
+        layer.farewell(&mut message.sealed);
+        if message.sealed.is_empty() {
+            return false;
+        }
+        let sealed = &mut message.sealed;
+        message.iovecs.push(Segment::new(sealed.as_mut_ptr(), sealed.len()));
+        message.aim();
+        true
+    }
+
     /// Moves entries into a message: at least one (or as much of it as the kernel takes at once),
     /// then while they fit.
     fn take(&self, iovecs: &mut Vec<Segment>) -> u64 {

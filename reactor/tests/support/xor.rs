@@ -55,6 +55,10 @@ impl Layer for Xor {
         }
         Ok(())
     }
+
+    fn farewell(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"not a frame");
+    }
 }
 
 impl Xor {
