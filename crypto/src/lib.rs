@@ -7,6 +7,7 @@
 //! - [`psk`]: retained keys, identities and pre-shared keys of TLS 1.3, in both derivations that are
 //!   in the field.
 //! - [`tls`]: handshake and record layer of TLS 1.3 as bytes in and out.
+//! - [`dhchap`]: both ends of in-band authentication.
 //!
 //! ```
 //! use crypto::psk::{Derivation, IdentityVersion, RetainedKey};
@@ -28,9 +29,10 @@
 //! in. (The library of the TLS handshake draws its own.) Parsing a key takes time that depends on its characters, as it happens once per configured
 //! key and not at a peer's request.
 //!
-//! Start reading at [`TlsKey`], then [`psk`] and [`tls`].
+//! Start reading at [`TlsKey`], then [`psk`], [`tls`] and [`dhchap`].
 
 mod base64;
+pub mod dhchap;
 mod kdf;
 mod key;
 pub mod psk;

@@ -172,6 +172,13 @@ impl RetainedKey {
         Ok(RetainedKey { secret, suite, derivation, is_generated: false })
     }
 
+    /// The key that an authentication with secure channel concatenation generated; `None` if its
+    /// length is no suite's.
+    pub(crate) fn generated(secret: Secret) -> Option<RetainedKey> {
+        let suite = Suite::from_key_len(secret.expose().len())?;
+        Some(RetainedKey { secret, suite, derivation: Derivation::Rfc8446, is_generated: true })
+    }
+
     /// The cipher suite it is for.
     pub fn suite(&self) -> Suite {
         self.suite
