@@ -10,8 +10,8 @@ use super::manage::{Managed, Relay, StopPort, last_line, missing};
 use super::{HOST_ADDRESS, SUBNQN, file_volume, fio_verified};
 use crate::report::Outcome;
 
-/// Times that the states of the ports are swapped.
-const SWAPS: usize = 20;
+/// Times that the states of the ports are swapped: there and back, twenty times.
+const SWAPS: usize = 40;
 /// I/Os that the guest's fio has under way at a time.
 const DEPTH: u64 = 8;
 /// I/Os that have to end by the path that is to be used, before the next change.
