@@ -91,6 +91,7 @@ fn run(memory: &TestMemory, data: &[u8]) {
         base: 0,
         event_idx,
         indirect: true,
+        packed: false,
     };
     let ring = Ring::new(memory.view(), &config, None).expect("a good ring");
     let features = Features::DISCARD | Features::WRITE_ZEROES | Features::FLUSH;

@@ -74,6 +74,7 @@ fn measure(indirect: bool, depth: usize) -> (f64, f64) {
         base: 0,
         event_idx: true,
         indirect: true,
+        packed: false,
     };
     let ring = Ring::new(memory.view(), &config, None).expect("a good ring");
     let features = Features::EVENT_IDX | Features::INDIRECT_DESC;

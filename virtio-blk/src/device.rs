@@ -67,6 +67,9 @@ impl Features {
     /// Compliance with version 1 of the specification.
     pub const VERSION_1: Features = Features::bit(config::VIRTIO_F_VERSION_1);
 
+    /// Support for the packed virtqueue layout.
+    pub const RING_PACKED: Features = Features::bit(config::VIRTIO_F_RING_PACKED);
+
     const fn bit(bit: u32) -> Features {
         Features(1 << bit)
     }
@@ -158,6 +161,7 @@ impl Device {
         };
 
         let mut features = Features::VERSION_1
+            | Features::RING_PACKED
             | Features::INDIRECT_DESC
             | Features::EVENT_IDX
             | Features::PROTOCOL_FEATURES

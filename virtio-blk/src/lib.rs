@@ -4,7 +4,7 @@
 //!  frontend (QEMU, libblkio)                control thread                 cores
 //!  ──────── Unix socket ───────► vhost_user::{wire, session, server} ──► worker::CoreTask
 //!           guest memory ◄──────────────────────────────────────────────► engine::Engine
-//!           kick eventfd ────────────── reactor::Port ──────────────────►   queue::split
+//!           kick eventfd ────────────── reactor::Port ──────────────────►   queue::{split, packed}
 //!           call eventfd ◄───────────────────────────────────────────────   request
 //!                                                          block::Channel ◄─┘
 //! ```
@@ -39,8 +39,8 @@
 //!
 //! # What this crate does not do
 //!
-//! No packed ring, no live migration (dirty log), no configuration change notices, no virtual IOMMU.
-//! Little-endian machines only.
+//! No live migration (dirty log), no configuration change notices, no virtual IOMMU. Little-endian
+//! machines only.
 //!
 //! Start reading at `engine`, then `vhost_user::session`.
 

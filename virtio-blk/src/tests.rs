@@ -191,9 +191,16 @@ fn verify(disk: &mut TestDisk, model: &mut [u8], requests: u64, seed: u64) {
 fn verified_io_on_two_queues_and_two_cores() {
     let rig = Rig::new(2, 2);
     let mut model = vec![0; VOLUME_BYTES as usize];
-    let features =
-        [Features::default(), Features::EVENT_IDX, Features::EVENT_IDX | Features::INDIRECT_DESC];
-    for (without, seed) in features.into_iter().zip([1, 2, 3]) {
+    let both = Features::EVENT_IDX | Features::INDIRECT_DESC;
+    let features = [
+        Features::RING_PACKED,
+        Features::RING_PACKED | Features::EVENT_IDX,
+        Features::RING_PACKED | both,
+        Features::default(),
+        Features::EVENT_IDX,
+        both,
+    ];
+    for (without, seed) in features.into_iter().zip(1..) {
         let mut disk = rig.connect(DiskOptions { queues: 2, size: 256, without, ..options() });
         verify(&mut disk, &mut model, 2000, seed);
         let kicks: u64 = disk.queues.iter().map(|queue| queue.kicks).sum();
@@ -217,7 +224,7 @@ fn verified_io_on_two_queues_and_two_cores() {
         let c = q.counters;
         c.reads + c.writes + c.flushes + c.write_zeroes
     };
-    assert_eq!(state.queues.iter().map(done).sum::<u64>(), 6000);
+    assert_eq!(state.queues.iter().map(done).sum::<u64>(), 12_000);
     assert!(!state.client_connected);
 }
 
@@ -225,10 +232,12 @@ fn verified_io_on_two_queues_and_two_cores() {
 fn a_polled_queue_needs_no_kicks() {
     let rig = Rig::new(1, 1);
     let mut model = vec![0; VOLUME_BYTES as usize];
-    let mut disk = rig.connect(DiskOptions { polled: true, ..options() });
-    verify(&mut disk, &mut model, 500, 9);
-    let state = rig.state();
-    assert_eq!((state.queues[0].counters.kicks, disk.queues[0].kicks), (0, 0));
+    for without in [Features::RING_PACKED, Features::default()] {
+        let mut disk = rig.connect(DiskOptions { polled: true, without, ..options() });
+        verify(&mut disk, &mut model, 500, 9);
+        let state = rig.state();
+        assert_eq!((state.queues[0].counters.kicks, disk.queues[0].kicks), (0, 0));
+    }
 }
 
 /// So that a thread that fails does not leave a core asleep that waits for it.
@@ -461,8 +470,19 @@ fn a_client_that_vanishes_in_mid_io_hurts_nobody() {
 /// what it had, once, and the driver sees no error.
 #[test]
 fn requests_of_a_stopped_device_are_done_by_the_next() {
+    for without in [Features::RING_PACKED, Features::default()] {
+        stops_with_requests_in_flight(DiskOptions {
+            queues: 2,
+            inflight: true,
+            without,
+            ..options()
+        });
+    }
+}
+
+fn stops_with_requests_in_flight(options: DiskOptions) {
     let mut rig = Rig::new(2, 2);
-    let mut disk = rig.connect(DiskOptions { queues: 2, inflight: true, ..options() });
+    let mut disk = rig.connect(options);
     disk.write(0, 8, &pattern(4096, 1));
     for round in 0..3u64 {
         rig.fault.hold();
@@ -613,7 +633,16 @@ fn survives_being_killed(options: DiskOptions, seed: u64) {
 fn a_killed_device_is_replaced_without_an_error() {
     let options = DiskOptions { queues: 2, inflight: true, ..options() };
     survives_being_killed(options, 5);
-    survives_being_killed(DiskOptions { without: Features::EVENT_IDX, ..options }, 6);
+    let without = Features::RING_PACKED | Features::EVENT_IDX;
+    survives_being_killed(DiskOptions { without, ..options }, 6);
+}
+
+#[test]
+fn a_killed_device_with_packed_rings_is_replaced_without_an_error() {
+    let options = DiskOptions { queues: 2, inflight: true, ..options() };
+    survives_being_killed(DiskOptions { without: Features::default(), ..options }, 7);
+    let without = Features::EVENT_IDX | Features::INDIRECT_DESC;
+    survives_being_killed(DiskOptions { without, size: 256, ..options }, 8);
 }
 
 #[test]
@@ -676,7 +705,7 @@ fn a_broken_ring_is_told_and_can_be_set_up_again() {
     let mut disk = rig.connect(DiskOptions { queues: 2, ..options() });
     let err = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     disk.frontend.tell(Request::SET_VRING_ERR, 0u64.as_bytes(), &[err.as_fd()]);
-    disk.queues[0].ring.push_head(64);
+    disk.queues[0].ring.split().push_head(64);
     disk.queues[0].ring.publish();
     assert!(disk.submit(0, 1, 0, 0, &[], 512));
     disk.kick();

@@ -382,6 +382,7 @@ impl Queue {
             base: start.base,
             event_idx: start.features.has(Features::EVENT_IDX),
             indirect: start.features.has(Features::INDIRECT_DESC),
+            packed: start.features.has(Features::RING_PACKED),
         };
         let inflight = match &start.inflight {
             Some(inflight) => inflight.queue(start.index, start.features),

@@ -15,7 +15,7 @@ use crate::device::{Device, Features};
 use crate::queue::inflight::InflightLayout;
 use crate::queue::shared::cut;
 use crate::queue::split::RingConfig;
-use crate::testing::{Buffer, TestMemory, TestQueue};
+use crate::testing::{Buffer, TestMemory, TestRing};
 
 const SIZE: u16 = 8;
 /// Places on the volume, each for one request at a time.
@@ -86,7 +86,7 @@ struct Pending {
 struct Run {
     memory: TestMemory,
     record: TestMemory,
-    driver: TestQueue,
+    driver: TestRing,
     bytes: Bytes,
     /// What each lane holds for the driver.
     model: Vec<Vec<u8>>,
@@ -99,11 +99,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(seed: u64) -> Run {
+    fn new(seed: u64, packed: bool) -> Run {
         let memory = TestMemory::new(1 << 20);
         let layout = InflightLayout { queues: 1, queue_size: SIZE };
-        let record = TestMemory::new(layout.bytes(false));
-        let driver = TestQueue::new(memory.view(), memory.base(), SIZE, seed.is_multiple_of(2));
+        let record = TestMemory::new(layout.bytes(packed));
+        let event_idx = seed.is_multiple_of(2);
+        let driver = TestRing::new(memory.view(), memory.base(), SIZE, event_idx, packed);
         let first = memory.base() + 0x4000;
         Run {
             driver,
@@ -125,29 +126,36 @@ impl Run {
         (self.random >> 33) % end
     }
 
-    fn device(&self) -> (Engine, Volume) {
+    /// The next device. None: it died before it had begun, so nobody sees what it made of it.
+    fn device(&self) -> Option<(Engine, Volume)> {
         let geometry = block::Geometry {
             blocks: (LANES * LANE_BYTES / 512) as u64,
             io_bytes_max: 512,
             ..geometry()
         };
         let device = Device::new(&geometry, &identity(), &options());
-        // As QEMU says it after a crash: there is nothing but the used index to know.
+        // As QEMU says it after a crash.
         let config = RingConfig {
             size: SIZE,
             address: self.driver.address(),
-            base: u32::from(self.driver.used_idx()),
+            base: self.driver.base_after_crash(),
             event_idx: self.driver.has_event_idx(),
             indirect: true,
+            packed: self.driver.is_packed(),
         };
         let record = self.record.view().slice(self.record.base(), self.record.len()).unwrap();
-        let ring = Ring::new(self.memory.view(), &config, Some(record)).unwrap();
+        let ring = Ring::new(self.memory.view(), &config, Some(record));
+        if cut::is_dead() {
+            return None;
+        }
+        let ring = ring.unwrap();
         let features = Features::FLUSH | Features::INDIRECT_DESC;
         let config = EngineConfig { limits: *device.limits(), features, write_through: false };
         let mut engine = Engine::new(ring, Rc::clone(self.memory.view()), config);
         engine.set_enabled(true);
         let bytes = Rc::clone(&self.bytes);
-        (engine, Volume { bytes, accepted: VecDeque::new(), allowed: 0, newest_first: false })
+        let volume = Volume { bytes, accepted: VecDeque::new(), allowed: 0, newest_first: false };
+        Some((engine, volume))
     }
 
     /// The driver sends a request, if there is room.
@@ -259,44 +267,57 @@ impl Run {
 }
 
 /// Devices that live for so many steps each, then one that lives on.
-fn run(seed: u64, lives: &[u64]) -> u64 {
-    let mut run = Run::new(seed);
+fn run(seed: u64, packed: bool, lives: &[u64]) -> u64 {
+    let mut run = Run::new(seed, packed);
     let mut steps = 0;
     for life in lives {
         cut::after(*life);
-        let (mut engine, mut volume) = run.device();
-        run.live(&mut engine, &mut volume);
-        steps = cut::left();
-        run.die(volume);
+        if let Some((mut engine, mut volume)) = run.device() {
+            run.live(&mut engine, &mut volume);
+            steps = cut::left();
+            run.die(volume);
+        }
+        cut::never();
     }
-    let (mut engine, mut volume) = run.device();
+    let (mut engine, mut volume) = run.device().expect("it lives");
     run.live(&mut engine, &mut volume);
     run.finish();
     steps
 }
 
-#[test]
-fn every_request_completes_once_wherever_the_device_dies() {
+fn dies_anywhere(packed: bool) {
     const LONG: u64 = 1 << 40;
     let mut deaths = 0;
     for seed in 0..8 {
-        let steps = LONG - run(seed, &[LONG]);
+        let steps = LONG - run(seed, packed, &[LONG]);
         assert!(steps > 200, "{steps} steps");
         for life in 0..=steps {
-            run(seed, &[life]);
+            run(seed, packed, &[life]);
             deaths += 1;
         }
     }
     assert!(deaths > 2000);
 }
 
+#[test]
+fn every_request_completes_once_wherever_the_device_dies() {
+    dies_anywhere(false);
+}
+
+#[test]
+fn every_request_completes_once_wherever_the_device_dies_packed() {
+    dies_anywhere(true);
+}
+
 /// The device that recovers dies as well, at each of its first steps.
 #[test]
 fn every_request_completes_once_if_recovery_dies_too() {
-    for seed in 0..6 {
-        for first in [37, 90, 151] {
-            for second in 0..60 {
-                run(seed, &[first, second, (second * 7 + first) % 50]);
+    for packed in [false, true] {
+        for seed in 0..6 {
+            for first in [37, 90, 151] {
+                for second in 0..60 {
+                    run(seed, packed, &[first, second, (second * 7 + first) % 50]);
+                }
             }
         }
     }

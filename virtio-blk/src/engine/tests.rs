@@ -8,7 +8,7 @@ use crate::device::tests::{geometry, identity, options};
 use crate::device::{Device, DeviceOptions};
 use crate::queue::ring::Ring;
 use crate::queue::split::RingConfig;
-use crate::testing::{Buffer, TestMemory, TestQueue};
+use crate::testing::{Buffer, TestMemory, TestRing};
 
 const BLOCKS: u64 = 256;
 const BYTES: usize = BLOCKS as usize * 512;
@@ -96,7 +96,7 @@ impl Channel for Disk {
 /// A driver, the device and the disk.
 struct Rig {
     memory: TestMemory,
-    driver: TestQueue,
+    driver: TestRing,
     engine: Engine,
     disk: Disk,
     /// Where the next request goes.
@@ -123,16 +123,21 @@ impl Rig {
     }
 
     fn with(size: u16, io_bytes_max: u32, options: DeviceOptions) -> Rig {
+        Rig::of(size, io_bytes_max, options, false)
+    }
+
+    fn of(size: u16, io_bytes_max: u32, options: DeviceOptions, packed: bool) -> Rig {
         let memory = TestMemory::new(4 << 20);
-        let driver = TestQueue::new(memory.view(), memory.base(), size, true);
+        let driver = TestRing::new(memory.view(), memory.base(), size, true, packed);
         let disk = Disk::new(io_bytes_max);
         let device = Device::new(&disk.geometry, &identity(), &options);
         let config = RingConfig {
             size,
             address: driver.address(),
-            base: 0,
+            base: driver.base_at_start(),
             event_idx: true,
             indirect: true,
+            packed,
         };
         let ring = Ring::new(memory.view(), &config, None).unwrap();
         let config = EngineConfig { limits: *device.limits(), features: ALL, write_through: false };
@@ -446,7 +451,7 @@ fn a_broken_queue_stops_and_finishes_the_rest() {
     let mut rig = Rig::new(16);
     rig.disk.allowed = Some(0);
     let good = rig.add(0, 0, &[], 512).unwrap();
-    rig.driver.push_head(16);
+    rig.driver.split().push_head(16);
     rig.driver.publish();
     rig.turn();
     assert_eq!(rig.engine.broken(), Some(Broken::Head));
@@ -512,8 +517,9 @@ proptest! {
     fn matches_a_model_disk(
         steps in prop::collection::vec(step(), 1..60),
         io_bytes_max in prop_oneof![Just(512u32), Just(2048), Just(1 << 20)],
+        packed: bool,
     ) {
-        let mut rig = Rig::with(8, io_bytes_max, options());
+        let mut rig = Rig::of(8, io_bytes_max, options(), packed);
         let mut model = rig.disk.bytes.clone();
         rig.disk.allowed = Some(0);
         // What each request has to give: head, where its status is, status, data expected.
@@ -605,11 +611,11 @@ proptest! {
             };
             // Often enough a header.
             let len = if wild % 2 == 0 { 16 } else { *len };
-            rig.driver.set_desc(index, addr, len, *flags, *next);
+            rig.driver.split().set_desc(index, addr, len, *flags, *next);
         }
         for heads in heads.chunks(8) {
             for head in heads {
-                rig.driver.push_head(*head);
+                rig.driver.split().push_head(*head);
             }
             rig.driver.publish();
             rig.turn();

@@ -14,8 +14,9 @@ use std::sync::atomic::Ordering;
 
 use iobuf::GuestSlice;
 
+use super::packed::{Desc, Position};
 use super::shared::Shared;
-use super::{Broken, QUEUE_SIZE_MAX};
+use super::{Broken, QUEUE_SIZE_MAX, Token};
 
 /// Where the memory for one queue begins: a multiple of this.
 const ALIGN_BYTES: u64 = 64;
@@ -31,13 +32,18 @@ pub struct InflightLayout {
 }
 
 impl InflightLayout {
-    /// Bytes for one queue.
-    pub fn queue_bytes(&self, is_packed: bool) -> u64 {
+    /// Bytes that are used for one queue.
+    pub fn record_bytes(&self, is_packed: bool) -> u64 {
         let (header, entry) = match is_packed {
             true => (packed::HEADER, packed::ENTRY),
             false => (split::HEADER, split::ENTRY),
         };
-        (header as u64 + u64::from(self.queue_size) * entry as u64).next_multiple_of(ALIGN_BYTES)
+        header as u64 + u64::from(self.queue_size) * entry as u64
+    }
+
+    /// Bytes from one queue to the next.
+    pub fn queue_bytes(&self, is_packed: bool) -> u64 {
+        self.record_bytes(is_packed).next_multiple_of(ALIGN_BYTES)
     }
 
     /// Bytes for all queues.
@@ -66,8 +72,22 @@ mod split {
 
 /// `QueueRegionPacked` and `DescStatePacked`.
 mod packed {
+    pub(super) const FREE_HEAD: usize = 12;
+    pub(super) const OLD_FREE_HEAD: usize = 14;
+    /// `used_idx`, `old_used_idx`, `used_wrap_counter`, `old_used_wrap_counter` and two bytes of
+    /// padding: one word, so that an index never goes with the other lap's counter.
+    pub(super) const USED: usize = 16;
     pub(super) const HEADER: usize = 32;
+
     pub(super) const ENTRY: usize = 32;
+    /// One byte; the padding behind it is written with it.
+    pub(super) const INFLIGHT: usize = 0;
+    pub(super) const NEXT: usize = 2;
+    pub(super) const LAST: usize = 4;
+    pub(super) const NUM: usize = 6;
+    pub(super) const COUNTER: usize = 8;
+    /// `id`, `flags`, `len` and `addr`.
+    pub(super) const DESC: usize = 16;
 }
 
 /// The record of a split queue.
@@ -204,4 +224,287 @@ impl SplitInflight {
 #[inline]
 fn at(head: u16) -> usize {
     split::HEADER + usize::from(head) * split::ENTRY
+}
+
+/// The record of a packed queue: copies of all descriptors that were taken, as the ring's are
+/// written over, chained in a free list or in the chain that they belong to.
+#[derive(Debug)]
+pub(crate) struct PackedInflight {
+    shared: Shared,
+    /// Entries.
+    room: u16,
+    counter: u64,
+    /// Entries of chains to be taken again, in order.
+    resubmit: VecDeque<u16>,
+    /// Entries of chains given back and not yet published.
+    batch: Vec<u16>,
+    free_head: u16,
+    used: Position,
+    /// Descriptors of all chains in flight, when the record was taken over.
+    descriptors: u16,
+    /// First entry of the chain that is being taken.
+    head: u16,
+}
+
+impl PackedInflight {
+    /// Take over the record of a ring of `size` descriptors. If there is none yet, the ring goes on
+    /// at `start`. `is_used` tells whether the driver can see a used descriptor somewhere.
+    pub(crate) fn new(
+        slice: GuestSlice,
+        size: u16,
+        start: Position,
+        is_used: impl FnOnce(Position) -> Result<bool, Broken>,
+    ) -> Result<Self, Broken> {
+        let shared = Shared::new(slice);
+        let room = shared.len().saturating_sub(packed::HEADER) / packed::ENTRY;
+        let room = u16::try_from(room).unwrap_or(u16::MAX).min(QUEUE_SIZE_MAX);
+        if size > room {
+            return Err(Broken::Inflight);
+        }
+        let mut inflight = PackedInflight {
+            shared,
+            room,
+            counter: 0,
+            resubmit: VecDeque::with_capacity(usize::from(size)),
+            batch: Vec::with_capacity(usize::from(size)),
+            free_head: 0,
+            used: start,
+            descriptors: 0,
+            head: 0,
+        };
+        match inflight.shared.load_u16(VERSION_AT, Ordering::Acquire)? {
+            0 => inflight.begin_record()?,
+            VERSION => inflight.recover(size, is_used)?,
+            _ => return Err(Broken::Inflight),
+        }
+        Ok(inflight)
+    }
+
+    fn begin_record(&mut self) -> Result<(), Broken> {
+        let shared = &self.shared;
+        shared.store_u64(FEATURES, 0, Ordering::Relaxed)?;
+        for entry in 0..self.room {
+            let at = entry_at(entry);
+            shared.store_u16(at + packed::INFLIGHT, 0, Ordering::Relaxed)?;
+            shared.store_u16(at + packed::NEXT, entry + 1, Ordering::Relaxed)?;
+        }
+        shared.store_u16(DESC_NUM, self.room, Ordering::Relaxed)?;
+        shared.store_u16(packed::FREE_HEAD, 0, Ordering::Relaxed)?;
+        shared.store_u16(packed::OLD_FREE_HEAD, 0, Ordering::Relaxed)?;
+        shared.store_u64(packed::USED, used_word(self.used, self.used), Ordering::Relaxed)?;
+        shared.store_u16(VERSION_AT, VERSION, Ordering::Release)?;
+        Ok(())
+    }
+
+    fn recover(
+        &mut self,
+        size: u16,
+        is_used: impl FnOnce(Position) -> Result<bool, Broken>,
+    ) -> Result<(), Broken> {
+        let shared = &self.shared;
+        let free_head = shared.load_u16(packed::FREE_HEAD, Ordering::Relaxed)?;
+        let old_free_head = shared.load_u16(packed::OLD_FREE_HEAD, Ordering::Relaxed)?;
+        let (used, old_used) = from_used_word(shared.load_u64(packed::USED, Ordering::Relaxed)?);
+        if used.index >= size || old_used.index >= size {
+            return Err(Broken::Inflight);
+        }
+        // It died while a batch was given back: what counts is whether the driver can see it.
+        // Everything else that was begun is taken back.
+        let is_done = used != old_used && is_used(old_used)?;
+        (self.used, self.free_head) =
+            if is_done { (used, free_head) } else { (old_used, old_free_head) };
+        shared.store_u16(packed::FREE_HEAD, self.free_head, Ordering::Relaxed)?;
+        shared.store_u16(packed::OLD_FREE_HEAD, self.free_head, Ordering::Release)?;
+        shared.store_u64(packed::USED, used_word(self.used, self.used), Ordering::Release)?;
+
+        let mut is_known = vec![false; usize::from(self.room)];
+        let mut visit = |entry: u16| {
+            let is_known = is_known.get_mut(usize::from(entry)).ok_or(Broken::Inflight)?;
+            match std::mem::replace(is_known, true) {
+                true => Err(Broken::Inflight),
+                false => Ok(()),
+            }
+        };
+        let mut entry = self.free_head;
+        while entry < self.room {
+            visit(entry)?;
+            self.set_inflight(entry, false)?;
+            entry = self.shared.load_u16(entry_at(entry) + packed::NEXT, Ordering::Relaxed)?;
+        }
+        let mut chains = Vec::new();
+        for entry in 0..self.room {
+            let at = entry_at(entry);
+            if self.shared.read::<1>(at + packed::INFLIGHT)? != [1] {
+                continue;
+            }
+            let count = self.chain_len(entry)?;
+            let mut part = entry;
+            for _ in 0..count {
+                visit(part)?;
+                part = self.shared.load_u16(entry_at(part) + packed::NEXT, Ordering::Relaxed)?;
+            }
+            self.descriptors += count;
+            chains.push((self.shared.load_u64(at + packed::COUNTER, Ordering::Relaxed)?, entry));
+        }
+        if self.descriptors > size {
+            return Err(Broken::Inflight);
+        }
+        chains.sort_unstable();
+        if let Some((last, _)) = chains.last() {
+            self.counter = last.wrapping_add(1);
+        }
+        self.resubmit.extend(chains.into_iter().map(|(_, entry)| entry));
+        Ok(())
+    }
+
+    /// Where the next used descriptor goes.
+    pub(crate) fn used(&self) -> Position {
+        self.used
+    }
+
+    /// Descriptors of all chains that were in flight when the record was taken over.
+    pub(crate) fn descriptors(&self) -> u16 {
+        self.descriptors
+    }
+
+    pub(crate) fn has_resubmits(&self) -> bool {
+        !self.resubmit.is_empty()
+    }
+
+    /// A chain to be taken again before any other.
+    pub(crate) fn next_resubmit(&mut self) -> Option<u16> {
+        self.resubmit.pop_front()
+    }
+
+    /// It could not be taken now.
+    pub(crate) fn resubmit_again(&mut self, entry: u16) {
+        self.resubmit.push_front(entry);
+    }
+
+    /// Descriptors of a chain.
+    pub(crate) fn chain_len(&self, entry: u16) -> Result<u16, Broken> {
+        let count = self.shared.load_u16(entry_at(entry) + packed::NUM, Ordering::Relaxed)?;
+        match (1..=self.room).contains(&count) {
+            true => Ok(count),
+            false => Err(Broken::Inflight),
+        }
+    }
+
+    /// A descriptor of a chain, and where the next one is.
+    pub(crate) fn descriptor(&self, entry: u16) -> Result<(Desc, u16), Broken> {
+        if entry >= self.room {
+            return Err(Broken::Inflight);
+        }
+        let word = u128::from_le_bytes(self.shared.read(entry_at(entry) + packed::DESC)?);
+        let desc = Desc {
+            id: word as u16,
+            flags: (word >> 16) as u16,
+            len: (word >> 32) as u32,
+            addr: (word >> 64) as u64,
+        };
+        let next = self.shared.load_u16(entry_at(entry) + packed::NEXT, Ordering::Relaxed)?;
+        Ok((desc, next))
+    }
+
+    /// A descriptor of a chain is being taken; its entry is the result.
+    pub(crate) fn take(
+        &mut self,
+        desc: &Desc,
+        is_first: bool,
+        is_last: bool,
+    ) -> Result<u16, Broken> {
+        let entry = self.free_head;
+        if entry >= self.room {
+            return Err(Broken::Inflight);
+        }
+        let (shared, at) = (&self.shared, entry_at(entry));
+        if is_first {
+            self.head = entry;
+            shared.store_u16(at + packed::NUM, 0, Ordering::Relaxed)?;
+            shared.store_u64(at + packed::COUNTER, self.counter, Ordering::Relaxed)?;
+            self.counter = self.counter.wrapping_add(1);
+            shared.store_u16(at + packed::INFLIGHT, 1, Ordering::Release)?;
+        }
+        let head = entry_at(self.head);
+        if is_last {
+            shared.store_u16(head + packed::LAST, entry, Ordering::Relaxed)?;
+        }
+        let count = shared.load_u16(head + packed::NUM, Ordering::Relaxed)?;
+        shared.store_u16(head + packed::NUM, count.wrapping_add(1), Ordering::Relaxed)?;
+        let mut word = u128::from(desc.id) | u128::from(desc.flags) << 16;
+        word |= u128::from(desc.len) << 32 | u128::from(desc.addr) << 64;
+        shared.write(at + packed::DESC, &word.to_le_bytes())?;
+        self.free_head = shared.load_u16(at + packed::NEXT, Ordering::Relaxed)?;
+        shared.store_u16(packed::FREE_HEAD, self.free_head, Ordering::Release)?;
+        if is_last {
+            // From here on the chain counts.
+            shared.store_u16(packed::OLD_FREE_HEAD, self.free_head, Ordering::Release)?;
+        }
+        Ok(entry)
+    }
+
+    /// A chain was put back, as if never taken. It was the last one that was taken, so what follows
+    /// it in the list of entries is what is free.
+    pub(crate) fn cancel(&mut self, token: Token) -> Result<(), Broken> {
+        self.free_head = token.entry;
+        self.shared.store_u16(packed::OLD_FREE_HEAD, token.entry, Ordering::Release)?;
+        self.shared.store_u16(packed::FREE_HEAD, token.entry, Ordering::Release)?;
+        self.set_inflight(token.entry, false)
+    }
+
+    /// A chain is given back with the next batch. It is written down only then: chains that are
+    /// taken meanwhile need the list of free entries as it is.
+    pub(crate) fn give_back(&mut self, entry: u16) {
+        self.batch.push(entry);
+    }
+
+    /// The driver is about to see the batch, up to `used`.
+    pub(crate) fn begin_batch_end(&mut self, used: Position) -> Result<(), Broken> {
+        for entry in &self.batch {
+            let last = self.shared.load_u16(entry_at(*entry) + packed::LAST, Ordering::Relaxed)?;
+            if last >= self.room {
+                return Err(Broken::Inflight);
+            }
+            let next = entry_at(last) + packed::NEXT;
+            self.shared.store_u16(next, self.free_head, Ordering::Relaxed)?;
+            self.free_head = *entry;
+        }
+        self.shared.store_u16(packed::FREE_HEAD, self.free_head, Ordering::Release)?;
+        let word = used_word(used, self.used);
+        self.shared.store_u64(packed::USED, word, Ordering::Release)?;
+        Ok(())
+    }
+
+    /// The driver sees the batch.
+    pub(crate) fn end_batch(&mut self, used: Position) -> Result<(), Broken> {
+        for entry in self.batch.drain(..) {
+            let at = entry_at(entry) + packed::INFLIGHT;
+            self.shared.store_u16(at, 0, Ordering::Release)?;
+        }
+        self.shared.store_u16(packed::OLD_FREE_HEAD, self.free_head, Ordering::Release)?;
+        self.used = used;
+        self.shared.store_u64(packed::USED, used_word(used, used), Ordering::Release)?;
+        Ok(())
+    }
+
+    fn set_inflight(&self, entry: u16, is_inflight: bool) -> Result<(), Broken> {
+        let at = entry_at(entry) + packed::INFLIGHT;
+        self.shared.store_u16(at, u16::from(is_inflight), Ordering::Release)?;
+        Ok(())
+    }
+}
+
+#[inline]
+fn entry_at(entry: u16) -> usize {
+    packed::HEADER + usize::from(entry) * packed::ENTRY
+}
+
+fn used_word(used: Position, old: Position) -> u64 {
+    let indexes = u64::from(used.index) | u64::from(old.index) << 16;
+    indexes | u64::from(used.wrap) << 32 | u64::from(old.wrap) << 40
+}
+
+fn from_used_word(word: u64) -> (Position, Position) {
+    let position = |index: u64, wrap: u64| Position { index: index as u16, wrap: wrap & 1 == 1 };
+    (position(word, word >> 32), position(word >> 16, word >> 40))
 }

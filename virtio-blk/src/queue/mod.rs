@@ -1,8 +1,12 @@
 //! Virtqueues: what a driver may put into one, and what makes one unusable.
 
 use std::fmt;
+use std::rc::Rc;
+
+use iobuf::GuestView;
 
 pub mod inflight;
+pub mod packed;
 pub mod ring;
 pub mod shared;
 pub mod split;
@@ -136,6 +140,45 @@ impl Chain {
             self.readable.push(piece);
         }
     }
+}
+
+/// Length of a descriptor of either kind.
+pub(crate) const DESC_BYTES: usize = 16;
+
+/// Visit the descriptors of an indirect table. `visit` gets an index, the number of descriptors and
+/// the bytes of one, and tells which one is next, or that it was the last.
+fn walk_table(
+    view: &Rc<GuestView>,
+    addr: u64,
+    len: u32,
+    mut visit: impl FnMut(usize, usize, [u8; DESC_BYTES]) -> Result<Option<usize>, Broken>,
+) -> Result<(), Broken> {
+    let len = len as usize;
+    if len == 0 || !len.is_multiple_of(DESC_BYTES) {
+        return Err(Broken::IndirectLength);
+    }
+    let count = len / DESC_BYTES;
+    // In one piece nearly always; a table may lie across two regions.
+    let table = view.slice(addr, len as u64).ok();
+    let mut index = 0usize;
+    for _ in 0..count.min(CHAIN_MAX) {
+        let offset = index * DESC_BYTES;
+        let bytes = match &table {
+            Some(table) => table.read(offset)?,
+            None => {
+                let mut bytes = [0; DESC_BYTES];
+                let addr = addr.checked_add(offset as u64);
+                view.read(addr.ok_or(Broken::IndirectAddress)?, &mut bytes)
+                    .map_err(|_| Broken::IndirectAddress)?;
+                bytes
+            }
+        };
+        match visit(index, count, bytes)? {
+            None => return Ok(()),
+            Some(next) => index = next,
+        }
+    }
+    Err(Broken::Loop)
 }
 
 /// Bytes of all pieces.

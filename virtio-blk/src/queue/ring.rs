@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use iobuf::{GuestSlice, GuestView};
 
+use super::packed::PackedQueue;
 use super::shared::DirtyLog;
 use super::split::{RingAddress, RingConfig, SplitQueue};
 use super::{Broken, Chain, Token};
@@ -13,12 +14,15 @@ use super::{Broken, Chain, Token};
 pub enum Ring {
     /// Split (Virtual I/O Device 1.2, section 2.7).
     Split(SplitQueue),
+    /// Packed (Virtual I/O Device 1.2, section 2.8).
+    Packed(PackedQueue),
 }
 
 macro_rules! both {
     ($self:ident, $queue:ident => $what:expr) => {
         match $self {
             Ring::Split($queue) => $what,
+            Ring::Packed($queue) => $what,
         }
     };
 }
@@ -30,7 +34,10 @@ impl Ring {
         config: &RingConfig,
         inflight: Option<GuestSlice>,
     ) -> Result<Ring, Broken> {
-        SplitQueue::new(view, config, inflight).map(Ring::Split)
+        match config.packed {
+            false => SplitQueue::new(view, config, inflight).map(Ring::Split),
+            true => PackedQueue::new(view, config, inflight).map(Ring::Packed),
+        }
     }
 
     /// See [`SplitQueue::rebind`].
@@ -38,7 +45,7 @@ impl Ring {
         both!(self, queue => queue.rebind(view, address))
     }
 
-    /// Mark what is written to the used ring, which begins at this address of the log.
+    /// Mark what is written to the device area, which begins at this address of the log.
     pub fn set_log(&mut self, log: Option<(DirtyLog, u64)>) {
         both!(self, queue => queue.set_log(log));
     }
@@ -54,10 +61,11 @@ impl Ring {
     }
 
     /// Where another device would go on, as GET_VRING_BASE tells it: of a split queue the next
-    /// available index.
+    /// available index, of a packed one see [`PackedQueue::base`].
     pub fn base(&self) -> u32 {
         match self {
             Ring::Split(queue) => u32::from(queue.next_avail()),
+            Ring::Packed(queue) => queue.base(),
         }
     }
 

@@ -25,9 +25,8 @@ use virtio_bindings::virtio_ring as ring;
 
 use super::inflight::SplitInflight;
 use super::shared::{DirtyLog, Shared};
-use super::{Broken, CHAIN_MAX, Chain, Piece, QUEUE_SIZE_MAX, Token};
+use super::{Broken, Chain, DESC_BYTES, Piece, QUEUE_SIZE_MAX, Token, walk_table};
 
-const DESC_BYTES: usize = 16;
 const NEXT: u16 = ring::VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = ring::VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = ring::VRING_DESC_F_INDIRECT as u16;
@@ -70,6 +69,9 @@ pub struct RingConfig {
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+    /// VIRTIO_F_RING_PACKED was negotiated. `descriptor` is then the ring, and `available` and
+    /// `used` are the event areas of driver and device.
+    pub packed: bool,
 }
 
 /// A split virtqueue in guest memory.
@@ -292,41 +294,18 @@ impl SplitQueue {
     /// The flag WRITE of the descriptor that refers to the table means nothing
     /// (Virtual I/O Device 1.2, section 2.7.5.3.2).
     fn walk_indirect(&self, outer: &Desc, chain: &mut Chain) -> Result<(), Broken> {
-        let len = outer.len as usize;
-        if len == 0 || !len.is_multiple_of(DESC_BYTES) {
-            return Err(Broken::IndirectLength);
-        }
-        let count = len / DESC_BYTES;
-        let view = self.parts.desc.view();
-        // In one piece nearly always; a table may lie across two regions.
-        let table = view.slice(outer.addr, len as u64).ok();
-        let mut index = 0usize;
-        for _ in 0..count.min(CHAIN_MAX) {
-            let offset = index * DESC_BYTES;
-            let bytes = match &table {
-                Some(table) => table.read(offset)?,
-                None => {
-                    let mut bytes = [0; DESC_BYTES];
-                    let addr = outer.addr.checked_add(offset as u64);
-                    view.read(addr.ok_or(Broken::IndirectAddress)?, &mut bytes)
-                        .map_err(|_| Broken::IndirectAddress)?;
-                    bytes
-                }
-            };
+        walk_table(self.parts.desc.view(), outer.addr, outer.len, |_, count, bytes| {
             let desc = Desc::parse(bytes);
             if desc.flags & INDIRECT != 0 {
                 return Err(Broken::IndirectNested);
             }
             chain.push(desc.piece(), desc.flags & WRITE != 0);
-            if desc.flags & NEXT == 0 {
-                return Ok(());
+            match usize::from(desc.next) {
+                _ if desc.flags & NEXT == 0 => Ok(None),
+                next if next >= count => Err(Broken::Next),
+                next => Ok(Some(next)),
             }
-            index = usize::from(desc.next);
-            if index >= count {
-                return Err(Broken::Next);
-            }
-        }
-        Err(Broken::Loop)
+        })
     }
 
     /// Give a chain back with the number of bytes written to it. The driver sees it after

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::driver::{Buffer, TestMemory, TestQueue};
+use super::driver::{Buffer, TestMemory};
 use super::frontend::TestFrontend;
+use super::ring::TestRing;
 use crate::device::Features;
 use crate::vhost_user::wire::InflightDescription;
 
@@ -40,7 +41,7 @@ struct Place {
 /// One queue of a [`TestDisk`].
 pub struct DiskQueue {
     /// The driver's half of the ring.
-    pub ring: TestQueue,
+    pub ring: TestRing,
     kick: Option<OwnedFd>,
     call: OwnedFd,
     free: Vec<u64>,
@@ -68,12 +69,13 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
-    /// One queue of 64 descriptors, and all that is offered but the record of requests in flight.
+    /// One split queue of 64 descriptors, and all else that is offered but the record of requests in
+    /// flight.
     pub fn new() -> DiskOptions {
         DiskOptions {
             queues: 1,
             size: 64,
-            without: Features::default(),
+            without: Features::RING_PACKED,
             polled: false,
             inflight: false,
         }
@@ -108,15 +110,16 @@ impl TestDisk {
         let mut frontend = TestFrontend::connect(path);
         frontend.negotiate(options.without);
         let places = u64::from(options.size);
-        let ring_bytes = TestQueue::bytes(options.size).next_multiple_of(4096);
+        let ring_bytes = TestRing::bytes(options.size).next_multiple_of(4096);
         let queue_bytes = ring_bytes + places * PLACE_BYTES;
         let memory = TestMemory::new(options.queues as u64 * queue_bytes);
         frontend.add_memory(&memory);
         let event_idx = frontend.features.has(Features::EVENT_IDX);
+        let packed = frontend.features.has(Features::RING_PACKED);
         let queues = (0..options.queues as u64).map(|index| {
             let base = memory.base() + index * queue_bytes;
             DiskQueue {
-                ring: TestQueue::new(memory.view(), base, options.size, event_idx),
+                ring: TestRing::new(memory.view(), base, options.size, event_idx, packed),
                 kick: (!options.polled).then(event),
                 call: event(),
                 free: (0..places).map(|place| base + ring_bytes + place * PLACE_BYTES).collect(),
@@ -133,8 +136,8 @@ impl TestDisk {
         }
         let (queues, options) = (queues.collect(), *options);
         let mut disk = TestDisk { queues, frontend, memory, options, inflight };
-        for index in 0..options.queues {
-            disk.start(index, 0);
+        for index in 0..disk.queues.len() {
+            disk.start(index, disk.queues[index].ring.base_at_start());
         }
         disk
     }
@@ -149,8 +152,7 @@ impl TestDisk {
         }
         for index in 0..self.queues.len() {
             // All that QEMU knows after a crash.
-            let base = self.queues[index].ring.device_used_idx();
-            self.start(index, u32::from(base));
+            self.start(index, self.queues[index].ring.base_after_crash());
         }
     }
 

@@ -13,7 +13,8 @@ use rustix::net::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::driver::{TestMemory, TestQueue};
+use super::driver::TestMemory;
+use super::ring::TestRing;
 use crate::device::Features;
 use crate::vhost_user::session::ProtocolFeatures;
 use crate::vhost_user::wire::{
@@ -144,7 +145,7 @@ impl TestFrontend {
         &self,
         index: u32,
         memory: &TestMemory,
-        queue: &TestQueue,
+        queue: &TestRing,
         base: u32,
         kick: Option<BorrowedFd<'_>>,
         call: BorrowedFd<'_>,

@@ -145,12 +145,13 @@ pub struct Inflight {
 
 impl Inflight {
     /// A queue's part of it. None: nothing of this queue is recorded.
-    pub fn queue(&self, index: u16, _features: Features) -> Option<GuestSlice> {
+    pub fn queue(&self, index: u16, features: Features) -> Option<GuestSlice> {
         if index >= self.layout.queues {
             return None;
         }
-        let bytes = self.layout.queue_bytes(false);
-        self.memory.view().slice(u64::from(index) * bytes, bytes).ok()
+        let is_packed = features.has(Features::RING_PACKED);
+        let at = u64::from(index) * self.layout.queue_bytes(is_packed);
+        self.memory.view().slice(at, self.layout.record_bytes(is_packed)).ok()
     }
 }
 
@@ -520,7 +521,7 @@ impl Session {
                 Ok(Reply::Ack)
             }
             Command::SetVringBase(state) => {
-                if state.num > u32::from(u16::MAX) {
+                if state.num > u32::from(u16::MAX) && !self.is_packed() {
                     return Err(Refusal::RingBase(state.num));
                 }
                 self.stopped_ring(state.index, request)?.base = state.num;
@@ -610,7 +611,7 @@ impl Session {
                 self.require(ProtocolFeatures::INFLIGHT_SHMFD, request)?;
                 let layout = self.inflight_layout(&description)?;
                 let (queues, queue_size) = (layout.queues, layout.queue_size);
-                let mmap_size = layout.bytes(false);
+                let mmap_size = layout.bytes(self.is_packed());
                 let fd = inflight_file(mmap_size).map_err(Refusal::InflightMemory)?;
                 let description = InflightDescription {
                     mmap_size,
@@ -629,7 +630,7 @@ impl Session {
                 let layout = self.inflight_layout(&description)?;
                 let InflightDescription { mmap_size, mmap_offset, queues, queue_size, .. } =
                     description;
-                if mmap_size < layout.bytes(false) {
+                if mmap_size < layout.bytes(self.is_packed()) {
                     return Err(Refusal::Inflight { queues, queue_size, bytes: mmap_size });
                 }
                 let region = GuestRegion::map(fd.as_fd(), mmap_offset, mmap_size, 0, 0)
@@ -658,6 +659,11 @@ impl Session {
 
     fn require(&self, feature: ProtocolFeatures, request: Request) -> Result<(), Refusal> {
         self.protocol.has(feature).then_some(()).ok_or(Refusal::Unsupported(request))
+    }
+
+    /// Whether rings are packed, or may be for all that is known.
+    fn is_packed(&self) -> bool {
+        self.features.is_none_or(|features| features.has(Features::RING_PACKED))
     }
 
     fn inflight_layout(

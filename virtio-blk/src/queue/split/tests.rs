@@ -4,6 +4,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::queue::CHAIN_MAX;
 use crate::testing::{Buffer, TestMemory, TestQueue};
 
 const RING_AT: u64 = 0x1000;
@@ -17,7 +18,14 @@ struct Pair {
 }
 
 fn config(driver: &TestQueue, size: u16, event_idx: bool) -> RingConfig {
-    RingConfig { size, address: driver.address(), base: 0, event_idx, indirect: true }
+    RingConfig {
+        size,
+        address: driver.address(),
+        base: 0,
+        event_idx,
+        indirect: true,
+        packed: false,
+    }
 }
 
 fn pair(size: u16, event_idx: bool) -> Pair {

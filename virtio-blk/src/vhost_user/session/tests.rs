@@ -316,6 +316,11 @@ fn memory_that_is_not_there() {
 fn the_record_of_requests_in_flight() {
     let mut rig = Rig::ready();
     let asked = InflightDescription { queues: 4, queue_size: 128, ..Default::default() };
+    // All features are negotiated: a packed ring's header of 32 bytes and 128 entries of 32.
+    let step = rig.send(Request::GET_INFLIGHT_FD, false, asked.as_bytes(), vec![]);
+    assert_eq!(step.reply.unwrap()[12..20], (4 * 4160u64).to_ne_bytes());
+    let split = rig.session.device.features().without(Features::RING_PACKED);
+    rig.tell(Request::SET_FEATURES, split.0.as_bytes());
     for len in [20, 24] {
         let payload = &asked.as_bytes()[..len];
         let step = rig.send(Request::GET_INFLIGHT_FD, false, payload, vec![]);
@@ -348,7 +353,7 @@ fn the_record_of_requests_in_flight() {
     let step = rig.send(Request::SET_VRING_ENABLE, true, enable.as_bytes(), vec![]);
     let [Action::Start(start)] = &step.actions[..] else { panic!() };
     let record = start.inflight.as_ref().unwrap();
-    assert_eq!(record.queue(3, start.features).unwrap().len(), 2112);
+    assert_eq!(record.queue(3, start.features).unwrap().len(), 2064);
     assert!(record.queue(4, start.features).is_none());
     rig.session.on_done(Ok(None)).unwrap();
     assert_eq!(set(&mut rig, description, file(4 * 2112)), 1, "while a ring runs");
@@ -441,6 +446,8 @@ fn reset_forgets_the_driver_but_not_the_frontend() {
 #[test]
 fn refusals_say_what_is_wrong() {
     let mut rig = Rig::ready();
+    let split = rig.session.device.features().without(Features::RING_PACKED);
+    rig.tell(Request::SET_FEATURES, split.0.as_bytes());
     let state = |index, num| VringState { index, num };
     let cases: [(Request, Vec<u8>, Vec<OwnedFd>, &str); 15] = [
         (Request::SET_VRING_NUM, state(4, 1).as_bytes().into(), vec![], "ring 4 does not exist"),
