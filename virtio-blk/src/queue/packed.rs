@@ -53,7 +53,6 @@ pub(crate) struct Position {
 
 impl Position {
     /// Where both sides begin.
-    #[cfg(any(test, feature = "testing"))]
     pub(crate) const START: Position = Position { index: 0, wrap: true };
 
     pub(crate) fn advance(&mut self, count: u16, size: u16) {
