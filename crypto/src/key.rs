@@ -3,6 +3,7 @@
 use zeroize::Zeroizing;
 
 use crate::base64;
+use crate::psk::Suite;
 use crate::secret::{SECRET_BYTES_MAX, Secret, SecretText};
 
 const CRC_BYTES: usize = 4;
@@ -213,6 +214,30 @@ key!(
     "The hash that the secret is transformed with, together with an NQN."
 );
 
+impl TlsKey {
+    /// A new key for `suite`, of random bytes.
+    pub fn generate(suite: Suite, random: &[u8; 48]) -> TlsKey {
+        let (hash, len) = match suite {
+            Suite::Aes128GcmSha256 => (KeyHash::Sha256, 32),
+            Suite::Aes256GcmSha384 => (KeyHash::Sha384, 48),
+        };
+        TlsKey::new(hash, &random[..len]).unwrap_or_else(|_| unreachable!("a key's length"))
+    }
+}
+
+impl DhchapKey {
+    /// A new secret of random bytes, as long as the digests of `hash`, or 32 bytes long if it is not
+    /// to be transformed.
+    pub fn generate(hash: KeyHash, random: &[u8; 64]) -> DhchapKey {
+        let len = match hash {
+            KeyHash::None | KeyHash::Sha256 => 32,
+            KeyHash::Sha384 => 48,
+            KeyHash::Sha512 => 64,
+        };
+        DhchapKey::new(hash, &random[..len]).unwrap_or_else(|_| unreachable!("a key's length"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,6 +259,19 @@ mod tests {
         // The two formats differ in the prefix only.
         let dhchap = DhchapKey::parse(&VECTOR.replace("NVMeTLSkey", "DHHC")).ok().unwrap();
         assert!(dhchap.secret() == key.secret());
+    }
+
+    #[test]
+    fn generated_keys_have_the_right_form() {
+        for (suite, start) in [(Suite::Aes128GcmSha256, "01"), (Suite::Aes256GcmSha384, "02")] {
+            let key = TlsKey::generate(suite, &[7; 48]);
+            assert!(key.to_text().expose().starts_with(&format!("NVMeTLSkey-1:{start}:")));
+            assert_eq!(key.secret().expose().len(), suite.hash().len_bytes());
+        }
+        for (hash, code) in KeyHash::ALL {
+            let key = DhchapKey::generate(hash, &[7; 64]);
+            assert!(key.to_text().expose().starts_with(&format!("DHHC-1:{code}:")));
+        }
     }
 
     #[test]

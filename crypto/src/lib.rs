@@ -8,6 +8,7 @@
 //!   in the field.
 //! - [`tls`]: handshake and record layer of TLS 1.3 as bytes in and out.
 //! - [`dhchap`]: both ends of in-band authentication.
+//! - [`nvme_cli`]: import of keys that nvme-cli made, and the lines that set a Linux host up.
 //!
 //! ```
 //! use crypto::psk::{Derivation, IdentityVersion, RetainedKey};
@@ -35,6 +36,7 @@ mod base64;
 pub mod dhchap;
 mod kdf;
 mod key;
+pub mod nvme_cli;
 pub mod psk;
 mod secret;
 #[cfg(test)]
