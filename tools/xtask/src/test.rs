@@ -12,7 +12,13 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
     );
     let mut report = Report::default();
     report.step("tools", || {
-        install::debian_packages(&[("git", "git"), ("cc", "gcc")])?;
+        // The last two are what TLS is tested against.
+        install::debian_packages(&[
+            ("git", "git"),
+            ("cc", "gcc"),
+            ("openssl", "openssl"),
+            ("gnutls-cli", "gnutls-bin"),
+        ])?;
         install::cargo_tool("nextest", "cargo-nextest")?;
         Ok(Outcome::Passed)
     });
