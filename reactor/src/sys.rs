@@ -107,6 +107,38 @@ pub(crate) fn set_reset_on_close(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Where the next peek of a Unix stream begins, in bytes after what was consumed (`SO_PEEK_OFF`).
+pub(crate) fn set_peek_offset(fd: BorrowedFd<'_>, offset: i32) -> io::Result<()> {
+    // SAFETY: the pointer and length name `offset`.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            mem::size_of_val(&offset) as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+/// What [`set_peek_offset`] set, and peeks and reads have moved since.
+pub(crate) fn peek_offset(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut offset: libc::c_int = 0;
+    let mut len = mem::size_of_val(&offset) as libc::socklen_t;
+    // SAFETY: the pointers name `offset` and its length.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw mut offset).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(offset)
+}
+
 /// A socket address in the kernel's form.
 pub(crate) struct RawAddr {
     storage: libc::sockaddr_storage,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::sys;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -54,9 +55,8 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
-    path: PathBuf,
-    /// Device and inode of the socket file.
-    file: (u64, u64),
+    /// Path, device and inode of the socket file, if it is ours to remove.
+    file: Option<(PathBuf, (u64, u64))>,
 }
 
 impl Listener {
@@ -103,7 +103,15 @@ impl Listener {
         let metadata = fs::symlink_metadata(path).map_err(|error| failed("look at", error))?;
         rustix::net::listen(&socket, BACKLOG).map_err(io("listen on"))?;
         let file = (metadata.dev(), metadata.ino());
-        Ok(Listener { fd: socket, path: path.into(), file })
+        Ok(Listener { fd: socket, file: Some((path.into(), file)) })
+    }
+
+    /// A socket that somebody else listens with too: whoever keeps it over restarts of this
+    /// process, and owns its file.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Listener> {
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        Ok(Listener { fd, file: None })
     }
 
     /// For `poll`: readable when a client waits.
@@ -124,10 +132,11 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let is_ours = |m: fs::Metadata| (m.dev(), m.ino()) == self.file;
-        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+        let Some((path, file)) = &self.file else { return };
+        let is_ours = |m: fs::Metadata| (m.dev(), m.ino()) == *file;
+        if fs::symlink_metadata(path).is_ok_and(is_ours) {
             // If it cannot be removed, the next one to listen replaces it.
-            let _ = fs::remove_file(&self.path);
+            let _ = fs::remove_file(path);
         }
     }
 }
@@ -202,6 +211,19 @@ pub fn adopt_eventfd(fd: OwnedFd) -> io::Result<OwnedFd> {
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
     }
     Ok(fd)
+}
+
+/// Makes each peek of a Unix stream go on where the last one ended, beginning `offset` bytes after
+/// what was consumed. The kernel keeps the offset with the socket and takes off what is consumed,
+/// so it tells a process that took the socket over how much its predecessor had peeked at and not
+/// consumed.
+pub fn set_peek_offset(socket: impl AsFd, offset: i32) -> io::Result<()> {
+    sys::set_peek_offset(socket.as_fd(), offset)
+}
+
+/// Where the next peek begins; negative if [`set_peek_offset`] was never called.
+pub fn peek_offset(socket: impl AsFd) -> io::Result<i32> {
+    sys::peek_offset(socket.as_fd())
 }
 
 /// Signals an eventfd that does not block. A full counter means that whoever waits has been told

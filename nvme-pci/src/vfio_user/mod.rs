@@ -9,6 +9,7 @@
 
 pub mod capabilities;
 pub mod dma;
+pub mod journal;
 pub mod migration;
 pub mod server;
 pub mod session;

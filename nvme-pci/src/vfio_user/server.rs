@@ -12,6 +12,7 @@
 //! The next client is accepted when the function has let go of everything the last one had. An I/O
 //! that outlived its client could otherwise overwrite what the next one has written.
 
+use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,10 @@ use reactor::unix::{Listener, Waker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{info, warn};
 
+use super::journal::{Inherited, Journal};
 use super::session::{Outcome, Session};
 use super::socket::{Connection, ConnectionError, Received};
+use super::wire::{Command, Message};
 use crate::function::{Event, Function, Step};
 
 /// Messages taken from the client before looking at anything else.
@@ -53,12 +56,38 @@ pub enum Request<F> {
     Unplug(mpsc::Sender<bool>),
     /// Disconnect the client, bring the function to rest and end.
     Stop,
+    /// End at once and leave the client to a successor that has the journal. Without a journal the
+    /// same as [`Request::Stop`].
+    Leave,
 }
 
 struct Client {
     connection: Connection,
     session: Session,
+    /// The message at hand may change the session.
+    is_changing: bool,
+    /// The session of a predecessor is being taken up.
+    is_importing: bool,
+    /// A message that a predecessor had taken and not answered.
+    again: Option<Message>,
 }
+
+impl Client {
+    fn new(connection: Connection, session: Session) -> Client {
+        Client { connection, session, is_changing: false, is_importing: false, again: None }
+    }
+}
+
+/// Commands that leave the session as it is.
+const READ_ONLY: [Command; 7] = [
+    Command::DEVICE_GET_INFO,
+    Command::DEVICE_GET_REGION_INFO,
+    Command::DEVICE_GET_REGION_IO_FDS,
+    Command::DEVICE_GET_IRQ_INFO,
+    Command::REGION_READ,
+    Command::REGION_WRITE,
+    Command::REGION_WRITE_MULTI,
+];
 
 /// The control thread of one function.
 pub struct Server<F> {
@@ -67,10 +96,12 @@ pub struct Server<F> {
     listener: Listener,
     waker: Waker,
     requests: mpsc::Receiver<Request<F>>,
+    journal: Option<Journal>,
     client: Option<Client>,
     /// The function is letting go of what the last client had.
     is_detaching: bool,
     is_stopping: bool,
+    is_leaving: bool,
     accept_after: Option<Instant>,
     log: LogLimit,
     /// Clients that come and go in good order have their own budget.
@@ -78,14 +109,15 @@ pub struct Server<F> {
 }
 
 impl<F: Function> Server<F> {
-    /// A server that waits for its first client. `waker` is the one that the function wakes, and
-    /// that is woken for `requests`. `name` is for logs.
+    /// A server that waits for its first client, or goes on with that of the journal. `waker` is
+    /// the one that the function wakes, and that is woken for `requests`. `name` is for logs.
     pub fn new(
         name: String,
         function: F,
         listener: Listener,
         waker: Waker,
         requests: mpsc::Receiver<Request<F>>,
+        journal: Option<Journal>,
     ) -> Server<F> {
         Server {
             name,
@@ -93,18 +125,21 @@ impl<F: Function> Server<F> {
             listener,
             waker,
             requests,
+            journal,
             client: None,
             is_detaching: false,
             is_stopping: false,
+            is_leaving: false,
             accept_after: None,
             log: LogLimit::default(),
             log_clients: LogLimit::default(),
         }
     }
 
-    /// Until the owner says stop and the function has let go. Gives the function back, which is
-    /// then as after power-on.
+    /// Until the owner says stop and the function has let go, or says leave. Gives the function
+    /// back.
     pub fn run(mut self) -> F {
+        self.inherit();
         loop {
             while let Some(event) = self.function.poll() {
                 self.on_event(event);
@@ -119,7 +154,7 @@ impl<F: Function> Server<F> {
                     }
                 }
             }
-            if self.is_stopping && !self.is_detaching {
+            if self.is_leaving || self.is_stopping && !self.is_detaching {
                 return self.function;
             }
             self.wait();
@@ -180,8 +215,13 @@ impl<F: Function> Server<F> {
             Ok(None) => {}
             Ok(Some(socket)) => {
                 let session = Session::new(&self.function);
-                let connection = Connection::new(socket);
-                self.client = Some(Client { connection, session });
+                if let Some(journal) = &mut self.journal
+                    && let Err(error) = journal.begin(socket.as_fd(), &session.export())
+                {
+                    warn!(device = %self.name, %error, "cannot write the journal");
+                    return;
+                }
+                self.client = Some(Client::new(Connection::new(socket), session));
                 if self.log_clients.allows() {
                     info!(device = %self.name, "vfio-user client connected");
                 }
@@ -208,7 +248,7 @@ impl<F: Function> Server<F> {
     /// The client's socket is ready for something.
     fn serve(&mut self, flags: PollFlags) {
         let Some(client) = &mut self.client else { return };
-        if let Err(error) = client.connection.flush() {
+        if let Err(error) = client.connection.flush(&mut self.journal) {
             return self.end_client(Some(&error));
         }
         for _ in 0..MESSAGES_PER_TURN {
@@ -216,10 +256,17 @@ impl<F: Function> Server<F> {
             if client.session.is_pending() || client.connection.has_output() {
                 break;
             }
-            match client.connection.receive() {
+            if let Some(message) = client.again.take() {
+                client.is_changing = !READ_ONLY.contains(&message.command);
+                let outcome = client.session.on_message_again(message, &mut self.function);
+                self.follow(outcome);
+                continue;
+            }
+            match client.connection.receive(&mut self.journal) {
                 Ok(Received::Empty) => break,
                 Ok(Received::Closed) => return self.end_client(None),
                 Ok(Received::Message(message)) => {
+                    client.is_changing = !READ_ONLY.contains(&message.command);
                     let outcome = client.session.on_message(message, &mut self.function);
                     self.follow(outcome);
                 }
@@ -234,11 +281,40 @@ impl<F: Function> Server<F> {
 
     fn follow(&mut self, outcome: Outcome) {
         let Some(client) = &mut self.client else { return };
-        if let Outcome::Reply(reply) = outcome
-            && let Err(error) = client.connection.send(reply)
-        {
+        if let Err(error) = client.follow(outcome, &mut self.journal) {
             self.end_client(Some(&error));
         }
+    }
+
+    /// Go on with the client of a predecessor.
+    fn inherit(&mut self) {
+        let Some(journal) = &mut self.journal else { return };
+        match resume(journal, &mut self.function) {
+            Ok(Some(client)) => {
+                info!(device = %self.name, "goes on with the client of its predecessor");
+                self.client = Some(client);
+                // There may be a message to carry out again, of which the socket says nothing.
+                self.serve(PollFlags::empty());
+            }
+            Ok(None) => self.detach(),
+            Err(error) => {
+                warn!(device = %self.name, %error, "cannot go on with the client of its predecessor");
+                self.end_journal();
+                self.detach();
+            }
+        }
+    }
+
+    fn end_journal(&mut self) {
+        if let Some(journal) = &mut self.journal
+            && let Err(error) = journal.end()
+        {
+            warn!(device = %self.name, %error, "cannot write the journal");
+        }
+    }
+
+    fn detach(&mut self) {
+        self.is_detaching = self.function.detach() == Step::Pending;
     }
 
     fn on_event(&mut self, event: Event) {
@@ -250,6 +326,8 @@ impl<F: Function> Server<F> {
                 {
                     let outcome = client.session.on_done(&mut self.function);
                     self.follow(outcome);
+                    // There may be messages of which the socket has told already.
+                    self.serve(PollFlags::empty());
                 }
             }
             Event::Failed => {
@@ -274,7 +352,8 @@ impl<F: Function> Server<F> {
             }
             Some(_) => {}
         }
-        self.is_detaching = self.function.detach() == Step::Pending;
+        self.end_journal();
+        self.detach();
     }
 
     fn on_request(&mut self, request: Request<F>) {
@@ -295,6 +374,8 @@ impl<F: Function> Server<F> {
                 let _ = asker.send(listens);
             }
             Request::Stop => self.stop(),
+            Request::Leave if self.journal.is_some() => self.is_leaving = true,
+            Request::Leave => self.stop(),
         }
     }
 
@@ -305,6 +386,50 @@ impl<F: Function> Server<F> {
             self.end_client(None);
         }
     }
+}
+
+impl Client {
+    fn follow(
+        &mut self,
+        outcome: Outcome,
+        journal: &mut Option<Journal>,
+    ) -> Result<(), ConnectionError> {
+        if matches!(outcome, Outcome::Pending) {
+            return Ok(());
+        }
+        // That was no message.
+        if std::mem::take(&mut self.is_importing) {
+            return Ok(());
+        }
+        if let Some(journal) = journal {
+            let session = self.is_changing.then(|| self.session.export());
+            let reply = match &outcome {
+                Outcome::Reply(reply) => Some((reply.bytes.as_slice(), reply.fd.is_some())),
+                _ => None,
+            };
+            journal.answer(session.as_ref(), reply)?;
+        }
+        match outcome {
+            Outcome::Reply(reply) => self.connection.send(reply, journal),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The client that a predecessor had.
+fn resume(
+    journal: &mut Journal,
+    function: &mut dyn Function,
+) -> Result<Option<Client>, Box<dyn std::error::Error>> {
+    let Some(inherited) = journal.inherit()? else { return Ok(None) };
+    let Inherited { socket, session, message, message_fds, mut fds, reply } = inherited;
+    let (connection, again) = Connection::inherit(socket, &message, message_fds, reply)?;
+    let (session, outcome) = Session::import(&session, &mut fds, function)?;
+    journal.settle(&session.export())?;
+    let mut client = Client::new(connection, session);
+    client.is_importing = matches!(outcome, Outcome::Pending);
+    client.again = again;
+    Ok(Some(client))
 }
 
 /// A client can fail as often as it likes; the log must not fill with it.
@@ -325,3 +450,6 @@ impl LogLimit {
         self.lines <= LOG_LINES
     }
 }
+
+#[cfg(test)]
+mod tests;

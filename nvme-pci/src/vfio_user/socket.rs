@@ -1,6 +1,6 @@
 //! One connection as a stream of messages.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -10,6 +10,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
+use super::journal::Journal;
 use super::session::Reply;
 use super::wire::{Decoder, FDS_MAX, Message, WireFault};
 
@@ -23,6 +24,8 @@ pub(crate) enum ConnectionError {
     Wire(#[from] WireFault),
     #[error("socket error: {0}")]
     Socket(Errno),
+    #[error("journal: {0}")]
+    Journal(#[from] io::Error),
 }
 
 /// What a connection has for us.
@@ -44,11 +47,39 @@ pub(crate) struct Connection {
     /// Goes with the first byte of `out`.
     out_fd: Option<OwnedFd>,
     out_sent: usize,
+    /// `out` goes with a file descriptor, and so not through the pipe of a journal.
+    is_direct: bool,
 }
 
 impl Connection {
     pub(crate) fn new(socket: OwnedFd) -> Connection {
-        Connection { socket, decoder: Decoder::new(), out: Vec::new(), out_fd: None, out_sent: 0 }
+        Connection {
+            socket,
+            decoder: Decoder::new(),
+            out: Vec::new(),
+            out_fd: None,
+            out_sent: 0,
+            is_direct: false,
+        }
+    }
+
+    /// Goes on where a predecessor was. Gives the message it had taken and not answered, if it had
+    /// one; the bytes of one that was not whole are in the decoder.
+    pub(crate) fn inherit(
+        socket: OwnedFd,
+        message: &[u8],
+        fds: Vec<OwnedFd>,
+        reply: Option<Vec<u8>>,
+    ) -> Result<(Connection, Option<Message>), ConnectionError> {
+        let mut connection = Connection::new(socket);
+        if let Some(reply) = reply {
+            connection.out = reply;
+            return Ok((connection, None));
+        }
+        connection.decoder.push_fds(fds)?;
+        let mut input = message;
+        let message = connection.decoder.push(&mut input)?;
+        Ok((connection, message))
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -56,7 +87,10 @@ impl Connection {
     }
 
     /// The next message. Never more is read than belongs to it.
-    pub(crate) fn receive(&mut self) -> Result<Received, ConnectionError> {
+    pub(crate) fn receive(
+        &mut self,
+        journal: &mut Option<Journal>,
+    ) -> Result<Received, ConnectionError> {
         loop {
             let mut bytes = [0; PIECE_BYTES];
             let wanted = self.decoder.wanted().min(PIECE_BYTES);
@@ -64,7 +98,10 @@ impl Connection {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
             // Descriptors that are not taken out are closed with it.
             let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let mut flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            if journal.is_some() {
+                flags |= RecvFlags::PEEK;
+            }
             let received =
                 match rustix::net::recvmsg(&self.socket, &mut slices, &mut control, flags) {
                     Ok(received) => received,
@@ -75,6 +112,7 @@ impl Connection {
             if received.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(WireFault::Fds.into());
             }
+            let fds_before = self.decoder.fds().len();
             for message in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(fds) = message {
                     self.decoder.push_fds(fds)?;
@@ -85,18 +123,31 @@ impl Connection {
                 return Ok(Received::Closed);
             }
             let mut input = bytes.get(..received.bytes).unwrap_or_default();
-            if let Some(message) = self.decoder.push(&mut input)? {
+            if let Some(journal) = journal {
+                let fds = &self.decoder.fds()[fds_before..];
+                journal.receive(self.socket.as_fd(), input, fds)?;
+            }
+            let message = self.decoder.push(&mut input)?;
+            if let Some(journal) = journal {
+                journal.received(message.is_some())?;
+            }
+            if let Some(message) = message {
                 return Ok(Received::Message(message));
             }
         }
     }
 
     /// Send a reply, now or when the peer takes it.
-    pub(crate) fn send(&mut self, reply: Reply) -> Result<(), ConnectionError> {
+    pub(crate) fn send(
+        &mut self,
+        reply: Reply,
+        journal: &mut Option<Journal>,
+    ) -> Result<(), ConnectionError> {
         assert!(!self.has_output(), "no message is read while a reply waits");
         self.out = reply.bytes;
+        self.is_direct = reply.fd.is_some();
         self.out_fd = reply.fd;
-        self.flush()
+        self.flush(journal)
     }
 
     /// Whether a reply is waiting for the peer. No message is read meanwhile, so that no more than
@@ -105,7 +156,18 @@ impl Connection {
         !self.out.is_empty()
     }
 
-    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+    pub(crate) fn flush(&mut self, journal: &mut Option<Journal>) -> Result<(), ConnectionError> {
+        if let Some(journal) = journal
+            && !self.is_direct
+        {
+            if !self.out.is_empty() && journal.send(self.socket.as_fd(), &self.out)? {
+                self.out = Vec::new();
+            }
+            return Ok(());
+        }
+        if self.out.is_empty() {
+            return Ok(());
+        }
         while self.out_sent < self.out.len() {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -128,6 +190,10 @@ impl Connection {
         }
         self.out = Vec::new();
         self.out_sent = 0;
+        self.is_direct = false;
+        if let Some(journal) = journal {
+            journal.answered()?;
+        }
         Ok(())
     }
 }

@@ -400,12 +400,9 @@ impl Decoder {
         self.header_len == 0 && self.fds.is_empty()
     }
 
-    /// The bytes of a message that has not come to its end, and its file descriptors, to be pushed
-    /// into another decoder.
-    pub fn partial(&self) -> (Vec<u8>, &[OwnedFd]) {
-        let mut bytes = self.header[..self.header_len].to_vec();
-        bytes.extend_from_slice(&self.payload);
-        (bytes, &self.fds)
+    /// File descriptors of the message at hand.
+    pub fn fds(&self) -> &[OwnedFd] {
+        &self.fds
     }
 
     /// File descriptors came with the bytes that will be pushed next.

@@ -110,3 +110,37 @@ fn a_waker_is_cleared_and_wakes_again() {
         assert!(is_awake());
     }
 }
+
+#[test]
+fn an_adopted_listener_leaves_the_file_to_its_owner() {
+    let folder = folder();
+    let path = folder.path().join("a.sock");
+    let owner = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let adopted = Listener::adopt(owner.try_clone().unwrap().into()).unwrap();
+    assert!(adopted.accept().unwrap().is_none());
+    let _client = UnixStream::connect(&path).unwrap();
+    assert!(adopted.accept().unwrap().is_some());
+    drop(adopted);
+    assert!(path.exists());
+}
+
+/// What a successor relies on to know whether bytes that its predecessor peeked at are still there.
+#[test]
+fn the_kernel_remembers_what_was_peeked_at_and_not_consumed() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    set_peek_offset(&ours, 0).unwrap();
+    rustix::io::write(&theirs, b"0123456789").unwrap();
+    let mut bytes = [0; 6];
+    let mut peek = |wanted: usize| {
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        rustix::net::recv(&ours, &mut bytes[..wanted], flags).unwrap().0
+    };
+    assert_eq!(peek(6), 6);
+    assert_eq!(peek_offset(&ours).unwrap(), 6);
+    rustix::io::read(&ours, &mut [0; 6]).unwrap();
+    assert_eq!(peek_offset(&ours).unwrap(), 0);
+    assert_eq!(peek(6), 4);
+    assert_eq!(peek_offset(&ours).unwrap(), 4);
+    set_peek_offset(&ours, 0).unwrap();
+    assert_eq!(peek_offset(&ours).unwrap(), 0);
+}
