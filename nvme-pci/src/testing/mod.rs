@@ -1,8 +1,14 @@
-//! What tests, fuzz targets and benches of this crate and of others share: a vfio-user client, and
-//! a function that is no NVMe controller. Failures are panics.
+//! What tests, fuzz targets and benches of this crate and of others share: a vfio-user client, a
+//! host with an NVMe driver, and a function that is no NVMe controller. Failures are panics.
 
 mod client;
+#[cfg(test)]
+mod counting;
+mod host;
 mod model;
 
 pub use client::{Answer, TestClient, memfd};
+#[cfg(test)]
+pub(crate) use counting::allocations;
+pub use host::{Bus, HostQueue, TestHost, transfer};
 pub use model::{Call, ModelFunction};

@@ -1,0 +1,1436 @@
+//! The device: registers, the admin queue, and what the cores are told to do. Lives on the control
+//! thread, as the [`Function`] that a transport connects.
+//!
+//! ```text
+//!   BAR0, admin queue ─► nvme::ctrl::Controller ─► Action ─► worker::CoreTask (one per core)
+//!   completion, CSTS  ◄─ finish(purpose) ◄─ all cores have answered ◄─ Event
+//! ```
+//!
+//! What needs other cores is begun with a [`Purpose`] and goes on when all have answered. A reset
+//! makes everything of before pointless: answers to what was begun under an older *epoch* are
+//! counted and nothing more.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::Release;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use block::Volume;
+use iobuf::GuestMemory;
+use nvme::ctrl::{
+    ABORT_NOT_DONE, AdminOutcome, AdminQueues, Controller, ControllerConfig, ControllerKind,
+    ErrorRecord, HealthCounters, QueueChange, RegisterEffect,
+};
+use nvme::spec::{AdminOpcode, Cqe, LogPage, Nqn, Property, Sqe, Status};
+use nvme::subsys::SubsystemInfo;
+use nvme::xfer::{Copying, walk};
+use reactor::CoreHandle;
+
+use crate::dirty::DirtyLog;
+use crate::engine::{Counters, Notice};
+use crate::function::{
+    Area, BadState, Event as Said, Function, Irq, Region, RegionInfo, Reset, Step,
+};
+use crate::msix::{Interrupts, VECTORS, Vectors, signal};
+use crate::pci;
+use crate::record::{
+    CqRecord, DOORBELLS_AT, DOORBELLS_BYTES, QUEUES_MAX, Record, RecordView, SqRecord,
+};
+use crate::vfio_user::server::ClientState;
+use crate::worker::{Action, Attached, Command, CoreState, Event};
+use crate::{AttachError, DeviceState, Doorbells, NamespaceState, QueueState};
+
+/// Bytes of BAR0: a page of registers and one of doorbells.
+const BAR0_BYTES: u64 = 0x2000;
+/// Commands of the admin queue at a time.
+const ADMIN_SLOTS: u16 = 64;
+/// Commands taken from the admin queue before the client is looked at again.
+const ADMIN_TURN: usize = 64;
+
+/// Identity and size of the function.
+const LAYOUT: pci::Layout = pci::Layout {
+    ids: pci::Ids {
+        // What SPDK's vfio-user controller has. Drivers go by the class code, and none has a quirk
+        // for these numbers; Linux ignores the namespaces' identifiers of those that QEMU's own
+        // controller has (1b36:0010).
+        vendor: 0x4e58,
+        device: 0x0001,
+        subsystem_vendor: 0x4e58,
+        subsystem: 0x0001,
+        revision: 1,
+    },
+    bar0_bytes: BAR0_BYTES,
+    msix_vectors: VECTORS,
+};
+
+const TRANSFER: Status = Status::DATA_TRANSFER_ERROR.dnr();
+
+/// What is to be done when all cores have answered.
+#[derive(Clone, Debug)]
+enum Purpose {
+    /// Nothing.
+    None,
+    /// A queue was created or deleted for an admin command.
+    Queue { slot: u16, change: QueueChange },
+    /// Doorbell Buffer Config.
+    Shadow { slot: u16 },
+    /// A log page of counters, for an admin command.
+    Health { slot: u16 },
+    /// CC.EN was cleared, or the whole function reset.
+    Reset(After),
+    /// CC.SHN.
+    Shutdown,
+    /// The transport waits.
+    Call,
+    /// An operator waits.
+    State { sender: mpsc::Sender<DeviceState>, is_connected: bool },
+    /// Other namespaces are in use: tell the controller.
+    Namespaces(Arc<SubsystemInfo>),
+}
+
+/// What a reset was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// CC.EN.
+    Controller,
+    /// NSSR.
+    Subsystem,
+    /// Conventional reset; the transport waits.
+    Function,
+    /// Function-level reset; the transport waits.
+    FunctionLevel,
+    /// The client is gone; the transport waits.
+    Detach,
+}
+
+struct Outstanding {
+    purpose: Purpose,
+    epoch: u64,
+    cores: Vec<usize>,
+    outcome: Result<(), Status>,
+    states: Vec<CoreState>,
+}
+
+struct Core {
+    handle: CoreHandle,
+    commands: reactor::Sender<Command>,
+    /// What its mailbox had no room for.
+    outbox: VecDeque<Command>,
+    is_gone: bool,
+    /// Completion queues placed there.
+    queues: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum AdminSlot {
+    #[default]
+    Free,
+    /// Held, or waits for the cores.
+    Busy,
+    /// To be posted.
+    Done { status: Status, result: u64 },
+}
+
+/// The admin queue.
+#[derive(Debug, Default)]
+struct Admin {
+    queues: Option<AdminQueues>,
+    fetched: u64,
+    tail: u64,
+    head: u64,
+    slots: Vec<AdminSlot>,
+    sqes: Vec<Sqe>,
+    backlog: VecDeque<u16>,
+    is_pending: bool,
+    bad_tail: Option<u32>,
+}
+
+/// What a device is made of.
+pub(crate) struct Parts {
+    pub(crate) name: String,
+    pub(crate) subsys: SubsystemInfo,
+    pub(crate) attached: Vec<Attached>,
+    pub(crate) record: Record,
+    pub(crate) vectors: Arc<Vectors>,
+    pub(crate) doorbells: Doorbells,
+    pub(crate) cores: Vec<(CoreHandle, reactor::Sender<Command>)>,
+    pub(crate) events: mpsc::Receiver<Event>,
+}
+
+/// An NVMe controller as a PCI function. See the [module](self).
+pub struct Device {
+    name: String,
+    controller: Controller,
+    subsys: Arc<SubsystemInfo>,
+    attached: Vec<Attached>,
+    pci: pci::ConfigSpace,
+    /// BAR4. Vectors and masks are the client's affair; the guest's table is kept for who reads it.
+    msix_table: Vec<u8>,
+    record: Record,
+    vectors: Arc<Vectors>,
+    interrupts: Interrupts,
+    doorbells: Doorbells,
+    memory: GuestMemory,
+    dirty: Option<Arc<DirtyLog>>,
+    admin: Admin,
+    cores: Vec<Core>,
+    events: mpsc::Receiver<Event>,
+    outstanding: BTreeMap<u64, Outstanding>,
+    next_op: u64,
+    epoch: u64,
+    /// Core of each completion queue.
+    cq_cores: BTreeMap<u16, usize>,
+    /// What the transport is to hear.
+    said: VecDeque<Said>,
+    is_running: bool,
+    /// Queues of the record wait for memory to be served from.
+    is_to_be_rebuilt: bool,
+    started: Instant,
+    out: Vec<u8>,
+}
+
+fn new_controller(subsys: &Arc<SubsystemInfo>, now: Duration) -> Controller {
+    let config = ControllerConfig {
+        cntlid: 1,
+        kind: ControllerKind::Io,
+        hostnqn: Nqn::discovery(),
+        hostid: [0; 16],
+        kato: Duration::ZERO,
+        subsys: Arc::clone(subsys),
+    };
+    Controller::new(config, now)
+}
+
+impl Device {
+    pub(crate) fn new(parts: Parts) -> Device {
+        let subsys = Arc::new(parts.subsys);
+        let cores = parts.cores.into_iter().map(|(handle, commands)| Core {
+            handle,
+            commands,
+            outbox: VecDeque::new(),
+            is_gone: false,
+            queues: 0,
+        });
+        let mut device = Device {
+            name: parts.name,
+            controller: new_controller(&subsys, Duration::ZERO),
+            subsys,
+            attached: parts.attached,
+            pci: pci::ConfigSpace::new(&LAYOUT),
+            msix_table: vec![0; LAYOUT.bar4_bytes() as usize],
+            record: parts.record,
+            interrupts: Interrupts::new(Arc::clone(&parts.vectors)),
+            vectors: parts.vectors,
+            doorbells: parts.doorbells,
+            memory: GuestMemory::default(),
+            dirty: None,
+            admin: Admin::default(),
+            cores: cores.collect(),
+            events: parts.events,
+            outstanding: BTreeMap::new(),
+            next_op: 0,
+            epoch: 0,
+            cq_cores: BTreeMap::new(),
+            said: VecDeque::new(),
+            is_running: true,
+            is_to_be_rebuilt: false,
+            started: Instant::now(),
+            out: Vec::new(),
+        };
+        device.vectors.change(|_| ());
+        if let Err(error) = device.set_namespaces(device.attached.clone()) {
+            tracing::warn!(device = %device.name, %error, "a volume has changed meanwhile");
+        }
+        if let Some(saved) = device.record.view().controller() {
+            let _ = device.take_up(&saved);
+        }
+        device
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    // Cores.
+
+    fn begin(&mut self, purpose: Purpose, cores: Vec<usize>, mut action: impl FnMut() -> Action) {
+        let op = self.next_op;
+        self.next_op += 1;
+        let cores: Vec<usize> =
+            cores.into_iter().filter(|core| !self.cores[*core].is_gone).collect();
+        for core in &cores {
+            self.send(*core, Command::Do { op, action: action() });
+        }
+        let outstanding =
+            Outstanding { purpose, epoch: self.epoch, cores, outcome: Ok(()), states: Vec::new() };
+        self.outstanding.insert(op, outstanding);
+        self.settle(op);
+    }
+
+    fn all(&self) -> Vec<usize> {
+        (0..self.cores.len()).collect()
+    }
+
+    fn send(&mut self, core: usize, command: Command) {
+        let core = &mut self.cores[core];
+        core.outbox.push_back(command);
+        core.flush();
+    }
+
+    fn wake_cores(&self) {
+        for core in &self.cores {
+            core.handle.wake();
+        }
+    }
+
+    /// Goes on if all cores have answered.
+    fn settle(&mut self, op: u64) {
+        if self.outstanding.get(&op).is_some_and(|one| one.cores.is_empty())
+            && let Some(done) = self.outstanding.remove(&op)
+        {
+            self.finish(done);
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Done { core, op, outcome } => self.answered(core, op, outcome, None),
+            Event::State { core, op, state } => self.answered(core, op, Ok(()), Some(state)),
+            Event::Admin => self.run_admin(),
+            Event::Notice(Notice::BadDoorbell) => {
+                self.controller.doorbell_error(false);
+                self.run_admin();
+            }
+            Event::Notice(Notice::Failed(failure)) => {
+                let block_bytes =
+                    self.subsys.namespace(failure.nsid).map_or(1, |ns| u64::from(ns.block_bytes));
+                self.controller.record_error(&ErrorRecord {
+                    sqid: failure.sqid,
+                    cid: failure.cid,
+                    status: failure.status,
+                    opcode: failure.opcode,
+                    nsid: failure.nsid,
+                    lba: failure.offset / block_bytes,
+                });
+            }
+            Event::Gone { core } => {
+                self.cores[core].is_gone = true;
+                let ops: Vec<u64> = self.outstanding.keys().copied().collect();
+                for op in ops {
+                    if let Some(one) = self.outstanding.get_mut(&op) {
+                        one.cores.retain(|other| *other != core);
+                    }
+                    self.settle(op);
+                }
+            }
+        }
+    }
+
+    fn answered(
+        &mut self,
+        core: usize,
+        op: u64,
+        outcome: Result<(), Status>,
+        state: Option<CoreState>,
+    ) {
+        if let Some(one) = self.outstanding.get_mut(&op) {
+            one.cores.retain(|other| *other != core);
+            if one.outcome.is_ok() {
+                one.outcome = outcome;
+            }
+            one.states.extend(state);
+        }
+        self.settle(op);
+    }
+
+    fn finish(&mut self, done: Outstanding) {
+        let is_current = done.epoch == self.epoch;
+        match done.purpose {
+            Purpose::None => {}
+            Purpose::Call => self.said.push_back(Said::Done),
+            Purpose::State { sender, is_connected } => {
+                let _ = sender.send(self.describe(is_connected, &done.states));
+            }
+            Purpose::Namespaces(subsys) => {
+                self.controller.update_subsys(subsys);
+                self.run_admin();
+            }
+            Purpose::Reset(after) if is_current => self.after_reset(after),
+            // The host did not wait for the end of the shutdown.
+            Purpose::Shutdown if is_current && !self.is_enabled() => {
+                self.reset_queues(After::Controller);
+            }
+            Purpose::Shutdown if is_current => {
+                let now = self.now();
+                self.controller.queues_closed(now);
+                self.run_admin();
+            }
+            Purpose::Queue { slot, change } if is_current => {
+                if done.outcome.is_ok() {
+                    self.controller.queue_changed(&change);
+                } else if let QueueChange::CreateCq(cq) = change
+                    && let Some(core) = self.cq_cores.remove(&cq.qid)
+                {
+                    self.cores[core].queues -= 1;
+                }
+                self.complete(slot, done.outcome.err().unwrap_or(Status::SUCCESS), 0);
+                self.run_admin();
+            }
+            Purpose::Shadow { slot } if is_current => {
+                if done.outcome.is_err() {
+                    self.record.view().set_shadow(None);
+                }
+                self.complete(slot, done.outcome.err().unwrap_or(Status::SUCCESS), 0);
+                self.run_admin();
+            }
+            Purpose::Health { slot } if is_current => {
+                let counters = sum(&done.states);
+                self.controller.set_health(self.health(&counters));
+                let sqe = self.admin.sqes[usize::from(slot)];
+                self.run_command(slot, &sqe);
+                self.run_admin();
+            }
+            _ => {}
+        }
+    }
+
+    fn health(&self, counters: &Counters) -> HealthCounters {
+        HealthCounters {
+            bytes_read: counters.read_bytes,
+            bytes_written: counters.written_bytes,
+            read_commands: counters.reads,
+            write_commands: counters.writes,
+            busy: counters.latency,
+            power_cycles: 1,
+            power_on: self.now(),
+            media_errors: counters.media_errors,
+            ..HealthCounters::default()
+        }
+    }
+
+    fn describe(&self, client_connected: bool, states: &[CoreState]) -> DeviceState {
+        let queues = states.iter().flat_map(|state| &state.queues);
+        DeviceState {
+            client_connected,
+            is_enabled: self.controller.is_ready(),
+            queues: queues
+                .map(|&(qid, cqid, entries, in_flight)| QueueState {
+                    qid,
+                    cqid,
+                    core: self.cq_cores.get(&cqid).copied().unwrap_or(0),
+                    entries,
+                    in_flight,
+                })
+                .collect(),
+            namespaces: self
+                .subsys
+                .namespaces()
+                .iter()
+                .map(|ns| NamespaceState { nsid: ns.nsid, bytes: ns.size_bytes() })
+                .collect(),
+            counters: sum(states),
+        }
+    }
+
+    // Registers.
+
+    fn register_write(&mut self, offset: u32, value: u32) {
+        let effect = self.controller.register_write(offset, value);
+        match effect {
+            RegisterEffect::None => {}
+            RegisterEffect::Enabled(queues) => self.enable(queues),
+            RegisterEffect::ResetQueues { shutdown: true } => {
+                let all = self.all();
+                self.begin(Purpose::Shutdown, all, || Action::Shutdown);
+            }
+            RegisterEffect::ResetQueues { shutdown: false } => self.reset_queues(After::Controller),
+            RegisterEffect::SubsystemReset => self.reset_queues(After::Subsystem),
+            RegisterEffect::InterruptMask => self.set_intx(),
+        }
+        self.save_controller();
+    }
+
+    /// CC.EN.
+    fn is_enabled(&self) -> bool {
+        self.controller.register_read(Property::CC.0) & 1 != 0
+    }
+
+    fn enable(&mut self, queues: AdminQueues) {
+        let view = self.memory.view();
+        let sq = view.slice(queues.sq_address, u64::from(queues.sq_entries) * 64);
+        let cq = view.slice(queues.cq_address, u64::from(queues.cq_entries) * 16);
+        if sq.is_err() || cq.is_err() {
+            tracing::warn!(device = %self.name, "the admin queues are not in the guest's memory");
+            self.controller.enable_failed();
+            return;
+        }
+        let record = self.record.view();
+        record.clear_queues();
+        record.set_cq(
+            0,
+            Some(&CqRecord {
+                address: queues.cq_address,
+                entries: queues.cq_entries as u16,
+                is_contiguous: true,
+                vector: Some(0),
+                tail: 0,
+            }),
+        );
+        record.set_sq(
+            0,
+            Some(&SqRecord {
+                address: queues.sq_address,
+                entries: queues.sq_entries as u16,
+                is_contiguous: true,
+                cqid: 0,
+                fetched: 0,
+            }),
+        );
+        self.admin = Admin::new(queues);
+    }
+
+    /// Closes all queues. Everything of before is pointless from now on.
+    fn reset_queues(&mut self, after: After) {
+        self.epoch += 1;
+        self.admin = Admin::default();
+        let all = self.all();
+        self.begin(Purpose::Reset(after), all, || Action::Reset);
+    }
+
+    fn after_reset(&mut self, after: After) {
+        let now = self.now();
+        self.record.view().clear_queues();
+        self.cq_cores.clear();
+        self.cores.iter_mut().for_each(|core| core.queues = 0);
+        if after == After::Controller {
+            self.controller.queues_closed(now);
+        } else {
+            self.controller.function_reset(now);
+        }
+        // Event requests of before are nobody's.
+        while self.controller.poll_event().is_some() {}
+        match after {
+            After::Controller => {}
+            After::Subsystem => self.controller.note_subsystem_reset(),
+            After::Function | After::FunctionLevel => {
+                match after {
+                    After::Function => self.pci.reset(),
+                    _ => self.pci.reset_function(),
+                }
+                self.msix_table.fill(0);
+                self.said.push_back(Said::Done);
+            }
+            After::Detach => {
+                self.pci.reset();
+                self.msix_table.fill(0);
+                self.dirty = None;
+                self.is_running = true;
+                self.memory = GuestMemory::default();
+                self.vectors.change(|setup| *setup = crate::msix::Setup::default());
+                self.vectors.change(|_| ());
+                let (memory, all) = (self.memory.clone(), self.all());
+                self.begin(Purpose::None, all.clone(), || Action::SetDirtyLog(None));
+                self.begin(Purpose::None, all.clone(), || Action::SetRunning(true));
+                self.begin(Purpose::Call, all, || Action::SetMemory {
+                    memory: memory.clone(),
+                    has_removed: true,
+                });
+            }
+        }
+        self.route_interrupts();
+        self.save_controller();
+    }
+
+    /// Saves configuration space and controller in the record.
+    fn save_controller(&self) {
+        let mut bytes = self.pci.save().to_vec();
+        bytes.extend(self.controller.save());
+        if !self.record.view().set_controller(&bytes) {
+            tracing::warn!(device = %self.name, "the controller's state does not fit the record");
+        }
+    }
+
+    /// Follows MSI-X enable, interrupt disable and the interrupt mask.
+    fn route_interrupts(&mut self) {
+        let (is_msix, is_disabled) = (self.pci.is_msix_enabled(), self.pci.is_intx_disabled());
+        let is_masked = self.controller.interrupt_mask() & 1 != 0;
+        self.vectors.change(|setup| {
+            // A client that only sets eventfds means them, too.
+            setup.is_msix = is_msix || setup.msix.iter().any(Option::is_some);
+            setup.intx_disabled = is_disabled || is_masked;
+        });
+        self.wake_cores();
+        self.raise_admin();
+    }
+
+    fn set_intx(&mut self) {
+        self.route_interrupts();
+    }
+
+    fn doorbell_write(&mut self, offset: u64, value: u32) {
+        let index = (offset - DOORBELLS_AT) / 4;
+        let (qid, is_cq) = ((index / 2) as u16, index % 2 == 1);
+        let record = self.record.view();
+        let exists = qid < QUEUES_MAX
+            && if is_cq { record.cq(qid).is_some() } else { record.sq(qid).is_some() };
+        if !exists {
+            if self.controller.is_ready() {
+                self.controller.doorbell_error(true);
+                self.run_admin();
+            }
+            return;
+        }
+        record.ring(qid, is_cq, value);
+        let cqid = if is_cq { Some(qid) } else { record.sq(qid).map(|sq| sq.cqid) };
+        drop(record);
+        if qid == 0 {
+            self.run_admin();
+            return;
+        }
+        if let Some(core) = cqid.and_then(|cqid| self.cq_cores.get(&cqid)) {
+            self.cores[*core].handle.wake();
+        }
+    }
+
+    // The admin queue.
+
+    /// Takes and completes commands of the admin queue.
+    fn run_admin(&mut self) {
+        if self.is_running && !self.is_to_be_rebuilt {
+            for _ in 0..ADMIN_TURN {
+                let Some((slot, sqe)) = self.take_admin() else { break };
+                self.start_command(slot, &sqe, false);
+            }
+        }
+        while let Some((slot, status, result)) = self.controller.poll_event() {
+            self.complete(slot, status, result);
+        }
+        self.post_admin();
+    }
+
+    fn take_admin(&mut self) -> Option<(u16, Sqe)> {
+        let queues = self.admin.queues?;
+        if !self.controller.is_ready() {
+            return None;
+        }
+        let record = self.record.view();
+        let tail = record.doorbell(0, false);
+        let entries = u64::from(queues.sq_entries);
+        let head = (self.admin.fetched % entries) as u32;
+        if tail == head {
+            return None;
+        }
+        if tail >= queues.sq_entries {
+            if self.admin.bad_tail.replace(tail) != Some(tail) {
+                self.controller.doorbell_error(false);
+            }
+            return None;
+        }
+        self.admin.bad_tail = None;
+        let slot = self.admin.slots.iter().position(|slot| *slot == AdminSlot::Free)?;
+        let mut bytes = [0; 64];
+        let view = self.memory.view();
+        view.read(queues.sq_address + u64::from(head) * 64, &mut bytes).ok()?;
+        self.admin.fetched += 1;
+        record.take(0, slot as u16, &bytes, self.admin.fetched);
+        Some((slot as u16, Sqe::from_bytes(&bytes)))
+    }
+
+    fn start_command(&mut self, slot: u16, sqe: &Sqe, is_recovered: bool) {
+        self.admin.slots[usize::from(slot)] = AdminSlot::Busy;
+        self.admin.sqes[usize::from(slot)] = *sqe;
+        if is_recovered && self.was_done(sqe) {
+            self.complete(slot, Status::SUCCESS, 0);
+            return;
+        }
+        let lid = LogPage(sqe.cdw10.get() as u8);
+        let is_counters = matches!(lid, LogPage::SMART | LogPage::ENDURANCE_GROUP);
+        if AdminOpcode(sqe.opcode) == AdminOpcode::GET_LOG_PAGE && is_counters {
+            let all = self.all();
+            self.begin(Purpose::Health { slot }, all, || Action::Snapshot);
+            return;
+        }
+        self.run_command(slot, sqe);
+    }
+
+    /// Whether a queue command that a predecessor took had its effect.
+    fn was_done(&self, sqe: &Sqe) -> bool {
+        let (qid, record) = (sqe.cdw10.get() as u16, self.record.view());
+        if qid == 0 || qid >= QUEUES_MAX {
+            return false;
+        }
+        match AdminOpcode(sqe.opcode) {
+            AdminOpcode::CREATE_IO_CQ => record.cq(qid).is_some(),
+            AdminOpcode::CREATE_IO_SQ => record.sq(qid).is_some(),
+            AdminOpcode::DELETE_IO_CQ => record.cq(qid).is_none(),
+            AdminOpcode::DELETE_IO_SQ => record.sq(qid).is_none(),
+            _ => false,
+        }
+    }
+
+    fn run_command(&mut self, slot: u16, sqe: &Sqe) {
+        let view = self.memory.view();
+        let mut data = Vec::new();
+        let needed = Controller::needs_host_memory(sqe);
+        let read = walk(
+            sqe,
+            needed,
+            false,
+            &mut Copying {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    let from = data.len();
+                    data.resize(from + len as usize, 0);
+                    view.read(addr, &mut data[from..]).map_err(|_| TRANSFER)
+                },
+            },
+        );
+        if let Err(status) = read {
+            return self.complete(slot, status, 0);
+        }
+        let (mut out, now) = (std::mem::take(&mut self.out), self.now());
+        let outcome = self.controller.admin(slot, sqe, &data, &mut out, now);
+        match outcome {
+            AdminOutcome::Complete { status, result } => {
+                let mut status = status;
+                if status.is_success() && !out.is_empty() {
+                    status = self.give(sqe, &out).err().unwrap_or(status);
+                }
+                if AdminOpcode(sqe.opcode) == AdminOpcode::SET_FEATURES {
+                    self.save_controller();
+                    self.set_coalescing();
+                }
+                self.complete(slot, status, result);
+            }
+            AdminOutcome::Pending => {}
+            AdminOutcome::Queue(change) => self.change_queue(slot, change),
+            AdminOutcome::DoorbellBuffer { shadow, event_idx } => {
+                self.record.view().set_shadow(Some((shadow, event_idx)));
+                let all = self.all();
+                self.begin(Purpose::Shadow { slot }, all, || {
+                    Action::SetShadow(Some((shadow, event_idx)))
+                });
+            }
+            AdminOutcome::Abort { .. } => {
+                // What is at a volume comes back by itself, or is aborted when its queue goes.
+                self.controller.abort_done();
+                self.complete(slot, Status::SUCCESS, ABORT_NOT_DONE);
+            }
+            AdminOutcome::ResetQueues { .. }
+            | AdminOutcome::CrossReset { .. }
+            | AdminOutcome::SubsystemReset { .. }
+            | AdminOutcome::SetWriteProtect { .. }
+            | AdminOutcome::ReservationPersistence { .. } => {
+                // Persistence of a volume's reservations is changed with a registration.
+                self.complete(slot, Status::INVALID_FIELD_IN_COMMAND.dnr(), 0);
+            }
+        }
+        self.out = out;
+    }
+
+    /// Copies a command's data to guest memory.
+    fn give(&self, sqe: &Sqe, out: &[u8]) -> Result<(), Status> {
+        let (view, mut at) = (self.memory.view(), 0);
+        walk(
+            sqe,
+            out.len() as u32,
+            false,
+            &mut Copying {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    let part = &out[at..at + len as usize];
+                    at += part.len();
+                    self.mark(addr, len);
+                    view.write(addr, part).map_err(|_| TRANSFER)
+                },
+            },
+        )
+    }
+
+    fn mark(&self, addr: u64, len: u64) {
+        if let Some(log) = &self.dirty {
+            log.mark(addr, len);
+        }
+    }
+
+    fn set_coalescing(&mut self) {
+        let table: Vec<_> = (0..VECTORS).map(|vector| self.controller.coalescing(vector)).collect();
+        let all = self.all();
+        self.begin(Purpose::None, all, || Action::SetCoalescing(table.clone()));
+    }
+
+    fn change_queue(&mut self, slot: u16, change: QueueChange) {
+        let core = match change {
+            QueueChange::CreateCq(cq) => self.place(cq.qid),
+            QueueChange::DeleteCq(qid) => {
+                let core = self.cq_cores.remove(&qid).unwrap_or(0);
+                self.cores[core].queues = self.cores[core].queues.saturating_sub(1);
+                core
+            }
+            QueueChange::CreateSq(sq) => self.cq_cores.get(&sq.cqid).copied().unwrap_or(0),
+            QueueChange::DeleteSq(qid) => {
+                let cqid = self.record.view().sq(qid).map_or(0, |sq| sq.cqid);
+                self.cq_cores.get(&cqid).copied().unwrap_or(0)
+            }
+        };
+        let action = match change {
+            QueueChange::CreateCq(cq) => Action::CreateCq {
+                qid: cq.qid,
+                cq: CqRecord {
+                    address: cq.address,
+                    entries: cq.entries as u16,
+                    is_contiguous: cq.is_contiguous,
+                    vector: cq.vector,
+                    tail: 0,
+                },
+                coalescing: cq.vector.map(|v| self.controller.coalescing(v)).unwrap_or_default(),
+                is_recovered: false,
+            },
+            QueueChange::CreateSq(sq) => Action::CreateSq {
+                qid: sq.qid,
+                sq: SqRecord {
+                    address: sq.address,
+                    entries: sq.entries as u16,
+                    is_contiguous: sq.is_contiguous,
+                    cqid: sq.cqid,
+                    fetched: 0,
+                },
+                is_recovered: false,
+            },
+            QueueChange::DeleteCq(qid) => Action::DeleteCq { qid },
+            QueueChange::DeleteSq(qid) => Action::DeleteSq { qid },
+        };
+        let mut action = Some(action);
+        self.begin(Purpose::Queue { slot, change }, vec![core], || {
+            action.take().unwrap_or(Action::Snapshot)
+        });
+    }
+
+    /// The core of a completion queue that is to be created: one with the fewest.
+    fn place(&mut self, qid: u16) -> usize {
+        let core = (0..self.cores.len()).min_by_key(|core| self.cores[*core].queues).unwrap_or(0);
+        self.cores[core].queues += 1;
+        self.cq_cores.insert(qid, core);
+        core
+    }
+
+    fn complete(&mut self, slot: u16, status: Status, result: u64) {
+        let Some(entry) = self.admin.slots.get_mut(usize::from(slot)) else { return };
+        *entry = AdminSlot::Done { status, result };
+        self.admin.backlog.push_back(slot);
+    }
+
+    fn post_admin(&mut self) {
+        let Some(queues) = self.admin.queues else { return };
+        // A stopped device touches no memory. What is not posted is in the record, and is carried out
+        // again by who goes on.
+        if self.admin.backlog.is_empty() || !self.is_running {
+            return;
+        }
+        self.save_controller();
+        let (record, view) = (self.record.view(), self.memory.view());
+        self.admin.see_head(record.doorbell(0, true));
+        let mut is_told = true;
+        while self.admin.tail - self.admin.head < u64::from(queues.cq_entries) - 1 {
+            let Some(slot) = self.admin.backlog.pop_front() else { break };
+            let AdminSlot::Done { status, result } = self.admin.slots[usize::from(slot)] else {
+                continue;
+            };
+            let sqe = &self.admin.sqes[usize::from(slot)];
+            let mut cqe = Cqe::new(sqe.cid.get(), status, result & 0xffff_ffff);
+            cqe.sqhd.set((self.admin.fetched % u64::from(queues.sq_entries)) as u16);
+            let position = self.admin.tail;
+            let phase = phase(position, queues.cq_entries);
+            cqe.status_raw.set(cqe.status_raw.get() & !1 | phase);
+            record.completing(0, slot, &cqe.to_bytes(), position + 1);
+            write_cqe(&view, &queues, position, &cqe.to_bytes());
+            self.mark(queues.cq_address, u64::from(queues.cq_entries) * 16);
+            self.admin.tail += 1;
+            record.set_tail(0, self.admin.tail);
+            record.free(0, slot);
+            self.admin.slots[usize::from(slot)] = AdminSlot::Free;
+            is_told = false;
+        }
+        if !is_told {
+            self.admin.is_pending = true;
+            self.raise_admin();
+        }
+    }
+
+    fn raise_admin(&mut self) {
+        let has_changed = self.interrupts.refresh();
+        if self.admin.queues.is_none() {
+            return;
+        }
+        if has_changed {
+            self.admin.see_head(self.record.view().doorbell(0, true));
+            self.admin.is_pending |= self.admin.head < self.admin.tail;
+        }
+        if self.admin.is_pending {
+            self.admin.is_pending = !self.interrupts.raise(0);
+        }
+    }
+
+    // A predecessor's state.
+
+    /// Takes up a saved controller; its queues follow when there is memory.
+    fn take_up(&mut self, saved: &[u8]) -> Result<(), BadState> {
+        let now = self.now();
+        let (pci, controller) = saved.split_first_chunk().ok_or(BadState::Damaged)?;
+        if !self.pci.restore(pci) {
+            return Err(BadState::Mismatch);
+        }
+        self.controller.restore(controller, now).ok_or(BadState::Damaged)?;
+        self.is_to_be_rebuilt = true;
+        self.rebuild();
+        Ok(())
+    }
+
+    /// Serves the queues of the record, once their memory is there.
+    fn rebuild(&mut self) {
+        if !self.is_to_be_rebuilt {
+            return;
+        }
+        let Some(queues) = self.controller.admin_queues() else {
+            // Nothing was enabled.
+            self.is_to_be_rebuilt = false;
+            return;
+        };
+        let view = self.memory.view();
+        let sq = view.slice(queues.sq_address, u64::from(queues.sq_entries) * 64);
+        let cq = view.slice(queues.cq_address, u64::from(queues.cq_entries) * 16);
+        if sq.is_err() || cq.is_err() || !self.is_running {
+            return;
+        }
+        self.is_to_be_rebuilt = false;
+        let record = self.record.view();
+        if self.controller.is_ending() {
+            // It was in the middle of a reset or shutdown: nothing of the queues matters, or they
+            // have to be drained as the predecessor would have.
+            if !self.is_enabled() {
+                self.reset_queues(After::Controller);
+                return;
+            }
+        }
+        self.admin = Admin::new(queues);
+        let saved = record.cq(0).map_or(0, |cq| cq.tail);
+        self.admin.tail = saved;
+        self.admin.head = saved.saturating_sub(u64::from(queues.cq_entries) - 1);
+        self.admin.fetched = record.sq(0).map_or(0, |sq| sq.fetched);
+        for qid in 1..QUEUES_MAX {
+            let Some(cq) = record.cq(qid) else { continue };
+            let core = self.place(qid);
+            let coalescing = cq.vector.map(|v| self.controller.coalescing(v)).unwrap_or_default();
+            self.controller.queue_changed(&QueueChange::CreateCq(nvme::ctrl::CqConfig {
+                qid,
+                entries: u32::from(cq.entries),
+                address: cq.address,
+                is_contiguous: cq.is_contiguous,
+                vector: cq.vector,
+            }));
+            self.begin(Purpose::None, vec![core], || Action::CreateCq {
+                qid,
+                cq,
+                coalescing,
+                is_recovered: true,
+            });
+        }
+        for qid in 1..QUEUES_MAX {
+            let Some(sq) = record.sq(qid) else { continue };
+            let core = self.cq_cores.get(&sq.cqid).copied().unwrap_or(0);
+            self.controller.queue_changed(&QueueChange::CreateSq(nvme::ctrl::SqConfig {
+                qid,
+                entries: u32::from(sq.entries),
+                address: sq.address,
+                is_contiguous: sq.is_contiguous,
+                cqid: sq.cqid,
+            }));
+            self.begin(Purpose::None, vec![core], || Action::CreateSq {
+                qid,
+                sq,
+                is_recovered: true,
+            });
+        }
+        let mut found: Vec<_> =
+            (0..ADMIN_SLOTS).filter_map(|slot| Some((slot, record.slot(0, slot)?))).collect();
+        found.sort_by_key(|(_, slot)| slot.seq);
+        for (slot, saved) in found {
+            self.admin.fetched = self.admin.fetched.max(saved.seq);
+            if saved.post != 0 {
+                let position = saved.post - 1;
+                if position >= self.admin.tail {
+                    if !has_cqe(&view, &queues, position) {
+                        write_cqe(&view, &queues, position, &saved.cqe);
+                    }
+                    self.admin.tail = position + 1;
+                    let oldest = self.admin.tail.saturating_sub(u64::from(queues.cq_entries) - 1);
+                    self.admin.head = self.admin.head.max(oldest);
+                    record.set_tail(0, self.admin.tail);
+                }
+                record.free(0, slot);
+                continue;
+            }
+            self.start_command(slot, &Sqe::from_bytes(&saved.sqe), true);
+        }
+        if self.controller.is_ending() {
+            let all = self.all();
+            self.begin(Purpose::Shutdown, all, || Action::Shutdown);
+        }
+        self.admin.is_pending = true;
+        self.route_interrupts();
+        self.run_admin();
+    }
+
+    // Namespaces.
+
+    fn set_namespaces(&mut self, attached: Vec<Attached>) -> Result<(), AttachError> {
+        let subsys = crate::namespaces(&self.subsys, &attached)?;
+        let subsys = Arc::new(subsys);
+        self.attached = attached;
+        self.subsys = Arc::clone(&subsys);
+        let (attached, all) = (self.attached.clone(), self.all());
+        let told = Arc::clone(&subsys);
+        self.begin(Purpose::Namespaces(told), all, || Action::SetNamespaces {
+            subsys: Arc::clone(&subsys),
+            attached: attached.clone(),
+        });
+        Ok(())
+    }
+
+    /// What the device is doing, to `sender` when the cores have answered.
+    pub(crate) fn ask_state(&mut self, client: ClientState, sender: mpsc::Sender<DeviceState>) {
+        let (all, is_connected) = (self.all(), client.is_connected);
+        self.begin(Purpose::State { sender, is_connected }, all, || Action::Snapshot);
+    }
+
+    pub(crate) fn attach_namespace(
+        &mut self,
+        nsid: u32,
+        volume: Arc<dyn Volume>,
+    ) -> Result<(), AttachError> {
+        if self.attached.iter().any(|one| one.nsid == nsid) {
+            return Err(AttachError::InUse(nsid));
+        }
+        let mut attached = self.attached.clone();
+        attached.push(Attached { nsid, volume });
+        self.set_namespaces(attached)
+    }
+
+    pub(crate) fn detach_namespace(&mut self, nsid: u32) -> Result<(), AttachError> {
+        let mut attached = self.attached.clone();
+        attached.retain(|one| one.nsid != nsid);
+        if attached.len() == self.attached.len() {
+            return Err(AttachError::NotAttached(nsid));
+        }
+        self.set_namespaces(attached)
+    }
+
+    pub(crate) fn refresh(&mut self) -> Result<(), AttachError> {
+        self.set_namespaces(self.attached.clone())
+    }
+
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
+    }
+}
+
+impl Core {
+    fn flush(&mut self) {
+        while let Some(command) = self.outbox.pop_front() {
+            if let Err(command) = self.commands.send(command) {
+                self.outbox.push_front(command);
+                break;
+            }
+        }
+    }
+}
+
+impl Admin {
+    fn new(queues: AdminQueues) -> Admin {
+        Admin {
+            queues: Some(queues),
+            slots: vec![AdminSlot::Free; usize::from(ADMIN_SLOTS)],
+            sqes: vec![Sqe::default(); usize::from(ADMIN_SLOTS)],
+            ..Admin::default()
+        }
+    }
+
+    fn see_head(&mut self, index: u32) {
+        let Some(queues) = self.queues else { return };
+        let entries = u64::from(queues.cq_entries);
+        let step = (u64::from(index) + entries - self.head % entries) % entries;
+        if index < queues.cq_entries && self.head + step <= self.tail {
+            self.head += step;
+        }
+    }
+}
+
+fn phase(position: u64, entries: u32) -> u16 {
+    ((position / u64::from(entries) + 1) & 1) as u16
+}
+
+/// Writes a completion of the admin queue: its last dword, with the phase, after the rest.
+fn write_cqe(
+    view: &std::rc::Rc<iobuf::GuestView>,
+    queues: &AdminQueues,
+    position: u64,
+    bytes: &[u8; 16],
+) {
+    let at = queues.cq_address + position % u64::from(queues.cq_entries) * 16;
+    let [head @ .., a, b, c, d] = *bytes;
+    if let Ok(entry) = view.slice(at, 16) {
+        let _ = entry.write(0, &head);
+        let _ = entry.store_u32(12, u32::from_le_bytes([a, b, c, d]), Release);
+    }
+}
+
+fn has_cqe(view: &std::rc::Rc<iobuf::GuestView>, queues: &AdminQueues, position: u64) -> bool {
+    let at = queues.cq_address + position % u64::from(queues.cq_entries) * 16;
+    let mut bytes = [0; 2];
+    view.read(at + 14, &mut bytes).is_ok()
+        && u16::from_le_bytes(bytes) & 1 == phase(position, queues.cq_entries)
+}
+
+fn sum(states: &[CoreState]) -> Counters {
+    let mut sum = Counters::default();
+    states.iter().for_each(|state| sum.add(&state.counters));
+    sum
+}
+
+impl Function for Device {
+    fn region(&self, region: Region) -> RegionInfo {
+        match region {
+            Region::BAR0 => RegionInfo {
+                size_bytes: BAR0_BYTES,
+                is_readable: true,
+                is_writable: true,
+                mappable: match self.doorbells {
+                    Doorbells::Mapped => {
+                        vec![Area { offset: DOORBELLS_AT, len_bytes: DOORBELLS_BYTES }]
+                    }
+                    Doorbells::Trapped => Vec::new(),
+                },
+            },
+            Region::BAR4 => RegionInfo {
+                size_bytes: LAYOUT.bar4_bytes(),
+                is_readable: true,
+                is_writable: true,
+                mappable: Vec::new(),
+            },
+            Region::CONFIG => RegionInfo {
+                size_bytes: pci::CONFIG_BYTES as u64,
+                is_readable: true,
+                is_writable: true,
+                mappable: Vec::new(),
+            },
+            _ => RegionInfo::default(),
+        }
+    }
+
+    fn region_fd(&self, region: Region) -> Option<BorrowedFd<'_>> {
+        let is_there = region == Region::BAR0 && self.doorbells == Doorbells::Mapped;
+        is_there.then(|| self.record.doorbells())
+    }
+
+    fn vectors(&self, irq: Irq) -> u32 {
+        match irq {
+            Irq::Intx => 1,
+            Irq::Msix => u32::from(VECTORS),
+        }
+    }
+
+    fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
+        match region {
+            Region::BAR0 => {}
+            Region::BAR4 => {
+                let table = usize::try_from(offset).ok().and_then(|at| self.msix_table.get(at..));
+                let table = table.unwrap_or_default();
+                let len = data.len().min(table.len());
+                data.fill(0);
+                data[..len].copy_from_slice(&table[..len]);
+                return;
+            }
+            _ => return self.pci.read(offset, data),
+        }
+        for (at, byte) in (offset..).zip(data) {
+            // Doorbells are for writing.
+            let register = if at < DOORBELLS_AT { at as u32 } else { 0xffc };
+            let value = self.controller.register_read(register & !3);
+            *byte = value.to_le_bytes()[(at & 3) as usize];
+        }
+    }
+
+    fn write(&mut self, region: Region, offset: u64, data: &[u8]) -> Step {
+        match region {
+            Region::BAR0 => {}
+            Region::BAR4 => {
+                let table = VECTORS as usize * pci::MSIX_ENTRY_BYTES as usize;
+                for (at, byte) in (offset..).zip(data).filter(|(at, _)| *at < table as u64) {
+                    self.msix_table[at as usize] = *byte;
+                }
+                return Step::Done;
+            }
+            _ => {
+                let changes = self.pci.write(offset, data);
+                if changes.starts_flr {
+                    self.reset_queues(After::FunctionLevel);
+                    return Step::Pending;
+                }
+                if changes.command || changes.msix {
+                    self.route_interrupts();
+                }
+                self.save_controller();
+                return Step::Done;
+            }
+        }
+        // "Accesses shall be aligned dwords or qwords": others are dropped.
+        if !offset.is_multiple_of(4) || !matches!(data.len(), 4 | 8) {
+            return Step::Done;
+        }
+        for (at, dword) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
+            let value = u32::from_le_bytes(dword.try_into().unwrap_or([0; 4]));
+            if at < DOORBELLS_AT {
+                self.register_write(at as u32, value);
+            } else {
+                self.doorbell_write(at, value);
+            }
+        }
+        Step::Done
+    }
+
+    fn reset(&mut self, reset: Reset) -> Step {
+        let Reset::Conventional = reset;
+        self.reset_queues(After::Function);
+        Step::Pending
+    }
+
+    fn set_memory(&mut self, memory: &GuestMemory, has_removed: bool) -> Step {
+        self.memory = memory.clone();
+        let all = self.all();
+        let purpose = if has_removed { Purpose::Call } else { Purpose::None };
+        self.begin(purpose, all, || Action::SetMemory { memory: memory.clone(), has_removed });
+        self.rebuild();
+        self.run_admin();
+        if has_removed { Step::Pending } else { Step::Done }
+    }
+
+    fn set_trigger(&mut self, irq: Irq, vector: u32, eventfd: Option<Arc<OwnedFd>>) {
+        self.vectors.change(|setup| match irq {
+            Irq::Intx => {
+                setup.intx = eventfd;
+                setup.intx_masked = false;
+            }
+            Irq::Msix => {
+                if let Some(entry) = setup.msix.get_mut(vector as usize) {
+                    *entry = eventfd;
+                }
+            }
+        });
+        self.route_interrupts();
+    }
+
+    fn set_masked(&mut self, irq: Irq, vector: u32, is_masked: bool) {
+        self.vectors.change(|setup| match irq {
+            Irq::Intx => setup.intx_masked = is_masked,
+            Irq::Msix => {
+                if let Some(entry) = setup.msix_masked.get_mut(vector as usize) {
+                    *entry = is_masked;
+                }
+            }
+        });
+        self.wake_cores();
+        self.raise_admin();
+    }
+
+    fn trigger(&mut self, irq: Irq, vector: u32) {
+        let eventfd = self.vectors.change(|setup| match irq {
+            Irq::Intx => setup.intx.clone(),
+            Irq::Msix => setup.msix.get(vector as usize).cloned().flatten(),
+        });
+        if let Some(eventfd) = eventfd {
+            signal(&eventfd);
+        }
+    }
+
+    fn set_dirty_log(&mut self, log: Option<Arc<DirtyLog>>) -> Step {
+        self.dirty = log.clone();
+        let all = self.all();
+        self.begin(Purpose::Call, all, || Action::SetDirtyLog(log.clone()));
+        Step::Pending
+    }
+
+    fn set_running(&mut self, is_running: bool) -> Step {
+        self.is_running = is_running;
+        let all = self.all();
+        self.begin(Purpose::Call, all, || Action::SetRunning(is_running));
+        self.rebuild();
+        self.run_admin();
+        Step::Pending
+    }
+
+    fn save(&mut self) -> Vec<u8> {
+        self.save_controller();
+        let mut state = SAVED_MAGIC.to_vec();
+        let record = self.record.view();
+        for part in [&record.controller().unwrap_or_default(), &save_queues(&record)] {
+            state.extend_from_slice(&(part.len() as u32).to_le_bytes());
+            state.extend_from_slice(part);
+        }
+        state
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), BadState> {
+        let rest = state.strip_prefix(SAVED_MAGIC).ok_or(BadState::Unknown)?;
+        let (controller, rest) = part(rest).ok_or(BadState::Damaged)?;
+        let (queues, rest) = part(rest).ok_or(BadState::Damaged)?;
+        if !rest.is_empty() {
+            return Err(BadState::Damaged);
+        }
+        let record = self.record.view();
+        record.clear_queues();
+        restore_queues(&record, queues).ok_or(BadState::Damaged)?;
+        let restored = self.take_up(controller);
+        if restored.is_err() {
+            record.clear_queues();
+            self.pci.reset();
+            let now = self.now();
+            self.controller.function_reset(now);
+        }
+        self.save_controller();
+        restored
+    }
+
+    fn detach(&mut self) -> Step {
+        // What was pending is answered by this.
+        self.said.clear();
+        for one in self.outstanding.values_mut() {
+            if matches!(one.purpose, Purpose::Call) {
+                one.purpose = Purpose::None;
+            }
+        }
+        self.is_to_be_rebuilt = false;
+        self.reset_queues(After::Detach);
+        Step::Pending
+    }
+
+    fn poll(&mut self) -> Option<Said> {
+        while let Ok(event) = self.events.try_recv() {
+            self.on_event(event);
+        }
+        self.cores.iter_mut().for_each(Core::flush);
+        self.said.pop_front()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        for core in 0..self.cores.len() {
+            self.send(core, Command::Leave);
+        }
+    }
+}
+
+const SAVED_MAGIC: &[u8] = b"penstock nvme 1\0";
+
+fn part(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = bytes.split_first_chunk::<4>()?;
+    rest.split_at_checked(u32::from_le_bytes(*len) as usize)
+}
+
+/// The queues of a record, with doorbells and commands that were taken, as a list of numbers and
+/// entries.
+fn save_queues(record: &RecordView) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut put = |values: &[u64]| {
+        values.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+    };
+    let (shadow, event_idx) = record.shadow().unwrap_or((u64::MAX, u64::MAX));
+    put(&[shadow, event_idx]);
+    for qid in 0..QUEUES_MAX {
+        if let Some(cq) = record.cq(qid) {
+            let vector = cq.vector.map_or(u64::MAX, u64::from);
+            let (entries, kind) = (u64::from(cq.entries), u64::from(cq.is_contiguous));
+            let head = u64::from(record.doorbell(qid, true));
+            put(&[1, u64::from(qid), cq.address, entries, kind, vector, cq.tail, head]);
+        }
+    }
+    for qid in 0..QUEUES_MAX {
+        if let Some(sq) = record.sq(qid) {
+            let (entries, kind) = (u64::from(sq.entries), u64::from(sq.is_contiguous));
+            let tail = u64::from(record.doorbell(qid, false));
+            let cqid = u64::from(sq.cqid);
+            put(&[2, u64::from(qid), sq.address, entries, kind, cqid, sq.fetched, tail]);
+        }
+        for slot in 0..crate::record::ENTRIES_MAX {
+            // Completed ones are in the completion queue: the device is stopped.
+            if let Some(saved) = record.slot(qid, slot).filter(|saved| saved.post == 0) {
+                let words = saved.sqe.as_chunks::<8>().0;
+                let mut values = vec![3, u64::from(qid), u64::from(slot), saved.seq];
+                values.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
+                put(&values);
+            }
+        }
+    }
+    out
+}
+
+fn restore_queues(record: &RecordView, bytes: &[u8]) -> Option<()> {
+    let (words, rest) = bytes.as_chunks::<8>();
+    if !rest.is_empty() {
+        return None;
+    }
+    let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+    let [shadow, event_idx, ref rest @ ..] = words[..] else { return None };
+    if shadow != u64::MAX {
+        record.set_shadow(Some((shadow, event_idx)));
+    }
+    let mut rest = rest;
+    while let [kind, qid, more @ ..] = rest {
+        let qid = u16::try_from(*qid).ok().filter(|qid| *qid < QUEUES_MAX)?;
+        rest = match *kind {
+            1 | 2 => {
+                let [address, entries, contiguous, other, count, doorbell, more @ ..] = more else {
+                    return None;
+                };
+                let entries = u16::try_from(*entries).ok().filter(|entries| *entries >= 2)?;
+                let is_contiguous = *contiguous != 0;
+                if *kind == 1 {
+                    let vector = match *other {
+                        u64::MAX => None,
+                        vector => Some(u16::try_from(vector).ok()?),
+                    };
+                    let (address, tail) = (*address, *count);
+                    let cq = CqRecord { address, entries, is_contiguous, vector, tail };
+                    record.set_cq(qid, Some(&cq));
+                } else {
+                    let cqid = u16::try_from(*other).ok().filter(|cqid| *cqid < QUEUES_MAX)?;
+                    let (address, fetched) = (*address, *count);
+                    let sq = SqRecord { address, entries, is_contiguous, cqid, fetched };
+                    record.set_sq(qid, Some(&sq));
+                }
+                record.ring(qid, *kind == 1, u32::try_from(*doorbell).ok()?);
+                more
+            }
+            3 => {
+                let [slot, seq, more @ ..] = more else { return None };
+                let (sqe, more) = more.split_first_chunk::<8>()?;
+                let slot = u16::try_from(*slot).ok()?;
+                let sq = record.sq(qid)?;
+                if slot >= crate::record::ENTRIES_MAX || *seq == 0 || *seq > sq.fetched {
+                    return None;
+                }
+                let mut bytes = [0; 64];
+                for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(sqe) {
+                    *to = word.to_le_bytes();
+                }
+                let fetched = sq.fetched;
+                record.take(qid, slot, &bytes, *seq);
+                record.set_fetched(qid, fetched);
+                more
+            }
+            _ => return None,
+        };
+    }
+    Some(())
+}

@@ -1,0 +1,1321 @@
+//! One core's queues being served: entries become I/Os, finished I/Os become completions.
+//!
+//! ```text
+//!   doorbell ─► Ring ─► copy of the SQE ─► record ─► io::decode ─► xfer::walk ─► Channel::submit
+//!   interrupt ◄─ Ring ◄─ record ◄─ status, queue by queue as there is room ◄──── Channel::poll
+//! ```
+//!
+//! A completion queue and all submission queues that use it are on one core. A command takes a slot
+//! of its submission queue and, while the volume works on it, one [`Io`]. All are allocated when the
+//! queue is created. Data is not copied: an I/O's list points into guest memory and holds it.
+//!
+//! The order in which the record is written is in [`crate::record`].
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::fence;
+use std::time::Duration;
+
+use block::{Busy, Channel, Extent, Io, IoError, Op, Reserve};
+use iobuf::{GuestSlice, GuestView};
+use nvme::ctrl::Coalescing;
+use nvme::ctrl::io::{self, COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand};
+use nvme::spec::{Cqe, NSID_ALL, Sqe, Status};
+use nvme::subsys::SubsystemInfo;
+use nvme::subsys::reservation::{
+    AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationType,
+};
+use nvme::xfer::{Copying, walk};
+
+use crate::dirty::DirtyLog;
+use crate::msix::Interrupts;
+use crate::queue::{Place, Ring};
+use crate::record::{CqRecord, ENTRIES_MAX, RecordView, SqRecord, step};
+use crate::status;
+
+/// Most commands taken from one queue in a turn, so that others of the core get theirs.
+const TURN_MAX: usize = 64;
+/// Most segments of one I/O: one for each page of the largest transfer, and as many again for
+/// buffers that cross memory regions.
+const SEGMENTS_MAX: usize = 514;
+/// Segments that an I/O has room for from the start; a longer list allocates once.
+const SEGMENTS: usize = 66;
+/// Tag of an I/O: which submission queue, in the upper half.
+const TAG_SHIFT: u32 = 16;
+
+/// Stands for a queue in the tag of an I/O that belongs to no command.
+const NO_QUEUE: u16 = u16::MAX;
+
+const TRANSFER: Status = Status::DATA_TRANSFER_ERROR.dnr();
+
+/// What the queues of a core have done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Read commands completed, errors included.
+    pub reads: u64,
+    /// Write commands completed, errors included.
+    pub writes: u64,
+    /// All other commands completed.
+    pub others: u64,
+    /// Bytes of successful reads.
+    pub read_bytes: u64,
+    /// Bytes of successful writes.
+    pub written_bytes: u64,
+    /// Commands that did not succeed.
+    pub errors: u64,
+    /// Errors of the medium.
+    pub media_errors: u64,
+    /// Time from when they were taken to when they were completed, of all commands.
+    pub latency: Duration,
+    /// The longest.
+    pub latency_max: Duration,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// I/Os that a volume's channel did not take at once.
+    pub busy: u64,
+}
+
+impl Counters {
+    /// Adds others.
+    pub fn add(&mut self, other: &Counters) {
+        let Counters {
+            reads,
+            writes,
+            others,
+            read_bytes,
+            written_bytes,
+            errors,
+            media_errors,
+            latency,
+            latency_max,
+            interrupts,
+            busy,
+        } = other;
+        self.reads += reads;
+        self.writes += writes;
+        self.others += others;
+        self.read_bytes += read_bytes;
+        self.written_bytes += written_bytes;
+        self.errors += errors;
+        self.media_errors += media_errors;
+        self.latency += *latency;
+        self.latency_max = self.latency_max.max(*latency_max);
+        self.interrupts += interrupts;
+        self.busy += busy;
+    }
+
+    /// Commands completed.
+    pub fn commands(&self) -> u64 {
+        self.reads + self.writes + self.others
+    }
+}
+
+/// A command that failed for a reason that is not the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Queue.
+    pub sqid: u16,
+    /// Its identifier.
+    pub cid: u16,
+    /// What it completed with.
+    pub status: Status,
+    /// Opcode.
+    pub opcode: u8,
+    /// Namespace.
+    pub nsid: u32,
+    /// First byte.
+    pub offset: u64,
+}
+
+/// What the control thread is to hear of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A doorbell was rung with a value that its queue does not have.
+    BadDoorbell,
+    /// For the error log.
+    Failed(Failure),
+}
+
+/// Most notices kept; more are dropped, as the error log has no room for them either.
+const NOTICES_MAX: usize = 64;
+
+#[derive(Debug, Default)]
+struct Slot {
+    sqe: Sqe,
+    command: Option<IoCommand>,
+    /// Ranges done, of commands with several; of a flush of all, the NSID done last.
+    step: u32,
+    /// Data of commands that have structures.
+    data: Vec<u8>,
+    taken_at: Duration,
+    /// Memory table it was taken under.
+    epoch: u64,
+    is_used: bool,
+    is_completed: bool,
+}
+
+struct Sq {
+    qid: u16,
+    entries: u32,
+    cqid: u16,
+    place: Place,
+    ring: Option<Ring>,
+    fetched: u64,
+    /// Tail that was refused last, to complain only once.
+    bad_tail: u32,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    is_closing: bool,
+}
+
+impl Sq {
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+struct Cq {
+    qid: u16,
+    entries: u32,
+    place: Place,
+    ring: Option<Ring>,
+    vector: Option<u16>,
+    tail: u64,
+    head: u64,
+    bad_head: u32,
+    backlog: VecDeque<Done>,
+    coalescing: Coalescing,
+    /// Posted since the vector was raised, and when the first of them was.
+    untold: u32,
+    untold_since: Duration,
+    /// The vector could not be raised.
+    is_pending: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Done {
+    sqid: u16,
+    slot: u16,
+    status: Status,
+    result: u32,
+}
+
+/// A volume, to the queues of a core.
+struct Space {
+    nsid: u32,
+    channel: Box<dyn Channel>,
+    /// I/Os that the channel did not take.
+    waiting: VecDeque<Box<Io>>,
+    /// Not a namespace any more; goes when its last I/O is back.
+    is_leaving: bool,
+}
+
+/// Why a queue cannot be created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused(pub Status);
+
+/// One core's queues. See the [module](self).
+pub struct Engine {
+    view: Rc<GuestView>,
+    record: RecordView,
+    shadow: Option<(GuestSlice, GuestSlice, u64)>,
+    subsys: Arc<SubsystemInfo>,
+    spaces: Vec<Space>,
+    sqs: Vec<Sq>,
+    cqs: Vec<Cq>,
+    #[expect(clippy::vec_box, reason = "the boxes move between here and the channels")]
+    ios: Vec<Box<Io>>,
+    /// I/Os that a channel has just given back; empty between two calls.
+    #[expect(clippy::vec_box, reason = "the boxes move between here and the channels")]
+    returned: Vec<Box<Io>>,
+    interrupts: Interrupts,
+    dirty: Option<Arc<DirtyLog>>,
+    epoch: u64,
+    is_running: bool,
+    /// Nothing is taken until the queues are gone: the controller is shut down.
+    is_draining: bool,
+    /// Nothing is posted any more: the controller is being reset.
+    is_resetting: bool,
+    /// I/Os at volumes or waiting for them.
+    at_volume: usize,
+    counters: Counters,
+    notices: VecDeque<Notice>,
+    now: Duration,
+}
+
+impl Engine {
+    /// Without queues, without memory.
+    pub fn new(
+        view: Rc<GuestView>,
+        record: RecordView,
+        subsys: Arc<SubsystemInfo>,
+        interrupts: Interrupts,
+    ) -> Engine {
+        Engine {
+            view,
+            record,
+            shadow: None,
+            subsys,
+            spaces: Vec::new(),
+            sqs: Vec::new(),
+            cqs: Vec::new(),
+            ios: Vec::new(),
+            returned: Vec::new(),
+            interrupts,
+            dirty: None,
+            epoch: 0,
+            is_running: true,
+            is_draining: false,
+            is_resetting: false,
+            at_volume: 0,
+            counters: Counters::default(),
+            notices: VecDeque::with_capacity(NOTICES_MAX),
+            now: Duration::ZERO,
+        }
+    }
+
+    /// Another view of the namespaces. `open` gives the channel of one that is new here. Commands of
+    /// those that are gone complete, and no others begin.
+    pub fn set_namespaces(
+        &mut self,
+        subsys: Arc<SubsystemInfo>,
+        mut open: impl FnMut(u32) -> Option<Box<dyn Channel>>,
+    ) {
+        for space in &mut self.spaces {
+            space.is_leaving |= subsys.namespace(space.nsid).is_none();
+        }
+        for ns in subsys.namespaces() {
+            if self.space_of(ns.nsid).is_none()
+                && let Some(channel) = open(ns.nsid)
+            {
+                let waiting = VecDeque::new();
+                self.spaces.push(Space { nsid: ns.nsid, channel, waiting, is_leaving: false });
+            }
+        }
+        self.subsys = subsys;
+    }
+
+    fn space_of(&self, nsid: u32) -> Option<usize> {
+        self.spaces.iter().position(|space| space.nsid == nsid && !space.is_leaving)
+    }
+
+    /// The memory table has changed. Queues that are not in it pause until the next change.
+    /// Commands in flight keep the memory they were given.
+    pub fn set_memory(&mut self, view: Rc<GuestView>) {
+        self.epoch += 1;
+        for sq in &mut self.sqs {
+            sq.ring = sq.place.bind(&view, 64);
+        }
+        for cq in &mut self.cqs {
+            cq.ring = cq.place.bind(&view, 16);
+        }
+        self.view = view;
+        let shadow = self.record.shadow();
+        self.bind_shadow(shadow, false);
+    }
+
+    /// Commands that hold memory of before the last change.
+    pub fn in_flight_old(&self) -> usize {
+        let slots = self.sqs.iter().flat_map(|sq| &sq.slots);
+        slots.filter(|slot| slot.is_used && !slot.is_completed && slot.epoch != self.epoch).count()
+    }
+
+    /// Doorbells are in guest memory from now on, or no more. False if there is none there.
+    pub fn set_shadow(&mut self, shadow: Option<(u64, u64)>) -> bool {
+        self.bind_shadow(shadow, true)
+    }
+
+    fn bind_shadow(&mut self, shadow: Option<(u64, u64)>, is_new: bool) -> bool {
+        self.shadow = None;
+        let Some((doorbells, event_idx)) = shadow else { return true };
+        let (Ok(doorbells), Ok(events)) =
+            (self.view.slice(doorbells, 4096), self.view.slice(event_idx, 4096))
+        else {
+            return false;
+        };
+        if is_new {
+            // A host that has rung doorbells already goes on from there.
+            for (qid, is_cq) in self.doorbells() {
+                let value = self.record.doorbell(qid, is_cq);
+                let _ = doorbells.store_u32(shadow_at(qid, is_cq), value, Release);
+            }
+        }
+        self.shadow = Some((doorbells, events, event_idx));
+        self.disarm();
+        true
+    }
+
+    fn doorbells(&self) -> Vec<(u16, bool)> {
+        let sqs = self.sqs.iter().map(|sq| (sq.qid, false));
+        sqs.chain(self.cqs.iter().map(|cq| (cq.qid, true))).collect()
+    }
+
+    /// Log writes to guest memory.
+    pub fn set_dirty_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.dirty = log;
+    }
+
+    /// Take commands, or leave them in their queues and finish what was taken.
+    pub fn set_running(&mut self, is_running: bool) {
+        self.is_running = is_running;
+    }
+
+    /// When to tell of completions.
+    pub fn set_coalescing(&mut self, coalescing: impl Fn(u16) -> Coalescing) {
+        for cq in &mut self.cqs {
+            if let Some(vector) = cq.vector {
+                cq.coalescing = coalescing(vector);
+            }
+        }
+    }
+
+    /// Creates a completion queue, or takes up that of a predecessor, which posted `cq.tail`
+    /// entries.
+    ///
+    /// # Errors
+    /// What the command is to complete with.
+    pub fn create_cq(
+        &mut self,
+        qid: u16,
+        cq: &CqRecord,
+        coalescing: Coalescing,
+        is_recovered: bool,
+    ) -> Result<(), Refused> {
+        let entries = u32::from(cq.entries);
+        let place =
+            Place::new(&self.view, cq.address, cq.is_contiguous, entries, 16).map_err(Refused)?;
+        let ring = place.bind(&self.view, 16).ok_or(Refused(TRANSFER))?;
+        if !is_recovered {
+            self.record.ring(qid, true, 0);
+            self.clear_shadow(qid, true);
+            self.record.set_cq(qid, Some(cq));
+        }
+        let tail = cq.tail;
+        self.cqs.push(Cq {
+            qid,
+            entries,
+            place,
+            ring: Some(ring),
+            vector: cq.vector,
+            tail,
+            // The oldest that the host can be at; the doorbell says more.
+            head: tail.saturating_sub(u64::from(entries) - 1),
+            bad_head: u32::MAX,
+            backlog: VecDeque::with_capacity(64),
+            coalescing,
+            // Whoever posted before may have gone between posting and telling.
+            untold: u32::from(is_recovered),
+            untold_since: Duration::ZERO,
+            is_pending: false,
+        });
+        Ok(())
+    }
+
+    /// Creates a submission queue, or takes up that of a predecessor with the commands it had not
+    /// completed. The completion queue is here.
+    ///
+    /// # Errors
+    /// What the command is to complete with.
+    pub fn create_sq(
+        &mut self,
+        qid: u16,
+        sq: &SqRecord,
+        is_recovered: bool,
+    ) -> Result<(), Refused> {
+        let entries = u32::from(sq.entries);
+        let place =
+            Place::new(&self.view, sq.address, sq.is_contiguous, entries, 64).map_err(Refused)?;
+        let ring = place.bind(&self.view, 64).ok_or(Refused(TRANSFER))?;
+        if !self.cqs.iter().any(|cq| cq.qid == sq.cqid) {
+            return Err(Refused(Status::COMPLETION_QUEUE_INVALID.dnr()));
+        }
+        if !is_recovered {
+            self.record.ring(qid, false, 0);
+            self.clear_shadow(qid, false);
+            self.record.set_sq(qid, Some(sq));
+        }
+        let slots = entries.min(u32::from(ENTRIES_MAX)) as u16;
+        self.sqs.push(Sq {
+            qid,
+            entries,
+            cqid: sq.cqid,
+            place,
+            ring: Some(ring),
+            fetched: sq.fetched,
+            bad_tail: u32::MAX,
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+            free: (0..slots).rev().collect(),
+            is_closing: false,
+        });
+        let wanted = self.ios.len() + usize::from(slots);
+        self.ios.resize_with(wanted, || Box::new(Io::with_capacity(SEGMENTS)));
+        if is_recovered {
+            self.recover(self.sqs.len() - 1);
+        }
+        Ok(())
+    }
+
+    fn clear_shadow(&self, qid: u16, is_cq: bool) {
+        if let Some((doorbells, events, _)) = &self.shadow {
+            let _ = doorbells.store_u32(shadow_at(qid, is_cq), 0, Release);
+            let _ = events.store_u32(shadow_at(qid, is_cq), 0, Release);
+        }
+    }
+
+    /// Takes up the commands that a predecessor took and did not complete; see [`crate::record`].
+    fn recover(&mut self, at: usize) {
+        let qid = self.sqs[at].qid;
+        let mut found: Vec<_> = (0..self.sqs[at].slots.len() as u16)
+            .filter_map(|slot| Some((slot, self.record.slot(qid, slot)?)))
+            .collect();
+        found.sort_by_key(|(_, slot)| slot.seq);
+        for (slot, saved) in found {
+            let sq = &mut self.sqs[at];
+            sq.fetched = sq.fetched.max(saved.seq);
+            let cqid = sq.cqid;
+            if saved.post != 0
+                && let Some(cq) = self.cqs.iter_mut().find(|cq| cq.qid == cqid)
+            {
+                let position = saved.post - 1;
+                let is_there = position < cq.tail || cq.has(position);
+                if !is_there {
+                    cq.write(position, &saved.cqe);
+                }
+                if position >= cq.tail {
+                    cq.tail = position + 1;
+                    // The host may have seen it already: its head is where this one begins to count.
+                    cq.head = cq.head.max(cq.tail.saturating_sub(u64::from(cq.entries) - 1));
+                    self.record.set_tail(cqid, cq.tail);
+                }
+                cq.untold += 1;
+                self.record.free(qid, slot);
+                continue;
+            }
+            sq.free.retain(|free| *free != slot);
+            self.begin(at, slot, Sqe::from_bytes(&saved.sqe));
+        }
+    }
+
+    /// Deletes a submission queue as soon as its commands are back: take no more of it now.
+    pub fn close_sq(&mut self, qid: u16) {
+        if let Some(sq) = self.sqs.iter_mut().find(|sq| sq.qid == qid) {
+            sq.is_closing = true;
+        }
+    }
+
+    /// Deletes a closing submission queue whose commands have all completed. False: not yet.
+    pub fn remove_sq(&mut self, qid: u16) -> bool {
+        let Some(at) = self.sqs.iter().position(|sq| sq.qid == qid) else { return true };
+        if self.sqs[at].in_flight() > 0 {
+            return false;
+        }
+        self.sqs.swap_remove(at);
+        self.record.set_sq(qid, None);
+        let wanted = self.at_most();
+        // Those at volumes come back to the pool and go with the next queue.
+        self.ios.truncate(wanted.saturating_sub(self.at_volume));
+        true
+    }
+
+    fn at_most(&self) -> usize {
+        self.sqs.iter().map(|sq| sq.slots.len()).sum()
+    }
+
+    /// Deletes a completion queue.
+    pub fn remove_cq(&mut self, qid: u16) {
+        self.cqs.retain(|cq| cq.qid != qid);
+        self.record.set_cq(qid, None);
+    }
+
+    /// The controller is shut down: take nothing more, and complete what was taken.
+    pub fn drain(&mut self) {
+        self.is_draining = true;
+    }
+
+    /// Flushes every volume, for nobody in particular.
+    pub fn flush_all(&mut self) {
+        for at in 0..self.spaces.len() {
+            let mut io = Box::new(Io::new(Op::Flush, 0, 0));
+            io.tag = u64::from(NO_QUEUE) << TAG_SHIFT;
+            self.submit(at, io);
+        }
+    }
+
+    /// The controller is reset: nothing is taken or posted from now on. When nothing is at the
+    /// volumes any more, call [`Engine::clear`].
+    pub fn reset(&mut self) {
+        self.is_resetting = true;
+    }
+
+    /// All queues are gone.
+    pub fn clear(&mut self) {
+        debug_assert_eq!(self.at_volume, 0, "I/O of a queue that goes");
+        self.sqs.clear();
+        self.cqs.clear();
+        self.ios.clear();
+        self.shadow = None;
+        self.is_resetting = false;
+        self.is_draining = false;
+    }
+
+    /// I/Os at volumes, or waiting to be.
+    pub fn at_volume(&self) -> usize {
+        self.at_volume
+    }
+
+    /// Whether a core that does not take commands has come to rest: nothing is at the volumes, and
+    /// nothing can be posted.
+    pub fn is_quiet(&self) -> bool {
+        self.at_volume == 0 && self.cqs.iter().all(|cq| cq.backlog.is_empty() || cq.is_full())
+    }
+
+    /// Commands taken and not completed.
+    pub fn in_flight(&self) -> usize {
+        self.sqs.iter().map(Sq::in_flight).sum()
+    }
+
+    /// Submission and completion queues.
+    pub fn queues(&self) -> (usize, usize) {
+        (self.sqs.len(), self.cqs.len())
+    }
+
+    /// Queues, entries and commands in flight of each submission queue.
+    pub fn submission_queues(&self) -> impl Iterator<Item = (u16, u16, u32, usize)> + '_ {
+        self.sqs.iter().map(|sq| (sq.qid, sq.cqid, sq.entries, sq.in_flight()))
+    }
+
+    /// Counters since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The next thing that the control thread is to hear of.
+    pub fn notice(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    fn tell(&mut self, notice: Notice) {
+        if self.notices.len() < NOTICES_MAX {
+            self.notices.push_back(notice);
+        }
+    }
+
+    /// I/O that has not come back for too long: give back what can be.
+    pub fn abort(&mut self) {
+        for at in 0..self.spaces.len() {
+            self.spaces[at].channel.abort();
+            for _ in 0..self.spaces[at].waiting.len() {
+                let Some(mut io) = self.spaces[at].waiting.pop_front() else { break };
+                io.result = Err(IoError::Aborted);
+                self.on_io(io);
+            }
+        }
+    }
+
+    /// When something is to be done although nothing happens on the core.
+    pub fn deadline(&self) -> Option<Duration> {
+        let channels = self.spaces.iter().filter_map(|space| space.channel.deadline());
+        let stuck = self
+            .spaces
+            .iter()
+            .any(|space| !space.waiting.is_empty() && space.channel.in_flight() == 0)
+            .then(|| self.now + Duration::from_millis(1));
+        let untold = self.cqs.iter().filter(|cq| cq.untold > 0 && !cq.is_pending);
+        let untold = untold.map(|cq| cq.untold_since + cq.coalescing.time);
+        channels.chain(stuck).chain(untold).min()
+    }
+
+    /// One turn: take, submit, complete, post, tell. True if something moved.
+    pub fn poll(&mut self, now: Duration) -> bool {
+        self.now = now;
+        let mut has_worked = false;
+        for at in 0..self.spaces.len() {
+            has_worked |= self.submit_waiting(at);
+        }
+        if self.is_running && !self.is_draining && !self.is_resetting {
+            for at in 0..self.sqs.len() {
+                has_worked |= self.take(at);
+            }
+        }
+        if self.at_volume > 0 {
+            has_worked |= self.reap();
+        }
+        if !self.is_resetting {
+            for at in 0..self.cqs.len() {
+                has_worked |= self.post(at);
+            }
+            self.interrupt();
+        }
+        has_worked
+    }
+
+    fn reap(&mut self) -> bool {
+        let mut has_worked = false;
+        for at in 0..self.spaces.len() {
+            let space = &mut self.spaces[at];
+            if space.channel.in_flight() == 0 {
+                continue;
+            }
+            let mut returned = std::mem::take(&mut self.returned);
+            space.channel.poll(&mut |io| returned.push(io));
+            has_worked |= !returned.is_empty();
+            for io in returned.drain(..) {
+                self.on_io(io);
+            }
+            self.returned = returned;
+        }
+        let is_gone = |space: &Space| {
+            space.is_leaving && space.channel.in_flight() == 0 && space.waiting.is_empty()
+        };
+        self.spaces.retain(|space| !is_gone(space));
+        has_worked
+    }
+
+    fn submit_waiting(&mut self, at: usize) -> bool {
+        let space = &mut self.spaces[at];
+        let mut has_worked = false;
+        while let Some(io) = space.waiting.pop_front() {
+            if let Err(Busy(io)) = space.channel.submit(io) {
+                space.waiting.push_front(io);
+                break;
+            }
+            has_worked = true;
+        }
+        has_worked
+    }
+
+    fn submit(&mut self, at: usize, io: Box<Io>) {
+        self.at_volume += 1;
+        let space = &mut self.spaces[at];
+        if !space.waiting.is_empty() {
+            space.waiting.push_back(io);
+        } else if let Err(Busy(io)) = space.channel.submit(io) {
+            self.counters.busy += 1;
+            space.waiting.push_back(io);
+        }
+    }
+
+    #[inline]
+    fn doorbell(&self, qid: u16, is_cq: bool) -> u32 {
+        match &self.shadow {
+            Some((doorbells, ..)) => {
+                doorbells.load_u32(shadow_at(qid, is_cq), Acquire).unwrap_or(0)
+            }
+            None => self.record.doorbell(qid, is_cq),
+        }
+    }
+
+    /// Takes commands of a submission queue.
+    fn take(&mut self, at: usize) -> bool {
+        let sq = &self.sqs[at];
+        let tail = self.doorbell(sq.qid, false);
+        let sq = &mut self.sqs[at];
+        let entries = u64::from(sq.entries);
+        if (sq.fetched % entries) as u32 == tail {
+            return false;
+        }
+        if tail >= sq.entries {
+            if sq.bad_tail != tail {
+                sq.bad_tail = tail;
+                self.tell(Notice::BadDoorbell);
+            }
+            return false;
+        }
+        sq.bad_tail = u32::MAX;
+        let mut has_worked = false;
+        for _ in 0..TURN_MAX {
+            let sq = &mut self.sqs[at];
+            let head = (sq.fetched % entries) as u32;
+            if head == tail || sq.is_closing {
+                break;
+            }
+            let Some((piece, offset)) = sq.ring.as_ref().and_then(|ring| ring.entry(head)) else {
+                break;
+            };
+            let Ok(bytes) = piece.read::<64>(offset) else { break };
+            let Some(slot) = sq.free.pop() else { break };
+            sq.fetched += 1;
+            self.record.take(sq.qid, slot, &bytes, sq.fetched);
+            self.begin(at, slot, Sqe::from_bytes(&bytes));
+            has_worked = true;
+        }
+        has_worked
+    }
+
+    /// Begins the command in a slot.
+    fn begin(&mut self, at: usize, slot: u16, sqe: Sqe) {
+        let (now, epoch) = (self.now, self.epoch);
+        let entry = &mut self.sqs[at].slots[usize::from(slot)];
+        (entry.sqe, entry.step, entry.taken_at, entry.epoch) = (sqe, 0, now, epoch);
+        (entry.is_used, entry.is_completed, entry.command) = (true, false, None);
+        if let Err(status) = self.start(at, slot, &sqe) {
+            self.complete(at, slot, status, 0);
+        }
+    }
+
+    fn start(&mut self, at: usize, slot: u16, sqe: &Sqe) -> Result<(), Status> {
+        let command = io::decode(sqe, &self.subsys)?;
+        self.sqs[at].slots[usize::from(slot)].command = Some(command);
+        match command {
+            IoCommand::Read { nsid, offset, len, fua } => {
+                self.transfer(at, slot, sqe, Op::Read, nsid, (offset, len), fua)
+            }
+            IoCommand::Write { nsid, offset, len, fua } => {
+                self.transfer(at, slot, sqe, Op::Write, nsid, (offset, len), fua)
+            }
+            IoCommand::Compare { nsid, offset, len, fua } => {
+                self.transfer(at, slot, sqe, Op::Compare, nsid, (offset, len), fua)
+            }
+            IoCommand::ReservationReport { nsid, len } => {
+                self.transfer(at, slot, sqe, Op::ReservationReport, nsid, (0, len), false)
+            }
+            IoCommand::Flush { .. } => self.next_step(at, slot),
+            IoCommand::WriteZeroes { nsid, offset, len, no_unmap, fua } => {
+                let (space, mut io) = self.io(at, slot, Op::WriteZeroes, nsid)?;
+                (io.offset, io.len, io.no_unmap, io.fua) = (offset, len, no_unmap, fua);
+                self.submit(space, io);
+                Ok(())
+            }
+            IoCommand::Verify { nsid, offset, len, fua } => {
+                let (space, mut io) = self.io(at, slot, Op::Verify, nsid)?;
+                (io.offset, io.len, io.fua) = (offset, len, fua);
+                self.submit(space, io);
+                Ok(())
+            }
+            IoCommand::Advisory { .. } => {
+                self.complete(at, slot, Status::SUCCESS, 0);
+                Ok(())
+            }
+            IoCommand::Deallocate { .. } => {
+                self.read_structure(at, slot, sqe, command.host_data_len())?;
+                self.next_step(at, slot)
+            }
+            IoCommand::Copy { nsid, offset, ranges, fua } => {
+                self.read_structure(at, slot, sqe, command.host_data_len())?;
+                self.copy(at, slot, nsid, offset, ranges, fua)
+            }
+            IoCommand::ReservationRegister { .. }
+            | IoCommand::ReservationAcquire { .. }
+            | IoCommand::ReservationRelease { .. } => {
+                self.read_structure(at, slot, sqe, command.host_data_len())?;
+                self.reserve(at, slot, &command)
+            }
+            // No namespace says that it can.
+            IoCommand::WriteUncorrectable { .. } => Err(Status::INVALID_COMMAND_OPCODE.dnr()),
+        }
+    }
+
+    /// An I/O for a command, and where it goes.
+    fn io(&mut self, at: usize, slot: u16, op: Op, nsid: u32) -> Result<(usize, Box<Io>), Status> {
+        let space = self.space_of(nsid).ok_or(Status::INTERNAL_ERROR)?;
+        // One for each slot; those of a queue that was deleted meanwhile may be missing.
+        let mut io = self.ios.pop().unwrap_or_else(|| Box::new(Io::with_capacity(SEGMENTS)));
+        (io.op, io.offset, io.len) = (op, 0, 0);
+        (io.fua, io.no_unmap, io.result) = (false, false, Ok(()));
+        io.tag = u64::from(self.sqs[at].qid) << TAG_SHIFT | u64::from(slot);
+        Ok((space, io))
+    }
+
+    /// A command whose data is the volume's as it is the guest's.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one command")]
+    fn transfer(
+        &mut self,
+        at: usize,
+        slot: u16,
+        sqe: &Sqe,
+        op: Op,
+        nsid: u32,
+        (offset, len): (u64, u32),
+        fua: bool,
+    ) -> Result<(), Status> {
+        let (space, mut io) = self.io(at, slot, op, nsid)?;
+        (io.offset, io.len, io.fua) = (offset, u64::from(len), fua);
+        let view = &self.view;
+        let data = &mut io.data;
+        let walked = walk(
+            sqe,
+            len,
+            true,
+            &mut Copying {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    // Data for the volume may lie in memory that is only read.
+                    let appended = match op {
+                        Op::Write | Op::Compare => view.append_source(data, addr, len),
+                        _ => view.append(data, addr, len),
+                    };
+                    appended.map_err(|_| TRANSFER)?;
+                    match data.segments().len() <= SEGMENTS_MAX {
+                        true => Ok(()),
+                        false => Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr()),
+                    }
+                },
+            },
+        );
+        if let Err(status) = walked {
+            io.data.clear();
+            self.ios.push(io);
+            return Err(status);
+        }
+        self.submit(space, io);
+        Ok(())
+    }
+
+    /// Copies a command's structure out of guest memory, once.
+    fn read_structure(&mut self, at: usize, slot: u16, sqe: &Sqe, len: u32) -> Result<(), Status> {
+        let view = &self.view;
+        let data = &mut self.sqs[at].slots[usize::from(slot)].data;
+        data.clear();
+        data.reserve(len as usize);
+        walk(
+            sqe,
+            len,
+            true,
+            &mut Copying {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    let from = data.len();
+                    data.resize(from + len as usize, 0);
+                    view.read(addr, &mut data[from..]).map_err(|_| TRANSFER)
+                },
+            },
+        )
+    }
+
+    /// The next I/O of a command that is several, or its end.
+    fn next_step(&mut self, at: usize, slot: u16) -> Result<(), Status> {
+        let entry = &mut self.sqs[at].slots[usize::from(slot)];
+        match entry.command {
+            Some(IoCommand::Flush { nsid }) => {
+                let done = entry.step;
+                let next = match nsid {
+                    NSID_ALL => {
+                        let all = self.subsys.namespaces();
+                        all.iter().map(|ns| ns.nsid).find(|nsid| *nsid > done)
+                    }
+                    _ if done == 0 => Some(nsid),
+                    _ => None,
+                };
+                let Some(nsid) = next else {
+                    self.complete(at, slot, Status::SUCCESS, 0);
+                    return Ok(());
+                };
+                self.sqs[at].slots[usize::from(slot)].step = nsid;
+                let (space, io) = self.io(at, slot, Op::Flush, nsid)?;
+                self.submit(space, io);
+            }
+            Some(IoCommand::Deallocate { nsid, ranges }) => loop {
+                let entry = &mut self.sqs[at].slots[usize::from(slot)];
+                if entry.step == u32::from(ranges) {
+                    self.complete(at, slot, Status::SUCCESS, 0);
+                    break;
+                }
+                let from = (entry.step * DSM_RANGE_LEN) as usize;
+                entry.step += 1;
+                let range = entry.data.get(from..).and_then(|rest| rest.first_chunk::<16>());
+                let ns = self.subsys.namespace(nsid);
+                let ns = ns.ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
+                let range = range.ok_or(Status::INTERNAL_ERROR)?;
+                let (offset, len) = io::dsm_range(range, ns)?;
+                if len == 0 {
+                    continue;
+                }
+                let (space, mut io) = self.io(at, slot, Op::Deallocate, nsid)?;
+                (io.offset, io.len) = (offset, len);
+                self.submit(space, io);
+                break;
+            },
+            _ => return Err(Status::INTERNAL_ERROR),
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        at: usize,
+        slot: u16,
+        nsid: u32,
+        offset: u64,
+        ranges: u16,
+        fua: bool,
+    ) -> Result<(), Status> {
+        let subsys = Arc::clone(&self.subsys);
+        let ns = subsys.namespace(nsid).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
+        let data = &self.sqs[at].slots[usize::from(slot)].data;
+        let range = |index: u16| {
+            let from = usize::from(index) * COPY_RANGE_LEN as usize;
+            data.get(from..).and_then(|rest| rest.first_chunk::<32>()).copied()
+        };
+        let total = io::copy_check(offset, ranges, ns, range)?;
+        let (space, mut io) = self.io(at, slot, Op::Copy, nsid)?;
+        (io.offset, io.len, io.fua) = (offset, total, fua);
+        io.sources.clear();
+        let data = &self.sqs[at].slots[usize::from(slot)].data;
+        for bytes in data.as_chunks::<32>().0.iter().take(usize::from(ranges)) {
+            // All have been checked.
+            if let Ok((offset, len)) = io::copy_range(bytes, ns) {
+                io.sources.push(Extent { offset, len });
+            }
+        }
+        self.submit(space, io);
+        Ok(())
+    }
+
+    fn reserve(&mut self, at: usize, slot: u16, command: &IoCommand) -> Result<(), Status> {
+        let data = &self.sqs[at].slots[usize::from(slot)].data;
+        let key = |index: usize| {
+            let bytes = data.get(8 * index..).and_then(|rest| rest.first_chunk::<8>());
+            bytes.map(|bytes| u64::from_le_bytes(*bytes)).ok_or(Status::INTERNAL_ERROR)
+        };
+        let crkey = key(0)?;
+        let reserve = match *command {
+            IoCommand::ReservationRegister { action, iekey, persist, .. } => Reserve::Register {
+                action: match action {
+                    RegisterAction::Register => block::RegisterAction::Register,
+                    RegisterAction::Unregister => block::RegisterAction::Unregister,
+                    RegisterAction::Replace => block::RegisterAction::Replace,
+                },
+                iekey,
+                persist: match persist {
+                    PersistChange::Keep => None,
+                    PersistChange::Clear => Some(false),
+                    PersistChange::Set => Some(true),
+                },
+                crkey,
+                nrkey: key(1)?,
+            },
+            IoCommand::ReservationAcquire { action, rtype, .. } => Reserve::Acquire {
+                action: match action {
+                    AcquireAction::Acquire => block::AcquireAction::Acquire,
+                    AcquireAction::Preempt => block::AcquireAction::Preempt,
+                    AcquireAction::PreemptAndAbort => block::AcquireAction::PreemptAndAbort,
+                },
+                rtype: reservation_type(rtype)?,
+                crkey,
+                prkey: key(1)?,
+            },
+            IoCommand::ReservationRelease { action, .. } => match action {
+                ReleaseAction::Clear => Reserve::Clear { crkey },
+                ReleaseAction::Release(Some(rtype)) => {
+                    Reserve::Release { rtype: reservation_type(rtype)?, crkey }
+                }
+                // A type that does not exist is not that of the reservation.
+                ReleaseAction::Release(None) => {
+                    return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
+                }
+            },
+            _ => return Err(Status::INTERNAL_ERROR),
+        };
+        let (space, mut io) = self.io(at, slot, Op::Reserve, command.nsid())?;
+        io.reserve = reserve;
+        self.submit(space, io);
+        Ok(())
+    }
+
+    /// An I/O is back.
+    fn on_io(&mut self, mut io: Box<Io>) {
+        self.at_volume -= 1;
+        io.data.clear();
+        let (qid, slot) = ((io.tag >> TAG_SHIFT) as u16, io.tag as u16);
+        let (op, offset, result) = (io.op, io.offset, io.result);
+        if qid == NO_QUEUE {
+            return;
+        }
+        self.ios.push(io);
+        if self.is_resetting {
+            return;
+        }
+        let Some(at) = self.sqs.iter().position(|sq| sq.qid == qid) else {
+            debug_assert!(false, "queues stay until their I/O is back");
+            return;
+        };
+        if let Err(error) = result {
+            let status = status::of(error, op);
+            let sqe = &self.sqs[at].slots[usize::from(slot)].sqe;
+            if matches!(error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
+                let failure = Failure {
+                    sqid: qid,
+                    cid: sqe.cid.get(),
+                    status,
+                    opcode: sqe.opcode,
+                    nsid: sqe.nsid.get(),
+                    offset,
+                };
+                self.counters.media_errors += u64::from(error == IoError::Medium);
+                self.tell(Notice::Failed(failure));
+            }
+            self.complete(at, slot, status, 0);
+            return;
+        }
+        let more = match op {
+            Op::Flush | Op::Deallocate => self.next_step(at, slot),
+            Op::Read | Op::ReservationReport => {
+                if self.dirty.is_some() {
+                    self.log_data(at, slot);
+                }
+                self.complete(at, slot, Status::SUCCESS, 0);
+                Ok(())
+            }
+            _ => {
+                self.complete(at, slot, Status::SUCCESS, 0);
+                Ok(())
+            }
+        };
+        if let Err(status) = more {
+            self.complete(at, slot, status, 0);
+        }
+    }
+
+    /// Logs the data of a command that wrote to guest memory. Lists are read again: a guest that
+    /// changes them while the command runs misleads only itself.
+    #[cold]
+    fn log_data(&self, at: usize, slot: u16) {
+        let (Some(log), view) = (&self.dirty, &self.view) else { return };
+        let entry = &self.sqs[at].slots[usize::from(slot)];
+        let len = entry.command.map_or(0, |command| command.reply_len());
+        let _ = walk(
+            &entry.sqe,
+            len,
+            true,
+            &mut Copying {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    log.mark(addr, len);
+                    Ok(())
+                },
+            },
+        );
+    }
+
+    /// A command's result is known.
+    fn complete(&mut self, at: usize, slot: u16, status: Status, result: u32) {
+        let sq = &mut self.sqs[at];
+        let entry = &mut sq.slots[usize::from(slot)];
+        entry.is_completed = true;
+        let counters = &mut self.counters;
+        let took = self.now.saturating_sub(entry.taken_at);
+        counters.latency += took;
+        counters.latency_max = counters.latency_max.max(took);
+        counters.errors += u64::from(!status.is_success());
+        match entry.command {
+            Some(IoCommand::Read { len, .. }) => {
+                counters.reads += 1;
+                counters.read_bytes += if status.is_success() { u64::from(len) } else { 0 };
+            }
+            Some(IoCommand::Write { len, .. }) => {
+                counters.writes += 1;
+                counters.written_bytes += if status.is_success() { u64::from(len) } else { 0 };
+            }
+            _ => counters.others += 1,
+        }
+        let done = Done { sqid: sq.qid, slot, status, result };
+        let cqid = sq.cqid;
+        match self.cqs.iter_mut().find(|cq| cq.qid == cqid) {
+            Some(cq) => cq.backlog.push_back(done),
+            None => debug_assert!(false, "completion queues outlive those that use them"),
+        }
+    }
+
+    /// Posts what a completion queue has room for.
+    fn post(&mut self, at: usize) -> bool {
+        if self.cqs[at].backlog.is_empty() {
+            return false;
+        }
+        let qid = self.cqs[at].qid;
+        let head = self.doorbell(qid, true);
+        let cq = &mut self.cqs[at];
+        if !cq.see_head(head) && cq.bad_head != head {
+            cq.bad_head = head;
+            self.tell(Notice::BadDoorbell);
+        }
+        let cq = &mut self.cqs[at];
+        let mut has_worked = false;
+        while !cq.is_full() && cq.ring.is_some() {
+            let Some(done) = cq.backlog.pop_front() else { break };
+            let Some(sq) = self.sqs.iter_mut().find(|sq| sq.qid == done.sqid) else { continue };
+            let entry = &mut sq.slots[usize::from(done.slot)];
+            let mut cqe = Cqe::new(entry.sqe.cid.get(), done.status, u64::from(done.result));
+            cqe.sqid.set(sq.qid);
+            cqe.sqhd.set((sq.fetched % u64::from(sq.entries)) as u16);
+            let phase = cq.phase(cq.tail);
+            cqe.status_raw.set(cqe.status_raw.get() & !1 | phase);
+            let bytes = cqe.to_bytes();
+            self.record.completing(sq.qid, done.slot, &bytes, cq.tail + 1);
+            cq.write(cq.tail, &bytes);
+            if let Some(log) = &self.dirty {
+                let index = (cq.tail % u64::from(cq.entries)) as u32;
+                log.mark(cq.place.address(index, 16), 16);
+            }
+            cq.tail += 1;
+            self.record.set_tail(qid, cq.tail);
+            self.record.free(sq.qid, done.slot);
+            entry.is_used = false;
+            sq.free.push(done.slot);
+            if cq.untold == 0 {
+                cq.untold_since = self.now;
+            }
+            cq.untold += 1;
+            has_worked = true;
+        }
+        has_worked
+    }
+
+    /// Raises the vectors of queues with news: once for all that came in this turn, later if the
+    /// host wants to gather more.
+    fn interrupt(&mut self) {
+        let has_changed = self.interrupts.refresh();
+        for at in 0..self.cqs.len() {
+            let (qid, vector) = (self.cqs[at].qid, self.cqs[at].vector);
+            let head = if has_changed { self.doorbell(qid, true) } else { 0 };
+            let cq = &mut self.cqs[at];
+            let Some(vector) = vector else {
+                cq.untold = 0;
+                continue;
+            };
+            if has_changed {
+                // What nobody listened to is told now, if it has not been seen.
+                let _ = cq.see_head(head);
+                cq.is_pending |= cq.head < cq.tail;
+            }
+            let is_due = cq.untold > 0
+                && (cq.untold >= cq.coalescing.entries
+                    || self.now >= cq.untold_since + cq.coalescing.time);
+            if is_due || (cq.is_pending && has_changed) {
+                cq.untold = 0;
+                cq.is_pending = !self.interrupts.raise(vector);
+                self.counters.interrupts += u64::from(!cq.is_pending);
+            }
+        }
+    }
+
+    /// Asks to be told of the next command, by doorbells that are not in guest memory. True: there
+    /// is work already.
+    pub fn arm(&mut self) -> bool {
+        if self.shadow.is_some() {
+            self.tell_event_idx(true);
+            // The event index must be seen before the doorbells are looked at: the host writes the
+            // doorbell, then looks at the index.
+            fence(SeqCst);
+        }
+        self.has_work()
+    }
+
+    /// No need to be told.
+    pub fn disarm(&mut self) {
+        if self.shadow.is_some() {
+            self.tell_event_idx(false);
+        }
+    }
+
+    fn tell_event_idx(&self, is_wanted: bool) {
+        let Some((_, events, address)) = &self.shadow else { return };
+        let tell = |qid: u16, is_cq: bool, index: u32| {
+            // "An event if the index is passed": one that was passed just now is not again.
+            let value = if is_wanted { index } else { index.wrapping_sub(1) & 0xffff };
+            let _ = events.store_u32(shadow_at(qid, is_cq), value, Relaxed);
+        };
+        for sq in &self.sqs {
+            let head = (sq.fetched % u64::from(sq.entries)) as u32;
+            tell(sq.qid, false, head);
+        }
+        for cq in &self.cqs {
+            let head = (cq.head % u64::from(cq.entries)) as u32;
+            // Only a full queue waits for its host.
+            if cq.backlog.is_empty() || !is_wanted {
+                let value = head.wrapping_sub(1) & 0xffff;
+                let _ = events.store_u32(shadow_at(cq.qid, true), value, Relaxed);
+            } else {
+                tell(cq.qid, true, head);
+            }
+        }
+        if let Some(log) = &self.dirty {
+            log.mark(*address, 4096);
+        }
+    }
+
+    /// Whether a turn would do something.
+    pub fn has_work(&self) -> bool {
+        if self.is_resetting {
+            return false;
+        }
+        let can_take = |sq: &Sq| {
+            let tail = self.doorbell(sq.qid, false);
+            self.is_running
+                && !self.is_draining
+                && !sq.is_closing
+                && sq.ring.is_some()
+                && !sq.free.is_empty()
+                && tail < sq.entries
+                && (sq.fetched % u64::from(sq.entries)) as u32 != tail
+        };
+        let can_post = |cq: &Cq| {
+            if cq.backlog.is_empty() || cq.ring.is_none() {
+                return false;
+            }
+            let head = self.doorbell(cq.qid, true);
+            !cq.is_full() || head != (cq.head % u64::from(cq.entries)) as u32 && head != cq.bad_head
+        };
+        self.sqs.iter().any(can_take) || self.cqs.iter().any(can_post)
+    }
+}
+
+#[inline]
+fn shadow_at(qid: u16, is_cq: bool) -> usize {
+    8 * usize::from(qid) + if is_cq { 4 } else { 0 }
+}
+
+fn reservation_type(rtype: ReservationType) -> Result<block::ReservationType, Status> {
+    block::ReservationType::from_wire(rtype as u8).ok_or(Status::INVALID_FIELD_IN_COMMAND.dnr())
+}
+
+impl Cq {
+    /// Phase of an entry at this position: 1 in the first lap, then in turns.
+    fn phase(&self, position: u64) -> u16 {
+        ((position / u64::from(self.entries) + 1) & 1) as u16
+    }
+
+    /// "The queue is full when the head is one more than the tail": one entry stays free.
+    fn is_full(&self) -> bool {
+        self.tail - self.head >= u64::from(self.entries) - 1
+    }
+
+    /// The host has consumed entries up to this index. False if there is no such entry.
+    fn see_head(&mut self, index: u32) -> bool {
+        if index >= self.entries {
+            return false;
+        }
+        let entries = u64::from(self.entries);
+        let step = (u64::from(index) + entries - self.head % entries) % entries;
+        if self.head + step > self.tail {
+            return false;
+        }
+        self.head += step;
+        self.bad_head = u32::MAX;
+        true
+    }
+
+    /// Writes an entry: its last dword, with the phase, after the rest.
+    fn write(&self, position: u64, bytes: &[u8; 16]) {
+        let index = (position % u64::from(self.entries)) as u32;
+        if let Some((piece, offset)) = self.ring.as_ref().and_then(|ring| ring.entry(index)) {
+            let [head @ .., a, b, c, d] = *bytes;
+            step();
+            let _ = piece.write(offset, &head);
+            step();
+            let _ = piece.store_u32(offset + 12, u32::from_le_bytes([a, b, c, d]), Release);
+        }
+    }
+
+    /// Whether the entry at this position was written in this lap.
+    fn has(&self, position: u64) -> bool {
+        let index = (position % u64::from(self.entries)) as u32;
+        let entry = self.ring.as_ref().and_then(|ring| ring.entry(index));
+        let last = entry.and_then(|(piece, at)| piece.load_u32(at + 12, Acquire).ok());
+        last.is_some_and(|last| (last >> 16 & 1) as u16 == self.phase(position))
+    }
+}
+
+#[cfg(test)]
+mod tests;
