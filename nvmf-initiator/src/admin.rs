@@ -1,4 +1,5 @@
-//! The admin queue: sets up the association, keeps it alive, notices its end, sets it up again.
+//! The admin queues: one per path sets up the association, keeps it alive, notices its end, sets it
+//! up again.
 //!
 //! ```text
 //!  Waiting ─► Opening ─► BringUp ─► Live ─────────────┐ fault of any queue, keep alive, time-out
@@ -6,24 +7,31 @@
 //!     └────────────── back-off ◄──────────────── Leaving ─► Stopped (after shutdown)
 //! ```
 //!
-//! There is one way out of an association, [`AdminTask::lose`]: whatever queue finds whatever
-//! wrong, the admin task publishes that the association is over, each channel ends its connection,
-//! and the next association has another number.
+//! There is one way out of an association, [`Path::lose`]: whatever queue finds whatever wrong, the
+//! admin task publishes that the association is over, each channel ends its connection, and the
+//! next association of the path has another number.
+//!
+//! The controller at the other end of a lost path may go on for a while with what it was sent. It
+//! is *fenced*, so known to have ended, in the first of three ways ([`AdminTask::fence`]): a
+//! session on another path resets it, the next session on its own path does, or its keep alive has
+//! certainly run out. Channels keep changes that were lost until then.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Geometry, Identity};
+use block::{CopyLimits, Geometry, Identity};
 use iobuf::SgList;
 use nvme::host::{
     ADMIN_QUEUE_ENTRIES, AdminCommand, Backoff, OldController, ReadyInfo, RemoteNamespace, Session,
     SessionConfig, SessionState, TAGS,
 };
+use nvme::subsys::ana::AnaState;
 use nvme::tcp::{HostConfig, HostEvent, Transfer};
 use reactor::{Local, Progress, Task};
 
 use crate::link::{Link, Loss};
-use crate::shared::{Phase, RemoteState, Shared};
+use crate::shared::{AskedPath, PathState, Phase, Shared};
 
 /// An association that has been ready for so long counts as sound: the next loss starts with the
 /// shortest delay again.
@@ -64,32 +72,183 @@ struct Slot {
     received: usize,
 }
 
-/// See the [module](self).
-pub(crate) struct AdminTask {
+/// What the paths of a volume have in common.
+struct Group {
+    /// The namespace as it was first seen: another one under its name is not taken for it.
+    known: Option<RemoteNamespace>,
+    is_stopping: bool,
+}
+
+/// The admin queue of one path.
+struct Path {
     shared: Arc<Shared>,
     local: Local,
+    /// In the configuration.
+    index: usize,
+    addr: SocketAddr,
     stage: Stage,
     link: Link,
     session: Option<Session>,
+    /// Of `session`: each gets another.
+    session_number: u64,
     slots: Vec<Slot>,
     /// Data of Connect, the only admin command here that sends any.
     write_data: SgList,
     backoff: Backoff,
     /// Of the association in `Live`, or of the last one.
     generation: u64,
-    /// The namespace as it was first seen: another one under its name is not taken for it.
-    known: Option<RemoteNamespace>,
     /// The controller that I/O was last sent to. While there is no association, it may still write.
     old: Option<OldController>,
-    /// Since when there has been no sound association.
+    /// Path and number of the session that was asked to end `old`, until it answers.
+    asked: Option<(usize, u64)>,
+    /// A session on another path could not end `old`.
+    is_refused: bool,
+    /// Since when there has been no sound association; `MAX` while there is.
     lost_at: Duration,
-    is_gone: bool,
-    is_stopping: bool,
+    /// Since when the namespace has been in its ANA state.
+    ana: (Option<AnaState>, Duration),
+    ana_transition_time: Duration,
+}
+
+/// See the [module](self).
+pub(crate) struct AdminTask {
+    shared: Arc<Shared>,
+    local: Local,
+    paths: Vec<Path>,
+    group: Group,
     requests_seen: u64,
 }
 
 impl AdminTask {
     pub(crate) fn new(shared: Arc<Shared>, local: &Local) -> AdminTask {
+        let paths = (0..shared.config.paths.len()).map(|index| Path::new(&shared, local, index));
+        AdminTask {
+            local: local.clone(),
+            paths: paths.collect(),
+            group: Group { known: None, is_stopping: false },
+            requests_seen: 0,
+            shared,
+        }
+    }
+
+    /// What channels and the control plane ask for. One atomic load when there is nothing.
+    fn look(&mut self, now: Duration) {
+        if self.local.is_stopping() {
+            self.stop(now);
+        }
+        let requests = self.shared.requests();
+        if requests == self.requests_seen {
+            return;
+        }
+        self.requests_seen = requests;
+        let asked = self.shared.take_asked();
+        if asked.stop {
+            self.stop(now);
+        }
+        for (path, asked) in self.paths.iter_mut().zip(asked.paths) {
+            if let Err(loss) = path.on_asked(asked, now) {
+                path.lose(now, &loss, self.group.is_stopping);
+            }
+        }
+    }
+
+    /// Begins the orderly end.
+    fn stop(&mut self, now: Duration) {
+        if self.group.is_stopping {
+            return;
+        }
+        self.group.is_stopping = true;
+        // Before the controllers are told: channels hold nothing for them any more.
+        self.shared.publish(|state| state.phase = Phase::Stopped { is_over: false });
+        for path in &mut self.paths {
+            path.stop(now);
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.group.is_stopping && self.paths.iter().all(|path| path.stage == Stage::Stopped)
+    }
+
+    /// Sees to it that controllers behind lost paths end, and notices when they have.
+    fn fence(&mut self, now: Duration) -> bool {
+        let mut progressed = false;
+        for index in 0..self.paths.len() {
+            let path = &self.paths[index];
+            let Some(old) = path.old.filter(|old| old.safe_at != Duration::MAX) else { continue };
+            let mut has_ended = now >= old.safe_at;
+            if let Some((by, number)) = path.asked {
+                let answer = match &mut self.paths[by] {
+                    other if other.session_number != number => Some(None),
+                    other => match other.session.as_mut().map(Session::take_other_ended) {
+                        None => Some(None),
+                        Some(answer) => answer.map(Some),
+                    },
+                };
+                let path = &mut self.paths[index];
+                match answer {
+                    Some(Some(true)) => has_ended = true,
+                    Some(Some(false)) => (path.asked, path.is_refused) = (None, true),
+                    // The session went away: another may be asked.
+                    Some(None) => path.asked = None,
+                    None => {}
+                }
+            }
+            if has_ended {
+                self.paths[index].on_fenced();
+                progressed = true;
+                continue;
+            }
+            let path = &self.paths[index];
+            if path.asked.is_some() || path.is_refused || self.group.is_stopping {
+                continue;
+            }
+            let able = (0..self.paths.len()).filter(|other| *other != index).find(|other| {
+                let session = &mut self.paths[*other].session;
+                session.as_mut().is_some_and(|session| session.end_other(old))
+            });
+            if let Some(by) = able {
+                self.paths[index].asked = Some((by, self.paths[by].session_number));
+                progressed = true;
+            }
+        }
+        progressed
+    }
+
+    /// Since when no path can be used; `None`: one can, or I/O fails already.
+    fn down_since(&self) -> Option<Duration> {
+        if self.group.is_stopping {
+            return None;
+        }
+        let mut since = Duration::ZERO;
+        for path in &self.paths {
+            since = since.max(path.down_since()?);
+        }
+        (!self.shared.is_gone()).then_some(since)
+    }
+
+    fn gone_at(&self) -> Option<Duration> {
+        let timeout = self.shared.config.ctrl_loss_timeout?;
+        self.down_since()?.checked_add(timeout)
+    }
+
+    /// Fails held I/O when there has been no path for too long, or there will be none.
+    fn check_gone(&mut self, now: Duration) {
+        let is_lost_for_good = self.paths.iter().all(|path| {
+            matches!(path.stage, Stage::Live { .. }) && path.ana.0 == Some(AnaState::PersistentLoss)
+        }) && self.down_since().is_some();
+        if !is_lost_for_good && self.gone_at().is_none_or(|at| now < at) {
+            return;
+        }
+        tracing::error!(
+            subnqn = %self.shared.config.subnqn,
+            "no path within the controller loss time-out; I/O fails"
+        );
+        self.shared.publish(|state| state.phase = Phase::Gone);
+    }
+}
+
+impl Path {
+    fn new(shared: &Arc<Shared>, local: &Local, index: usize) -> Path {
         let config = &shared.config;
         let host_config = HostConfig {
             queue_depth: TAGS,
@@ -98,85 +257,104 @@ impl AdminTask {
             ..HostConfig::default()
         };
         let tx_entries_max = usize::from(TAGS) + 2;
-        let link =
-            Link::new(local, config.addr, host_config, tx_entries_max, config.connect_timeout);
+        let addr = config.paths[index].addr;
+        let link = Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout);
         let now = local.now();
         let slot = |_| Slot { data: vec![0; ADMIN_DATA_BYTES], ..Slot::default() };
-        AdminTask {
+        Path {
             local: local.clone(),
+            index,
+            addr,
             stage: Stage::Waiting { until: now },
             link,
             session: None,
+            session_number: 0,
             slots: (0..TAGS).map(slot).collect(),
             write_data: SgList::with_capacity(1),
             backoff: Backoff::new(config.reconnect_delay, config.reconnect_delay_max),
             generation: 0,
-            known: None,
             old: None,
+            asked: None,
+            is_refused: false,
             lost_at: now,
-            is_gone: false,
-            is_stopping: false,
-            requests_seen: 0,
-            shared,
+            ana: (None, now),
+            ana_transition_time: Duration::MAX,
+            shared: Arc::clone(shared),
         }
     }
 
-    /// What channels and the control plane ask for. One atomic load when there is nothing.
-    fn look(&mut self, now: Duration) -> Result<(), Loss> {
-        if self.local.is_stopping() {
-            self.stop(now);
-        }
-        let requests = self.shared.requests();
-        if requests == self.requests_seen {
-            return Ok(());
-        }
-        self.requests_seen = requests;
-        let asked = self.shared.take_asked();
-        if asked.stop {
-            self.stop(now);
-        }
-        if asked.connected == self.generation && matches!(self.stage, Stage::Live { .. }) {
+    fn on_asked(&mut self, asked: AskedPath, now: Duration) -> Result<(), Loss> {
+        let is_live = matches!(self.stage, Stage::Live { .. });
+        if asked.connected == self.generation && is_live {
             // I/O flows: the association is worth its name.
             self.backoff.reset();
             self.lost_at = Duration::MAX;
         }
+        if let Some(session) = self.session.as_mut().filter(|_| asked.rescan && is_live) {
+            session.rescan(now);
+        }
         match asked.fault {
-            Some((generation, text))
-                if generation == self.generation && matches!(self.stage, Stage::Live { .. }) =>
-            {
+            Some((generation, text)) if generation == self.generation && is_live => {
                 Err(Loss::Command(text))
             }
             _ => Ok(()),
         }
     }
 
-    /// Begins the orderly end.
     fn stop(&mut self, now: Duration) {
-        if self.is_stopping {
-            return;
-        }
-        self.is_stopping = true;
-        // Before the controller is told: channels hold nothing for it any more.
-        self.shared.publish(|state| state.phase = Phase::Stopped { is_over: false });
         match (self.stage, &mut self.session) {
             (Stage::Live { .. }, Some(session)) => {
                 session.shutdown(now);
                 self.stage = Stage::ShuttingDown { until: now + SHUTDOWN_TIMEOUT };
             }
-            _ => self.leave(now, None),
+            _ => self.leave(now, None, true),
+        }
+    }
+
+    /// The controller that I/O was sent to can change nothing any more.
+    fn on_fenced(&mut self) {
+        tracing::info!(addr = %self.addr, "the controller of the lost association has ended");
+        (self.old, self.asked, self.is_refused) = (None, None, false);
+        if let Some(session) = &mut self.session {
+            session.old_is_over();
+        }
+        let generation = self.generation;
+        self.shared.publish_path(self.index, |path| path.fenced = generation);
+    }
+
+    /// Since when it cannot be used for I/O; `None`: it can.
+    fn down_since(&self) -> Option<Duration> {
+        match (self.stage, self.ana) {
+            (
+                Stage::Live { .. },
+                (None | Some(AnaState::Optimized | AnaState::NonOptimized), _),
+            ) => None,
+            (Stage::Live { .. }, (_, since)) => Some(since),
+            _ => Some(self.lost_at),
+        }
+    }
+
+    /// When the namespace has been in the Change state for too long.
+    fn ana_overdue_at(&self) -> Option<Duration> {
+        let is_live = matches!(self.stage, Stage::Live { .. });
+        match self.ana {
+            (Some(AnaState::Change), since) if is_live => {
+                since.checked_add(self.ana_transition_time)
+            }
+            _ => None,
         }
     }
 
     /// The association, or the attempt at one, is over.
     #[cold]
-    fn lose(&mut self, now: Duration, loss: &Loss) {
+    fn lose(&mut self, now: Duration, loss: &Loss, is_stopping: bool) {
         let text = loss.to_string();
         if let Stage::Live { since } = self.stage {
             tracing::warn!(
-                addr = %self.shared.config.addr,
+                addr = %self.addr,
                 subnqn = %self.shared.config.subnqn,
                 cause = text,
-                "association lost; I/O is held"
+                "association lost; its I/O is held or goes another way"
             );
             if now.saturating_sub(since) >= SOUND_AFTER {
                 self.backoff.reset();
@@ -190,85 +368,73 @@ impl AdminTask {
             // A sound association was lost just now, a doubtful one when the sound one before it
             // was.
             self.lost_at = self.lost_at.min(now);
+            let index = self.index;
             self.shared.publish(|state| {
-                state.phase = Phase::Connecting;
-                state.losses += 1;
+                state.paths[index].is_live = false;
+                state.paths[index].losses += 1;
+                state.paths[index].last_error = Some(text.clone());
                 state.last_error = Some(text);
             });
         } else if !matches!(self.stage, Stage::Stopped | Stage::Leaving) {
-            let is_new = self.shared.state().last_error.as_deref() != Some(&*text);
-            if is_new && !self.is_stopping {
+            let index = self.index;
+            let is_new = self.shared.state().paths[index].last_error.as_deref() != Some(&*text);
+            if is_new && !is_stopping {
                 tracing::warn!(
-                    addr = %self.shared.config.addr,
+                    addr = %self.addr,
                     subnqn = %self.shared.config.subnqn,
                     cause = text,
                     "cannot set up an association; trying again"
                 );
-                self.shared.publish(|state| state.last_error = Some(text));
+                self.shared.publish(|state| {
+                    state.paths[index].last_error = Some(text.clone());
+                    state.last_error = Some(text);
+                });
             }
         }
-        self.leave(now, Some(loss));
+        self.leave(now, Some(loss), is_stopping);
     }
 
-    fn leave(&mut self, now: Duration, loss: Option<&Loss>) {
+    fn leave(&mut self, now: Duration, loss: Option<&Loss>, is_stopping: bool) {
         self.session = None;
         self.stage = Stage::Leaving;
         self.link.close(now, loss.and_then(Loss::fault));
         if self.link.is_closed() {
-            self.on_left(now);
+            self.on_left(now, is_stopping);
         }
     }
 
-    fn on_left(&mut self, now: Duration) {
-        if self.is_stopping {
+    fn on_left(&mut self, now: Duration, is_stopping: bool) {
+        if is_stopping {
             self.stage = Stage::Stopped;
-            self.shared.publish(|state| state.phase = Phase::Stopped { is_over: true });
             return;
         }
         let delay = self.backoff.next_delay(self.local.random_u64());
         self.stage = Stage::Waiting { until: now + delay };
     }
 
-    /// Fails held I/O when there has been no sound association for too long.
-    fn check_gone(&mut self, now: Duration) {
-        if self.is_gone || self.is_stopping || self.gone_at().is_none_or(|at| now < at) {
-            return;
-        }
-        self.is_gone = true;
-        tracing::error!(
-            addr = %self.shared.config.addr,
-            subnqn = %self.shared.config.subnqn,
-            "no association within the controller loss time-out; I/O fails"
-        );
-        self.shared.publish(|state| state.phase = Phase::Gone);
-    }
-
-    fn gone_at(&self) -> Option<Duration> {
-        let is_live = matches!(self.stage, Stage::Live { .. });
-        let timeout = self.shared.config.ctrl_loss_timeout?;
-        if is_live || self.is_gone { None } else { self.lost_at.checked_add(timeout) }
-    }
-
-    fn step(&mut self, now: Duration) -> Result<bool, Loss> {
-        self.look(now)?;
+    fn step(&mut self, now: Duration, group: &mut Group) -> Result<bool, Loss> {
         let mut progressed = self.link.poll(now)?;
         match self.stage {
             Stage::Stopped => return Ok(progressed),
             Stage::Waiting { until } if now >= until => {
                 self.stage = Stage::Opening;
-                self.shared.publish(|state| state.attempts += 1);
+                self.shared.publish_path(self.index, |path| path.attempts += 1);
                 self.link.open()?;
                 progressed = true;
             }
             Stage::Leaving if self.link.is_closed() => {
-                self.on_left(now);
+                self.on_left(now, group.is_stopping);
                 progressed = true;
             }
             Stage::ShuttingDown { until } if now >= until => {
-                self.leave(now, None);
+                self.leave(now, None, group.is_stopping);
                 progressed = true;
             }
             _ => {}
+        }
+        if self.ana_overdue_at().is_some_and(|at| now >= at) {
+            let text = format!("the ANA state has changed for more than {:?}", now - self.ana.1);
+            return Err(Loss::Command(text));
         }
         while self.link.sent().is_some() {}
         while let Some(chunk) = self.link.recv()? {
@@ -278,9 +444,22 @@ impl AdminTask {
                 self.on_event(event, now)?;
             }
         }
-        progressed |= self.run_session(now)?;
+        progressed |= self.run_session(now, group)?;
         self.link.flush();
         Ok(progressed)
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        let stage = match self.stage {
+            Stage::Waiting { until } | Stage::ShuttingDown { until } => Some(until),
+            _ => None,
+        };
+        let session = self.session.as_ref().and_then(Session::deadline);
+        let fence = self.old.map(|old| old.safe_at).filter(|at| *at != Duration::MAX);
+        [stage, session, self.link.deadline(), self.ana_overdue_at(), fence]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn on_event(&mut self, event: HostEvent<'_>, now: Duration) -> Result<(), Loss> {
@@ -300,6 +479,7 @@ impl AdminTask {
                     session.end_old(old);
                 }
                 self.session = Some(session);
+                self.session_number += 1;
                 self.stage = Stage::BringUp;
             }
             HostEvent::Data { cid, offset, bytes } => {
@@ -329,7 +509,7 @@ impl AdminTask {
     }
 
     /// Sends what the session wants to send, and follows its state.
-    fn run_session(&mut self, now: Duration) -> Result<bool, Loss> {
+    fn run_session(&mut self, now: Duration, group: &mut Group) -> Result<bool, Loss> {
         let mut progressed = false;
         while self.link.room() > 0 {
             let Some(session) = &mut self.session else { return Ok(progressed) };
@@ -343,25 +523,38 @@ impl AdminTask {
             (SessionState::Failed(error), _) => return Err(Loss::Session(error.clone())),
             (SessionState::Ready(info), Stage::BringUp) => {
                 let info = info.clone();
-                self.go_live(&info, now)?;
+                self.go_live(&info, now, group)?;
                 progressed = true;
             }
             (SessionState::Ready(info), Stage::Live { .. }) if is_changed => {
-                let geometry = geometry(info);
-                let limits =
-                    (info.namespace.write_zeroes_blocks_max, info.namespace.deallocate_blocks_max);
-                self.shared.publish(|state| {
-                    state.geometry = geometry;
-                    (state.write_zeroes_blocks_max, state.deallocate_blocks_max) = limits;
-                });
+                let info = info.clone();
+                self.on_changed(&info, now);
+                progressed = true;
             }
             (SessionState::Closed, _) => {
-                self.leave(now, None);
+                self.leave(now, None, group.is_stopping);
                 progressed = true;
             }
             _ => {}
         }
         Ok(progressed)
+    }
+
+    /// The namespace of a live association is not what it was.
+    fn on_changed(&mut self, info: &ReadyInfo, now: Duration) {
+        self.note_ana(info.namespace.ana, now);
+        let (index, geometry) = (self.index, geometry(info));
+        self.shared.publish(|state| {
+            state.geometry = geometry;
+            set_namespace(&mut state.paths[index], &info.namespace);
+        });
+    }
+
+    fn note_ana(&mut self, ana: Option<AnaState>, now: Duration) {
+        if self.ana.0 != ana {
+            tracing::info!(addr = %self.addr, ?ana, "ANA state");
+            self.ana = (ana, now);
+        }
     }
 
     fn send(&mut self, command: &AdminCommand) -> Result<(), Loss> {
@@ -391,7 +584,7 @@ impl AdminTask {
     }
 
     /// The controller is ready: checks that it is the right one, and lets the channels go.
-    fn go_live(&mut self, info: &ReadyInfo, now: Duration) -> Result<(), Loss> {
+    fn go_live(&mut self, info: &ReadyInfo, now: Duration, group: &mut Group) -> Result<(), Loss> {
         let namespace = &info.namespace;
         let needed = self.shared.queues_needed();
         if info.queues < needed {
@@ -399,7 +592,7 @@ impl AdminTask {
                 format!("the controller grants {} I/O queues, {needed} are in use", info.queues);
             return Err(Loss::Command(text));
         }
-        let known = self.known.get_or_insert_with(|| namespace.clone());
+        let known = group.known.get_or_insert_with(|| namespace.clone());
         let is_same = known.uuid == namespace.uuid
             && known.nguid == namespace.nguid
             && known.eui64 == namespace.eui64
@@ -414,43 +607,51 @@ impl AdminTask {
             instance: info.controller.instance,
             safe_at: Duration::MAX,
         });
+        (self.asked, self.is_refused) = (None, false);
+        self.ana = (namespace.ana, now);
+        self.ana_transition_time =
+            info.controller.ana.map_or(Duration::MAX, |ana| ana.transition_time);
         self.generation += 1;
-        self.is_gone = false;
         tracing::info!(
-            addr = %self.shared.config.addr,
+            addr = %self.addr,
             subnqn = %self.shared.config.subnqn,
             cntlid = info.cntlid,
+            ana = ?namespace.ana,
             "association ready"
         );
-        let generation = self.generation;
+        let (index, generation) = (self.index, self.generation);
         self.shared.publish(|state| {
-            *state = RemoteState {
-                phase: Phase::Live,
-                generation,
-                cntlid: info.cntlid,
-                queues: info.queues,
-                queue_entries: info.queue_entries,
-                in_capsule_bytes: info.in_capsule_bytes,
-                transfer_bytes_max: info.transfer_bytes_max,
-                write_zeroes_blocks_max: namespace.write_zeroes_blocks_max,
-                deallocate_blocks_max: namespace.deallocate_blocks_max,
-                geometry: geometry(info),
-                identity: Identity {
-                    uuid: namespace.uuid,
-                    nguid: namespace.nguid,
-                    serial: *info.controller.serial.bytes(),
-                },
-                last_error: state.last_error.take(),
-                losses: state.losses,
-                attempts: state.attempts,
+            let path = &mut state.paths[index];
+            path.is_live = true;
+            // The session has seen to the end of the controller before.
+            (path.generation, path.fenced) = (generation, generation - 1);
+            path.cntlid = info.cntlid;
+            path.queues = info.queues;
+            path.queue_entries = info.queue_entries;
+            path.in_capsule_bytes = info.in_capsule_bytes;
+            path.transfer_bytes_max = info.transfer_bytes_max;
+            set_namespace(path, namespace);
+            state.geometry = geometry(info);
+            state.identity = Identity {
+                uuid: namespace.uuid,
+                nguid: namespace.nguid,
+                serial: *info.controller.serial.bytes(),
             };
         });
         Ok(())
     }
 }
 
+fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace) {
+    path.ana = namespace.ana;
+    path.write_zeroes_blocks_max = namespace.write_zeroes_blocks_max;
+    path.deallocate_blocks_max = namespace.deallocate_blocks_max;
+    path.verify_blocks_max = namespace.verify_blocks_max;
+}
+
 fn geometry(info: &ReadyInfo) -> Geometry {
     let namespace = &info.namespace;
+    let bytes = |blocks: u32| u64::from(blocks) * u64::from(namespace.block_bytes);
     Geometry {
         physical_block_bytes: namespace.write_granularity_bytes.max(namespace.block_bytes),
         io_bytes_max: IO_BYTES_MAX,
@@ -463,41 +664,53 @@ fn geometry(info: &ReadyInfo) -> Geometry {
             bytes => bytes,
         },
         deallocated_reads_zero: namespace.deallocated_reads_zero,
+        compare: namespace.compare,
+        verify: namespace.verify_blocks_max > 0,
+        copy: match namespace.copy {
+            Some(limits) => CopyLimits {
+                ranges_max: limits.ranges_max,
+                range_bytes_max: bytes(limits.range_blocks_max.into()),
+                bytes_max: bytes(limits.blocks_max),
+            },
+            None => CopyLimits::default(),
+        },
+        rescap: namespace.rescap,
         ..Geometry::new(namespace.block_bytes, namespace.blocks)
     }
 }
 
 impl Task for AdminTask {
     fn poll(&mut self, now: Duration) -> Progress {
-        let progressed = match self.step(now) {
-            Ok(progressed) => progressed,
-            Err(loss) => {
-                self.lose(now, &loss);
-                true
-            }
-        };
-        self.check_gone(now);
-        match (self.stage, progressed) {
-            (Stage::Stopped, _) => Progress::Done,
-            (_, true) => Progress::Worked,
-            (_, false) => Progress::Idle,
+        self.look(now);
+        let mut progressed = false;
+        for path in &mut self.paths {
+            progressed |= match path.step(now, &mut self.group) {
+                Ok(progressed) => progressed,
+                Err(loss) => {
+                    path.lose(now, &loss, self.group.is_stopping);
+                    true
+                }
+            };
         }
+        progressed |= self.fence(now);
+        self.check_gone(now);
+        if self.is_stopped() {
+            self.shared.publish(|state| state.phase = Phase::Stopped { is_over: true });
+            return Progress::Done;
+        }
+        if progressed { Progress::Worked } else { Progress::Idle }
     }
 
     fn deadline(&self) -> Option<Duration> {
-        let stage = match self.stage {
-            Stage::Waiting { until } | Stage::ShuttingDown { until } => Some(until),
-            _ => None,
-        };
-        let session = self.session.as_ref().and_then(Session::deadline);
-        [stage, session, self.link.deadline(), self.gone_at()].into_iter().flatten().min()
+        let paths = self.paths.iter().filter_map(Path::deadline).min();
+        [paths, self.gone_at()].into_iter().flatten().min()
     }
 }
 
 impl Drop for AdminTask {
     /// A core that goes down without ending its tasks leaves nobody waiting.
     fn drop(&mut self) {
-        if self.stage != Stage::Stopped {
+        if !self.is_stopped() {
             self.shared.publish(|state| state.phase = Phase::Stopped { is_over: true });
         }
     }

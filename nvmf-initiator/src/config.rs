@@ -6,6 +6,60 @@ use std::time::Duration;
 use nvme::host::ConnectNames;
 use nvme::spec::Nqn;
 
+/// One way to the subsystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathConfig {
+    /// Listener of the controller.
+    pub addr: SocketAddr,
+    /// NUMA node that the network interface towards it is on, if it matters.
+    pub node: Option<u32>,
+}
+
+impl From<SocketAddr> for PathConfig {
+    fn from(addr: SocketAddr) -> PathConfig {
+        PathConfig { addr, node: None }
+    }
+}
+
+/// Which of several paths an I/O takes. Only those in the best ANA state there is are looked at:
+/// optimized ones, and non-optimized ones if there are no others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PathPolicy {
+    /// The one whose node is that of the core, else always the first.
+    #[default]
+    Numa,
+    /// Each in turn.
+    RoundRobin,
+    /// The one with the fewest commands out.
+    QueueDepth,
+}
+
+impl PathPolicy {
+    /// The name that Linux gives it (`iopolicy`).
+    pub const fn name(self) -> &'static str {
+        match self {
+            PathPolicy::Numa => "numa",
+            PathPolicy::RoundRobin => "round-robin",
+            PathPolicy::QueueDepth => "queue-depth",
+        }
+    }
+}
+
+impl std::str::FromStr for PathPolicy {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<PathPolicy, ConfigError> {
+        [PathPolicy::Numa, PathPolicy::RoundRobin, PathPolicy::QueueDepth]
+            .into_iter()
+            .find(|policy| policy.name() == text)
+            .ok_or_else(|| ConfigError {
+                key: "policy",
+                value: text.to_owned(),
+                allowed: "numa, round-robin, queue-depth",
+            })
+    }
+}
+
 /// One remote namespace and how to reach it.
 ///
 /// ```
@@ -23,8 +77,10 @@ use nvme::spec::Nqn;
 /// ```
 #[derive(Clone, Debug)]
 pub struct RemoteConfig {
-    /// Listener of the controller.
-    pub addr: SocketAddr,
+    /// Ways to the subsystem, 1 to 16, each at another address.
+    pub paths: Vec<PathConfig>,
+    /// Which of them an I/O takes.
+    pub policy: PathPolicy,
     /// NQN of the subsystem.
     pub subnqn: Nqn,
     /// Namespace ID in that subsystem; 1 to FFFFFFFEh.
@@ -36,7 +92,7 @@ pub struct RemoteConfig {
     /// Commands outstanding per I/O queue at most; less if the controller has smaller queues. 1 to
     /// 1,023: a queue has one entry more, as a full one cannot be told from an empty one.
     pub queue_depth: u16,
-    /// I/O queues to ask for, so channels that can be open at once. 1 to 1,024.
+    /// I/O queues to ask for on each path, so channels that can be open at once. 1 to 1,024.
     pub queues: u16,
     /// Keep Alive Time-out. The association ends when the controller does not answer a Keep Alive
     /// for so long.
@@ -50,7 +106,7 @@ pub struct RemoteConfig {
     pub reconnect_delay: Duration,
     /// Longest delay between attempts.
     pub reconnect_delay_max: Duration,
-    /// How long I/O is held without an association before it fails. `None`: for ever.
+    /// How long I/O is held without a path before it fails. `None`: for ever.
     pub ctrl_loss_timeout: Option<Duration>,
     /// How often an I/O is sent again when the controller answers that it may be.
     pub retries_max: u8,
@@ -74,16 +130,19 @@ pub struct ConfigError {
 
 /// Largest `queue_depth`: a submission queue of 1,024 entries, as large as hosts commonly ask for.
 const QUEUE_DEPTH_MAX: u16 = 1023;
+/// Most paths: each is one bit in a mask per I/O.
+pub(crate) const PATHS_MAX: usize = 16;
 /// Largest `queues`; one per core of a big machine.
 const QUEUES_MAX: u16 = 1024;
 
 impl RemoteConfig {
-    /// The defaults for a namespace: one queue of depth 128, keep alive 5 s, commands 30 s,
+    /// The defaults for a namespace: one path, one queue of depth 128, keep alive 5 s, commands 30 s,
     /// reconnects for ever between 0.2 and 5 s apart, no digests. `host` is the host's NQN and
     /// identifier.
     pub fn new(addr: SocketAddr, subnqn: Nqn, nsid: u32, host: (Nqn, [u8; 16])) -> RemoteConfig {
         RemoteConfig {
-            addr,
+            paths: vec![addr.into()],
+            policy: PathPolicy::default(),
             subnqn,
             nsid,
             hostnqn: host.0,
@@ -109,6 +168,14 @@ impl RemoteConfig {
         };
         if self.hostid == [0; 16] {
             return wrong("hostid", &"zero", "any other 128-bit number");
+        }
+        for (at, path) in self.paths.iter().enumerate() {
+            if self.paths[..at].iter().any(|other| other.addr == path.addr) {
+                return wrong("paths", &path.addr, "each address once");
+            }
+        }
+        if !(1..=PATHS_MAX).contains(&self.paths.len()) {
+            return wrong("paths", &self.paths.len(), "1 to 16");
         }
         if self.nsid == 0 || self.nsid == u32::MAX {
             return wrong("nsid", &self.nsid, "1 to 4294967294");
@@ -167,6 +234,8 @@ mod tests {
     #[test]
     fn errors_name_the_field_the_value_and_what_is_allowed() {
         let wrong = [
+            RemoteConfig { paths: Vec::new(), ..config() },
+            RemoteConfig { paths: vec![config().paths[0]; 2], ..config() },
             RemoteConfig { nsid: 0, ..config() },
             RemoteConfig { hostid: [0; 16], ..config() },
             RemoteConfig { queue_depth: 1024, ..config() },
@@ -176,6 +245,8 @@ mod tests {
             RemoteConfig { ctrl_loss_timeout: Some(Duration::MAX), ..config() },
         ];
         let keys = [
+            "paths",
+            "paths",
             "nsid",
             "hostid",
             "queue_depth",
@@ -190,5 +261,13 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(key) && text.contains(error.allowed), "{text}");
         }
+    }
+
+    #[test]
+    fn policies_have_the_names_of_linux() {
+        for policy in [PathPolicy::Numa, PathPolicy::RoundRobin, PathPolicy::QueueDepth] {
+            assert_eq!(policy.name().parse(), Ok(policy));
+        }
+        assert_eq!("best".parse::<PathPolicy>().unwrap_err().key, "policy");
     }
 }

@@ -2,38 +2,60 @@
 //!
 //! ```text
 //!  control plane          admin core                         I/O cores, a channel each
-//!  RemoteVolume::start ─► AdminTask ── snapshot, one word ─► RemoteChannel: Table, Link
-//!     state, wait_ready      │   ▲ ◄── "queue n broke" ──────────┘            │
-//!                          Link  └─ nvme::host::Session                     Link
-//!                            └───────────────── TCP ────── controller ────────┘
+//!  RemoteVolume::start ─► AdminTask ── snapshot, one word ─► RemoteChannel: Table
+//!     state, wait_ready      │   ▲ ◄── "queue n broke" ─────┐    │
+//!                    a Path for each path                   └─ a Queue for each path
+//!                    Link, nvme::host::Session                 Link
+//!                            └───────────────── TCP ────── controllers ───┘
 //!                            Link: nvme::tcp::Host over reactor::net::Stream
 //! ```
 //!
-//! [`RemoteVolume`] starts a task for the admin queue and opens channels. A channel owns one I/O
-//! queue and never talks to another core while it works: per poll it reads one atomic word, and per
-//! I/O it allocates nothing, takes no lock and makes no system call of its own. Everything queued
-//! in one poll leaves in one send. Payload of writes is sent from where the submitter has it;
-//! payload of reads is copied once, from the receive buffer to where the submitter wants it.
+//! [`RemoteVolume`] starts a task for the admin queues and opens channels. A channel owns one I/O
+//! queue on each path and never talks to another core while it works: per poll it reads one atomic
+//! word, and per I/O it allocates nothing, takes no lock and makes no system call of its own.
+//! Everything queued in one poll leaves in one send per path. Payload of writes is sent from where
+//! the submitter has it; payload of reads is copied once, from the receive buffer to where the
+//! submitter wants it.
 //!
-//! # When the path is lost
+//! # Configuration
 //!
-//! Any error on any queue (the peer broke the protocol, closed, went silent, a command was not
-//! answered in time, Keep Alive was not answered) ends the whole association, in one place. Then:
+//! [`RemoteConfig::new`] takes one address; more go into [`RemoteConfig::paths`], and
+//! [`RemoteConfig::policy`] says which of them an I/O takes. Hold or fail: without
+//! [`RemoteConfig::ctrl_loss_timeout`] I/O waits for ever for a path, with it I/O fails after so
+//! long, until there is a path again. [`RemoteVolume::state`] and [`RemoteVolume::path_counters`]
+//! tell of each path: association, ANA state, losses, attempts, last error; commands out, commands
+//! done, latency. A geometry that changes shows in [`block::Volume::generation`].
 //!
-//! - An I/O that has not been answered is **held**, in the order of acceptance, and sent again on
-//!   the next association. It is reported done when the controller said so, once, and never
+//! # When a path is lost
+//!
+//! Any error on any queue of a path (the peer broke the protocol, closed, went silent, a command
+//! was not answered in time, Keep Alive was not answered, the ANA state changed for longer than
+//! ANATT) ends the whole association, in one place. Then:
+//!
+//! - An I/O that has not been answered goes to another path or is **held**, in the order of
+//!   acceptance, until there is one. It is reported done when a controller said so, once, and never
 //!   otherwise.
-//! - No old write can land behind a newer one. On this side, a channel uses a new connection only
-//!   when its old one is *quiet*: the kernel refers to none of its memory, and the socket is reset
-//!   instead of being left to send what it holds. On the far side, the session ends the old
-//!   controller by Cross-Controller Reset before the new association is used; with a target that
-//!   cannot do that it waits until the old controller's keep alive has run out (twice
-//!   [`RemoteConfig::kato`] and 5 s), during which I/O is held.
-//! - After [`RemoteConfig::ctrl_loss_timeout`] held and new I/O fails with [`block::IoError::Gone`]
-//!   until there is an association again. By default it is held for ever: a guest waits, and goes
-//!   on when the target is back.
-//! - A namespace with other identifiers or another block size than at first is not used, whatever
-//!   its NQN.
+//! - No old write can land behind a newer one. On this side, a channel gives up a connection only
+//!   when it is *quiet*: the kernel refers to none of its memory, and the socket is reset instead of
+//!   being left to send what it holds. On the far side, a change that was sent on the lost path is
+//!   neither sent again nor given back before the lost controller has ended (`table.rs`,
+//!   "quarantined"): a session on another path ends it by Cross-Controller Reset; with a target that
+//!   cannot do that, its keep alive must have run out (twice [`RemoteConfig::kato`] and 5 s). Reads,
+//!   flushes and what had not been sent go on at once. With a single path nothing is sent before
+//!   that anyway.
+//! - After [`RemoteConfig::ctrl_loss_timeout`] without a path held and new I/O fails with
+//!   [`block::IoError::Gone`]; then no path is used before all lost controllers have ended. By
+//!   default it is held for ever: a guest waits, and goes on when the target is back.
+//! - A path to a namespace with other identifiers or another block size than at first is not used,
+//!   whatever its NQN.
+//! - A reservation command whose path was lost under it comes back as aborted: done again it could
+//!   be refused for having been done.
+//!
+//! # Which path
+//!
+//! Those whose ANA state is optimized, or non-optimized if there are no others; I/O waits while
+//! there are neither. A controller that refuses an I/O for a reason that another may not have is
+//! left out for that I/O, and asked for its ANA state anew.
 //!
 //! # What flush means across a lost path
 //!
@@ -58,9 +80,9 @@
 //!
 //! # What this crate does not do
 //!
-//! Multipath, TLS and authentication (the stream has the seam for a record layer); reservations,
-//! compare, copy; Abort commands (an overdue command ends the association instead). A channel that
-//! is closed closes its queue's connection without Disconnect.
+//! TLS and authentication (the stream has the seam for a record layer); paths found by discovery
+//! (they are configured one by one); fused commands; Abort commands (an overdue command ends the
+//! association instead). A channel that is closed closes its queue's connection without Disconnect.
 //!
 //! Start reading at [`RemoteVolume::start`], then `channel.rs`.
 #![forbid(unsafe_code)]
@@ -70,13 +92,16 @@ mod channel;
 mod config;
 mod discover;
 mod link;
+mod node;
+mod queue;
 mod shared;
 mod status;
 mod table;
 mod volume;
 
-pub use config::{ConfigError, RemoteConfig};
+pub use config::{ConfigError, PathConfig, PathPolicy, RemoteConfig};
 pub use discover::{DiscoverConfig, DiscoverError, discover};
 pub use nvme::host::discovery::Discovered;
-pub use shared::{Counters, Phase, RemoteState};
+pub use nvme::subsys::ana::AnaState;
+pub use shared::{Counters, PathCounters, PathState, Phase, RemoteState};
 pub use volume::{NotReady, RemoteVolume};

@@ -1,43 +1,52 @@
-//! What the cores of one remote volume share: the association snapshot and the list of channels.
+//! What the cores of one remote volume share: the snapshot of its paths and the list of channels.
 //!
 //! Nothing here is touched per I/O. A channel reads one atomic word per poll ([`Shared::epoch`])
 //! and takes the lock only when that word has changed, which happens a handful of times per
 //! association.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block::{Geometry, Identity};
+use nvme::subsys::ana::AnaState;
 use reactor::CoreHandle;
 
-use crate::config::RemoteConfig;
+use crate::config::{PathConfig, RemoteConfig};
 
-/// Where the association with the controller stands.
+/// Where the volume stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// The first association is being set up, or a lost one is being set up again. I/O is held.
+    /// No path can be used, for the first time or again. I/O is held.
     Connecting,
-    /// The controller is ready: channels may connect their I/O queues and send.
+    /// I/O can be sent on at least one path.
     Live,
-    /// The controller has been away for longer than the controller loss time-out. I/O fails;
-    /// connecting goes on.
+    /// No path could be used for longer than the controller loss time-out. I/O fails; connecting
+    /// goes on.
     Gone,
     /// The volume is shut down. I/O fails for good.
     Stopped {
-        /// The association is over as well, and the admin task has ended.
+        /// The associations are over as well, and the admin task has ended.
         is_over: bool,
     },
 }
 
-/// What the control plane and the channels know of the remote namespace. Published as a whole;
-/// never changed in place.
+/// What is known of one path.
 #[derive(Clone, Debug)]
-pub struct RemoteState {
-    /// Where the association stands.
-    pub phase: Phase,
+pub struct PathState {
+    /// Listener of the controller.
+    pub addr: SocketAddr,
+    /// NUMA node that it is near to.
+    pub node: Option<u32>,
+    /// There is an association: channels may connect their I/O queues.
+    pub is_live: bool,
     /// Number of the association: 1 for the first one that became ready, 0 before that.
     pub generation: u64,
+    /// Associations up to this one can change nothing any more: their controllers have ended.
+    pub fenced: u64,
+    /// ANA state of the namespace; `None`: the controller does not report any.
+    pub ana: Option<AnaState>,
     /// Controller ID the subsystem gave to this association.
     pub cntlid: u16,
     /// I/O queues granted by the controller.
@@ -52,10 +61,8 @@ pub struct RemoteState {
     pub write_zeroes_blocks_max: u32,
     /// Logical blocks of one Deallocate command.
     pub deallocate_blocks_max: u32,
-    /// Shape of the namespace; no blocks before the first association.
-    pub geometry: Geometry,
-    /// Identity of the namespace; all zero before the first association.
-    pub identity: Identity,
+    /// Logical blocks of one Verify command.
+    pub verify_blocks_max: u32,
     /// Why the last attempt or association ended. Kept while the next one is up, for the operator.
     pub last_error: Option<String>,
     /// Associations lost after they had been ready.
@@ -64,12 +71,15 @@ pub struct RemoteState {
     pub attempts: u64,
 }
 
-impl RemoteState {
-    /// Before the first association.
-    pub(crate) fn unknown() -> RemoteState {
-        RemoteState {
-            phase: Phase::Connecting,
+impl PathState {
+    fn unknown(config: &PathConfig) -> PathState {
+        PathState {
+            addr: config.addr,
+            node: config.node,
+            is_live: false,
             generation: 0,
+            fenced: 0,
+            ana: None,
             cntlid: 0,
             queues: 0,
             queue_entries: 0,
@@ -77,12 +87,83 @@ impl RemoteState {
             transfer_bytes_max: 0,
             write_zeroes_blocks_max: 0,
             deallocate_blocks_max: 0,
+            verify_blocks_max: 0,
+            last_error: None,
+            losses: 0,
+            attempts: 0,
+        }
+    }
+
+    /// How good the path is for I/O, 0 being the best; `None`: it cannot be used.
+    pub fn rank(&self) -> Option<u8> {
+        if !self.is_live {
+            return None;
+        }
+        match self.ana {
+            None | Some(AnaState::Optimized) => Some(0),
+            Some(AnaState::NonOptimized) => Some(1),
+            Some(AnaState::Inaccessible | AnaState::PersistentLoss | AnaState::Change) => None,
+        }
+    }
+
+    /// Whether its last association is over and may still change something.
+    pub(crate) fn is_unfenced(&self) -> bool {
+        !self.is_live && self.fenced < self.generation
+    }
+}
+
+/// What the control plane and the channels know of the remote namespace. Published as a whole;
+/// never changed in place.
+#[derive(Clone, Debug)]
+pub struct RemoteState {
+    /// Where the volume stands.
+    pub phase: Phase,
+    /// Associations that became ready so far, over all paths.
+    pub generation: u64,
+    /// Shape of the namespace; no blocks before the first association.
+    pub geometry: Geometry,
+    /// Identity of the namespace; all zero before the first association.
+    pub identity: Identity,
+    /// Why the last attempt or association ended, on whatever path. Kept, for the operator.
+    pub last_error: Option<String>,
+    /// Associations lost after they had been ready.
+    pub losses: u64,
+    /// Attempts to set up an association.
+    pub attempts: u64,
+    /// The paths, in the order of the configuration.
+    pub paths: Vec<PathState>,
+}
+
+impl RemoteState {
+    /// Before the first association.
+    pub(crate) fn unknown(config: &RemoteConfig) -> RemoteState {
+        RemoteState {
+            phase: Phase::Connecting,
+            generation: 0,
             geometry: Geometry { io_bytes_max: 0, ..Geometry::new(512, 0) },
             identity: Identity { uuid: [0; 16], nguid: [0; 16], serial: [b' '; 20] },
             last_error: None,
             losses: 0,
             attempts: 0,
+            paths: config.paths.iter().map(PathState::unknown).collect(),
         }
+    }
+
+    /// What follows from the paths.
+    fn conclude(&mut self) {
+        let sum = |of: fn(&PathState) -> u64| self.paths.iter().map(of).sum();
+        self.generation = sum(|path| path.generation);
+        self.losses = sum(|path| path.losses);
+        self.attempts = sum(|path| path.attempts);
+        let can_send = self.paths.iter().any(|path| path.rank().is_some());
+        self.phase = match self.phase {
+            // What was lost has been given back, so it must not land behind what is sent from now
+            // on: not before each of the old controllers has ended.
+            Phase::Gone if self.paths.iter().any(PathState::is_unfenced) => Phase::Gone,
+            Phase::Connecting | Phase::Live | Phase::Gone if can_send => Phase::Live,
+            Phase::Live => Phase::Connecting,
+            phase => phase,
+        };
     }
 }
 
@@ -90,6 +171,35 @@ impl RemoteState {
 struct Seat {
     core: CoreHandle,
     counters: Arc<ChannelCounters>,
+    /// One for each path.
+    paths: Vec<Arc<PathCounts>>,
+}
+
+/// Of one channel on one path, written as [`ChannelCounters`] are.
+#[derive(Debug, Default)]
+pub(crate) struct PathCounts {
+    pub(crate) in_flight: AtomicU64,
+    pub(crate) commands: AtomicU64,
+    pub(crate) latency_ns: AtomicU64,
+}
+
+/// Sums over all open channels of what went over one path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PathCounters {
+    /// Commands sent and not answered.
+    pub in_flight: u64,
+    /// Commands answered.
+    pub commands: u64,
+    /// Time from sending to answer, over all of them.
+    pub latency: Duration,
+}
+
+impl PathCounters {
+    /// Mean time from sending to answer; zero before the first.
+    pub fn latency_mean(&self) -> Duration {
+        let nanos = self.latency.as_nanos() / u128::from(self.commands.max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
 }
 
 /// Written by one core, read by any: plain loads and stores, no order between the fields.
@@ -135,13 +245,21 @@ pub struct Counters {
     pub errors: u64,
 }
 
-/// What the admin task is asked for.
+/// What the admin task is asked for on a path.
 #[derive(Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct AskedPath {
     /// Association that a channel found broken, and how. Taken once.
     pub(crate) fault: Option<(u64, String)>,
     /// Last association on which a channel's queue was connected.
     pub(crate) connected: u64,
+    /// I/O was refused because of the namespace's state. Taken once.
+    pub(crate) rescan: bool,
+}
+
+/// What the admin task is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) paths: Vec<AskedPath>,
     /// The volume is to be shut down.
     pub(crate) stop: bool,
 }
@@ -163,20 +281,24 @@ pub(crate) struct Shared {
     epoch: AtomicU64,
     /// Bumped the same way when `Inner::asked` changes.
     requests: AtomicU64,
+    /// Bumped when the geometry changes. Relaxed: whoever sees it then takes the lock.
+    geometry: AtomicU64,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
 
 impl Shared {
     pub(crate) fn new(config: RemoteConfig, admin: CoreHandle, state: RemoteState) -> Arc<Shared> {
+        let paths = config.paths.iter().map(|_| AskedPath::default()).collect();
         Arc::new(Shared {
             config,
             admin,
+            geometry: AtomicU64::new(0),
             epoch: AtomicU64::new(1),
             requests: AtomicU64::new(0),
             inner: Mutex::new(Inner {
                 state: Arc::new(state),
-                asked: Asked::default(),
+                asked: Asked { paths, stop: false },
                 seats: Vec::new(),
                 closed: Counters::default(),
             }),
@@ -188,6 +310,24 @@ impl Shared {
     /// poisoned lock is usable.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Rises with each change of the geometry.
+    pub(crate) fn geometry_generation(&self) -> u64 {
+        self.geometry.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        self.lock().state.phase == Phase::Gone
+    }
+
+    /// Changes what is known of one path.
+    pub(crate) fn publish_path(&self, path: usize, change: impl FnOnce(&mut PathState)) {
+        self.publish(|state| {
+            if let Some(path) = state.paths.get_mut(path) {
+                change(path);
+            }
+        });
     }
 
     /// Changes with every publication; compare it with the value of the last look.
@@ -205,6 +345,10 @@ impl Shared {
         let mut inner = self.lock();
         let mut state = (*inner.state).clone();
         change(&mut state);
+        state.conclude();
+        if state.geometry != inner.state.geometry {
+            self.geometry.fetch_add(1, Ordering::Relaxed);
+        }
         inner.state = Arc::new(state);
         self.epoch.fetch_add(1, Ordering::Release);
         for seat in inner.seats.iter().flatten() {
@@ -223,10 +367,18 @@ impl Shared {
         self.admin.wake();
     }
 
+    fn ask_path(&self, path: usize, change: impl FnOnce(&mut AskedPath)) {
+        self.ask(|asked| {
+            if let Some(path) = asked.paths.get_mut(path) {
+                change(path);
+            }
+        });
+    }
+
     /// A channel's connection of association `generation` broke: the admin task ends the whole
     /// association.
-    pub(crate) fn report_fault(&self, generation: u64, text: &str) {
-        self.ask(|asked| {
+    pub(crate) fn report_fault(&self, path: usize, generation: u64, text: &str) {
+        self.ask_path(path, |asked| {
             // The first reason is the cause, later ones its echoes.
             if asked.fault.as_ref().is_none_or(|(earlier, _)| *earlier < generation) {
                 asked.fault = Some((generation, text.to_owned()));
@@ -235,8 +387,13 @@ impl Shared {
     }
 
     /// A channel's queue of association `generation` is connected.
-    pub(crate) fn note_connected(&self, generation: u64) {
-        self.ask(|asked| asked.connected = asked.connected.max(generation));
+    pub(crate) fn note_connected(&self, path: usize, generation: u64) {
+        self.ask_path(path, |asked| asked.connected = asked.connected.max(generation));
+    }
+
+    /// I/O was refused with an ANA status: the state is not what it is taken for.
+    pub(crate) fn ask_rescan(&self, path: usize) {
+        self.ask_path(path, |asked| asked.rescan = true);
     }
 
     pub(crate) fn request_stop(&self) {
@@ -250,7 +407,12 @@ impl Shared {
 
     pub(crate) fn take_asked(&self) -> Asked {
         let asked = &mut self.lock().asked;
-        Asked { fault: asked.fault.take(), ..*asked }
+        let take = |path: &mut AskedPath| AskedPath {
+            fault: path.fault.take(),
+            connected: path.connected,
+            rescan: std::mem::take(&mut path.rescan),
+        };
+        Asked { paths: asked.paths.iter_mut().map(take).collect(), stop: asked.stop }
     }
 
     /// Gives a channel the lowest free seat. `None`: all `config.queues` are taken.
@@ -258,11 +420,12 @@ impl Shared {
         &self,
         core: CoreHandle,
         counters: Arc<ChannelCounters>,
+        paths: Vec<Arc<PathCounts>>,
     ) -> Option<u16> {
         let mut inner = self.lock();
         let free = inner.seats.iter().position(Option::is_none).unwrap_or(inner.seats.len());
         let index = u16::try_from(free).ok().filter(|i| *i < self.config.queues)?;
-        let seat = Some(Seat { core, counters });
+        let seat = Some(Seat { core, counters, paths });
         match inner.seats.get_mut(free) {
             Some(place) => *place = seat,
             None => inner.seats.push(seat),
@@ -296,6 +459,21 @@ impl Shared {
         sum.losses = inner.state.losses;
         sum.attempts = inner.state.attempts;
         sum
+    }
+
+    /// Of each path, over the open channels.
+    pub(crate) fn path_counters(&self) -> Vec<PathCounters> {
+        let inner = self.lock();
+        let mut sums = vec![PathCounters::default(); inner.state.paths.len()];
+        for seat in inner.seats.iter().flatten() {
+            for (sum, from) in sums.iter_mut().zip(&seat.paths) {
+                let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+                sum.in_flight += get(&from.in_flight);
+                sum.commands += get(&from.commands);
+                sum.latency += Duration::from_nanos(get(&from.latency_ns));
+            }
+        }
+        sums
     }
 
     /// Blocks the calling thread (never a core) until `ready` says so or the time is over; gives

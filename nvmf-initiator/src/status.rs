@@ -75,6 +75,12 @@ fn error_of(status: Status) -> IoError {
         IoError::ReadOnly
     } else if is_any(&[Status::INVALID_COMMAND_OPCODE]) {
         IoError::NotSupported
+    } else if status.is(Status::COMPARE_FAILURE) {
+        IoError::CompareFailed
+    } else if status.is(Status::RESERVATION_CONFLICT) {
+        IoError::ReservationConflict
+    } else if status.is(Status::OVERLAPPING_IO_RANGE) {
+        IoError::Overlapping
     } else if is_any(&[Status::COMMAND_SIZE_LIMIT_EXCEEDED]) {
         IoError::TooLarge
     } else if is_any(&[Status::INVALID_NAMESPACE_OR_FORMAT, Status::ANA_PERSISTENT_LOSS]) {
@@ -125,6 +131,10 @@ mod tests {
             (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), Fail(Gone)),
             (Status::INVALID_FIELD_IN_COMMAND, Fail(Medium)),
             (Status::UNRECOVERED_READ_ERROR, Fail(Medium)),
+            (Status::COMPARE_FAILURE, Fail(CompareFailed)),
+            (Status::RESERVATION_CONFLICT.dnr(), Fail(ReservationConflict)),
+            (Status::RESERVATION_CONFLICT, Fail(ReservationConflict)),
+            (Status::OVERLAPPING_IO_RANGE, Fail(Overlapping)),
             (Status::WRITE_FAULT, Fail(Medium)),
         ] {
             assert_eq!(judge(status), want, "{status}");

@@ -2,17 +2,26 @@
 //!
 //! ```text
 //!  accept ─► Pending ──issue──► Sent ──all commands settled──► Finished ─► take_finished
-//!               ▲                │ │ may be sent again
-//!               │  path lost     │ └──────► Delayed ─┐ wake
-//!               └────────────────┴───────────────────┘
+//!             ▲  ▲               │ │ may be sent again
+//!             │  │   path lost   │ └──────► Delayed ─┐ wake
+//!             │  └───────────────┼───────────────────┘
+//!             └── Quarantined ◄──┘ a change, and its path's controller may still do it
 //! ```
 //!
 //! No clock, no socket: time comes in as a parameter, and commands are only counted here.
+//!
+//! # Changes on a lost path
+//!
+//! What was sent on a path that was lost may be done there at any time, until the controller at its
+//! other end has ended. Where there are other paths, a change among that is *quarantined*: it is
+//! neither sent again nor given back, because either would let the submitter write the same blocks
+//! again and then lose to the old write. [`Table::on_fenced`] ends that. Where there can be no
+//! other path, the next association comes after the end of the old controller anyway.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use block::{Io, IoError};
+use block::{Io, IoError, Op};
 
 use crate::status::Verdict;
 
@@ -24,12 +33,14 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     Free,
-    /// In `pending`. Only the one in front may have been sent in part.
+    /// In `pending`; may have been sent in part.
     Pending,
     /// All commands of it are sent, or one failed and no more are wanted.
     Sent,
     /// In `delayed`, until `not_before`.
     Delayed,
+    /// All commands of it are settled or lost; waits for `fences`.
+    Quarantined,
     /// In `finished`, with its result.
     Finished,
 }
@@ -44,8 +55,12 @@ struct Request {
     issued: u64,
     /// Commands not settled.
     commands: u32,
-    /// A command of it went down with the path.
+    /// A command of it went down with a path.
     is_lost: bool,
+    /// Paths, one bit each, whose old controllers may still do what was lost.
+    fences: u16,
+    /// Paths, one bit each, that it was refused on and is not sent on while there are others.
+    avoid: u16,
     /// The worst its commands came to.
     verdict: Verdict,
     retries: u8,
@@ -75,10 +90,13 @@ pub(crate) struct Table {
     /// Requests accepted before this one are not held any more.
     abort_below: u64,
     retries_max: u8,
+    /// There can be no other path.
+    is_single: bool,
+    resends: u64,
 }
 
 impl Table {
-    pub(crate) fn new(depth: u16, retries_max: u8) -> Table {
+    pub(crate) fn new(depth: u16, retries_max: u8, is_single: bool) -> Table {
         let request = |_| Request {
             place: Place::Free,
             io: None,
@@ -86,6 +104,8 @@ impl Table {
             issued: 0,
             commands: 0,
             is_lost: false,
+            fences: 0,
+            avoid: 0,
             verdict: Verdict::Done,
             retries: 0,
             not_before: Duration::ZERO,
@@ -100,6 +120,8 @@ impl Table {
             next_seq: 0,
             abort_below: 0,
             retries_max,
+            is_single,
+            resends: 0,
         }
     }
 
@@ -117,6 +139,8 @@ impl Table {
             issued: 0,
             commands: 0,
             is_lost: false,
+            fences: 0,
+            avoid: 0,
             verdict: Verdict::Done,
             retries: 0,
             not_before: Duration::ZERO,
@@ -127,10 +151,22 @@ impl Table {
     }
 
     /// The request to be sent next, and how many bytes of it have been sent already.
+    #[inline]
     pub(crate) fn front(&self) -> Option<(u16, u64, &Io)> {
         let id = *self.pending.front()?;
         let request = &self.requests[usize::from(id)];
         Some((id, request.issued, request.io.as_deref()?))
+    }
+
+    /// Paths that a request is not to be sent on while there are others.
+    #[inline]
+    pub(crate) fn avoid(&self, id: u16) -> u16 {
+        self.requests[usize::from(id)].avoid
+    }
+
+    /// Requests sent again so far because a path was lost under them.
+    pub(crate) fn resends(&self) -> u64 {
+        self.resends
     }
 
     /// The I/O of a request that has commands out.
@@ -154,18 +190,35 @@ impl Table {
     pub(crate) fn on_answered(&mut self, id: u16, verdict: Verdict) {
         let request = &mut self.requests[usize::from(id)];
         request.verdict = request.verdict.max(verdict);
-        if verdict != Verdict::Done && request.place == Place::Pending {
-            // The rest would be in vain. It has commands out, so it is the front.
-            request.place = Place::Sent;
-            self.pending.pop_front();
+        if verdict != Verdict::Done {
+            self.stop_sending(id);
         }
     }
 
-    /// A command that was answered is not referred to any more.
-    pub(crate) fn on_settled(&mut self, id: u16, now: Duration) -> Settled {
+    /// The rest of the request would be in vain.
+    fn stop_sending(&mut self, id: u16) {
+        let request = &mut self.requests[usize::from(id)];
+        if request.place == Place::Pending {
+            request.place = Place::Sent;
+            if let Some(at) = self.pending.iter().position(|other| *other == id) {
+                self.pending.remove(at);
+            }
+        }
+    }
+
+    /// A command that was answered is not referred to any more. It was sent on path number `path`,
+    /// beside which there are `others` that can be used, one bit each.
+    pub(crate) fn on_settled(&mut self, id: u16, path: u8, others: u16, now: Duration) -> Settled {
         let request = &mut self.requests[usize::from(id)];
         request.commands -= 1;
-        if request.commands > 0 || request.is_lost || request.place != Place::Sent {
+        if matches!(request.verdict, Verdict::Retry(_)) {
+            request.avoid |= 1 << path;
+        }
+        if request.commands > 0 || request.place != Place::Sent {
+            return Settled::Not;
+        }
+        if request.is_lost {
+            self.conclude(id);
             return Settled::Not;
         }
         match request.verdict {
@@ -177,10 +230,17 @@ impl Table {
             Verdict::Retry(_) if request.seq < self.abort_below => {
                 self.finish(id, Err(IoError::Aborted));
             }
+            Verdict::Retry(_) if others & !request.avoid != 0 => {
+                request.retries += 1;
+                request.start_again(Place::Pending);
+                self.hold(id);
+                return Settled::Retry;
+            }
             Verdict::Retry(_) => {
                 let factor = 1u32 << request.retries.min(16);
                 request.not_before = now + (RETRY_DELAY * factor).min(RETRY_DELAY_MAX);
                 request.retries += 1;
+                request.avoid = 0;
                 request.start_again(Place::Delayed);
                 self.delayed.push(id);
                 return Settled::Retry;
@@ -189,42 +249,75 @@ impl Table {
         Settled::Finished
     }
 
-    /// A command of the request went down with the path: there will be no answer.
-    pub(crate) fn on_lost(&mut self, id: u16) {
+    /// A command of the request went down with path number `path`: there will be no answer.
+    pub(crate) fn on_lost(&mut self, id: u16, path: u8) {
         let request = &mut self.requests[usize::from(id)];
         request.commands -= 1;
         request.is_lost = true;
+        let op = request.io.as_ref().map(|io| io.op);
+        if !self.is_single && op.is_some_and(|op| op.is_change() || op == Op::Reserve) {
+            request.fences |= 1 << path;
+        }
+        let has_more = request.commands > 0;
+        self.stop_sending(id);
+        if !has_more {
+            self.conclude(id);
+        }
     }
 
-    /// The old connection is quiet and each of its commands was reported settled or lost: holds
-    /// everything not finished, in the order of acceptance. Gives the number of requests that had
-    /// been sent.
-    pub(crate) fn hold_again(&mut self) -> u64 {
-        let mut resends = 0;
+    /// The controllers that path number `path` has led to so far have ended.
+    #[cold]
+    pub(crate) fn on_fenced(&mut self, path: u8) {
         for id in 0..self.requests.len() as u16 {
             let request = &mut self.requests[usize::from(id)];
-            debug_assert!(request.commands == 0, "a command was forgotten");
-            if !request.is_lost && request.place != Place::Pending {
-                continue;
+            request.fences &= !(1 << path);
+            if request.place == Place::Quarantined && request.fences == 0 {
+                self.conclude(id);
             }
-            if let Verdict::Fail(error) = request.verdict {
-                // One part failed for good, so what became of the others does not matter.
-                self.finish(id, Err(error));
-                continue;
-            }
-            if request.issued > 0 || request.place == Place::Sent {
-                resends += 1;
-            }
-            if request.place == Place::Sent {
-                self.pending.push_back(id);
-            }
-            request.start_again(Place::Pending);
         }
+    }
+
+    /// No association will be used before all old controllers have ended: what waits for that can
+    /// as well be given back.
+    #[cold]
+    pub(crate) fn fail_quarantined(&mut self, error: IoError) {
+        for id in 0..self.requests.len() as u16 {
+            if self.requests[usize::from(id)].place == Place::Quarantined {
+                self.finish(id, Err(error));
+            }
+        }
+    }
+
+    /// What becomes of a request with lost commands, none of which is out any more.
+    #[cold]
+    fn conclude(&mut self, id: u16) {
+        let request = &mut self.requests[usize::from(id)];
+        debug_assert!(request.commands == 0 && request.is_lost);
+        if request.fences != 0 {
+            request.place = Place::Quarantined;
+            return;
+        }
+        let op = request.io.as_ref().map(|io| io.op);
+        match request.verdict {
+            // One part failed for good, so what became of the others does not matter.
+            Verdict::Fail(error) => self.finish(id, Err(error)),
+            _ if request.seq < self.abort_below => self.finish(id, Err(IoError::Aborted)),
+            // It may have been done, and then done again would be refused for having been done.
+            _ if op == Some(Op::Reserve) => self.finish(id, Err(IoError::Aborted)),
+            _ => {
+                self.resends += 1;
+                request.start_again(Place::Pending);
+                self.hold(id);
+            }
+        }
+    }
+
+    /// Puts a request that is to be sent again among the pending ones, by order of acceptance.
+    fn hold(&mut self, id: u16) {
+        let seq = self.requests[usize::from(id)].seq;
         let requests = &self.requests;
-        self.pending.retain(|id| requests[usize::from(*id)].place == Place::Pending);
-        self.pending.make_contiguous().sort_unstable_by_key(|id| requests[usize::from(*id)].seq);
-        self.fail_held(IoError::Aborted, self.abort_below);
-        resends
+        let at = self.pending.partition_point(|other| requests[usize::from(*other)].seq < seq);
+        self.pending.insert(at, id);
     }
 
     /// Finishes the front, none of which has been sent, without sending it.
@@ -235,7 +328,7 @@ impl Table {
         }
     }
 
-    /// Fails what is held, so has no command out, and was accepted before number `below`.
+    /// Fails what is held and not quarantined, so has no command out, and was accepted before number `below`.
     pub(crate) fn fail_held(&mut self, error: IoError, below: u64) {
         let is_doomed = |request: &Request| {
             let is_held = matches!(request.place, Place::Pending | Place::Delayed);
@@ -281,7 +374,7 @@ impl Table {
             }
             request.place = Place::Pending;
             self.delayed.swap_remove(at);
-            self.pending.push_back(id);
+            self.hold(id);
         }
     }
 
@@ -338,7 +431,7 @@ mod tests {
     }
 
     fn table() -> Table {
-        let mut table = Table::new(4, 2);
+        let mut table = Table::new(4, 2, true);
         for tag in 0..4 {
             table.accept(io(tag)).unwrap();
         }
@@ -359,7 +452,7 @@ mod tests {
 
     fn answer(table: &mut Table, id: u16, verdict: Verdict) -> Settled {
         table.on_answered(id, verdict);
-        table.on_settled(id, NOW)
+        table.on_settled(id, 0, 0, NOW)
     }
 
     #[test]
@@ -384,10 +477,10 @@ mod tests {
         table.on_issued(third, 512, false);
         // The second is answered but still referred to when the path is lost, so it is done.
         table.on_answered(second, Verdict::Done);
-        table.on_lost(first);
-        table.on_settled(second, NOW);
-        table.on_lost(third);
-        assert_eq!(table.hold_again(), 2);
+        table.on_lost(first, 0);
+        table.on_settled(second, 0, 0, NOW);
+        table.on_lost(third, 0);
+        assert_eq!(table.resends(), 2);
         assert_eq!(finished(&mut table), [(1, Ok(()))]);
         let order: Vec<(u64, u64)> = (0..3)
             .map(|_| {
@@ -415,13 +508,13 @@ mod tests {
 
     #[test]
     fn retries_are_delayed_and_bounded() {
-        let mut table = Table::new(1, 2);
+        let mut table = Table::new(1, 2, true);
         table.accept(io(0)).unwrap();
         let mut now = NOW;
         for retry in 0..2 {
             let id = send(&mut table);
             table.on_answered(id, Verdict::Retry(IoError::Medium));
-            assert_eq!(table.on_settled(id, now), Settled::Retry);
+            assert_eq!(table.on_settled(id, 0, 0, now), Settled::Retry);
             assert!(table.front().is_none());
             let at = table.next_wake().unwrap();
             assert_eq!(at, now + RETRY_DELAY * (1 << retry));
@@ -443,14 +536,82 @@ mod tests {
         let aborted = Err(IoError::Aborted);
         assert_eq!(finished(&mut table), [(1, aborted), (2, aborted), (3, aborted)]);
         table.accept(io(9)).unwrap();
-        table.on_lost(sent);
-        table.hold_again();
+        table.on_lost(sent, 0);
         assert_eq!(finished(&mut table), [(0, aborted)]);
         // What came after the abort stays.
         assert_eq!(table.front().unwrap().2.tag, 9);
         table.fail_all_held(IoError::Gone);
         assert_eq!(finished(&mut table), [(9, Err(IoError::Gone))]);
         assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn a_change_lost_with_one_of_several_paths_is_kept_until_its_controller_has_ended() {
+        let mut table = Table::new(4, 2, false);
+        table.accept(io(0)).unwrap();
+        table.accept(Box::new(Io { tag: 1, ..Io::new(Op::Read, 0, 4096) })).unwrap();
+        table.accept(io(2)).unwrap();
+        let ids: Vec<u16> = (0..3).map(|_| send(&mut table)).collect();
+        table.on_lost(ids[0], 3);
+        table.on_lost(ids[1], 3);
+        // The read goes on at once.
+        assert_eq!(table.front().unwrap().2.tag, 1);
+        send(&mut table);
+        assert!(table.front().is_none());
+        // Neither abort nor failure gives the write back.
+        table.abort();
+        table.fail_all_held(IoError::Gone);
+        table.on_fenced(2);
+        assert_eq!(finished(&mut table), []);
+        table.on_fenced(3);
+        assert_eq!(finished(&mut table), [(0, Err(IoError::Aborted))]);
+        // A write that failed in one part and was lost in another has to wait as well.
+        table.on_answered(ids[2], Verdict::Fail(IoError::NoSpace));
+        let mut table = Table::new(4, 2, false);
+        table.accept(io(5)).unwrap();
+        let (id, ..) = table.front().unwrap();
+        table.on_issued(id, 512, false);
+        table.on_issued(id, 512, false);
+        table.on_lost(id, 0);
+        assert!(table.front().is_none(), "the rest is not sent in vain");
+        table.on_answered(id, Verdict::Fail(IoError::NoSpace));
+        table.on_settled(id, 1, 1, NOW);
+        assert_eq!(finished(&mut table), []);
+        table.on_fenced(0);
+        assert_eq!(finished(&mut table), [(5, Err(IoError::NoSpace))]);
+        // Where no path can be used before the old controllers have ended, nothing is kept.
+        table.accept(io(6)).unwrap();
+        let id = send(&mut table);
+        table.on_lost(id, 0);
+        table.fail_quarantined(IoError::Gone);
+        assert_eq!(finished(&mut table), [(6, Err(IoError::Gone))]);
+    }
+
+    #[test]
+    fn a_reservation_command_is_not_sent_twice() {
+        let mut table = Table::new(4, 2, true);
+        table.accept(Box::new(Io { tag: 7, ..Io::new(Op::Reserve, 0, 0) })).unwrap();
+        let id = send(&mut table);
+        table.on_lost(id, 0);
+        assert_eq!(finished(&mut table), [(7, Err(IoError::Aborted))]);
+    }
+
+    #[test]
+    fn a_refused_request_tries_each_path_before_it_waits() {
+        let mut table = Table::new(1, 5, false);
+        table.accept(io(0)).unwrap();
+        let others = |path: u8| 0b111 & !(1 << path);
+        for (path, avoid) in [(0u8, 0b001), (2, 0b101)] {
+            let id = send(&mut table);
+            table.on_answered(id, Verdict::Retry(IoError::Medium));
+            assert_eq!(table.on_settled(id, path, others(path), NOW), Settled::Retry);
+            assert_eq!(table.avoid(table.front().unwrap().0), avoid);
+        }
+        let id = send(&mut table);
+        table.on_answered(id, Verdict::Retry(IoError::Medium));
+        assert_eq!(table.on_settled(id, 1, others(1), NOW), Settled::Retry);
+        assert!(table.front().is_none() && table.next_wake().is_some());
+        assert_eq!(table.avoid(id), 0);
     }
 
     /// Whatever happens in whatever order, each request comes back exactly once.
@@ -464,27 +625,29 @@ mod tests {
                 random ^= random << 17;
                 (random >> 20) % n
             };
-            let mut table = Table::new(8, 3);
-            // Commands out: request, and whether it was answered.
-            let mut commands: Vec<(u16, bool)> = Vec::new();
+            let is_single = seed % 2 == 0;
+            let paths = if is_single { 1 } else { 3 };
+            let mut table = Table::new(8, 3, is_single);
+            // Commands out: request, path, and whether it was answered.
+            let mut commands: Vec<(u16, u8, bool)> = Vec::new();
             let (mut accepted, mut returned) = (0u64, Vec::new());
             let mut now = NOW;
             for _ in 0..400 {
                 now += Duration::from_millis(next(30));
                 table.wake(now);
-                match next(9) {
+                match next(10) {
                     0 | 1 => accepted += u64::from(table.accept(io(accepted)).is_ok()),
                     2 | 3 => {
                         if let Some((id, issued, io)) = table.front() {
                             let len = if next(2) == 0 { 512 } else { io.len - issued };
                             let is_whole = issued + len == io.len;
                             table.on_issued(id, len, is_whole);
-                            commands.push((id, false));
+                            commands.push((id, next(paths) as u8, false));
                         }
                     }
                     4 | 5 if !commands.is_empty() => {
                         let at = next(commands.len() as u64) as usize;
-                        if !commands[at].1 {
+                        if !commands[at].2 {
                             let verdicts = [
                                 Verdict::Done,
                                 Verdict::Done,
@@ -492,35 +655,38 @@ mod tests {
                                 Verdict::Fail(IoError::NoSpace),
                             ];
                             table.on_answered(commands[at].0, verdicts[next(4) as usize]);
-                            commands[at].1 = true;
+                            commands[at].2 = true;
                         }
                     }
                     6 => {
-                        if let Some(at) = commands.iter().position(|(_, answered)| *answered) {
-                            let (id, _) = commands.remove(at);
-                            table.on_settled(id, now);
+                        if let Some(at) = commands.iter().position(|(.., answered)| *answered) {
+                            let (id, path, _) = commands.remove(at);
+                            table.on_settled(id, path, next(1 << paths) as u16, now);
                         }
                     }
                     7 if next(4) == 0 => {
-                        for (id, is_answered) in commands.drain(..) {
+                        let lost = next(paths) as u8;
+                        let gone: Vec<_> =
+                            commands.extract_if(.., |(_, path, _)| *path == lost).collect();
+                        for (id, path, is_answered) in gone {
                             if is_answered {
-                                table.on_settled(id, now);
+                                table.on_settled(id, path, 0, now);
                             } else {
-                                table.on_lost(id);
+                                table.on_lost(id, path);
                             }
                         }
-                        table.hold_again();
                     }
+                    9 if next(4) == 0 => table.on_fenced(next(paths) as u8),
                     8 if next(6) == 0 => table.abort(),
                     _ => {}
                 }
                 returned.extend(std::iter::from_fn(|| table.take_finished()).map(|io| io.tag));
                 assert_eq!(table.len() as u64, accepted - returned.len() as u64, "seed {seed}");
             }
-            for (id, _) in commands.drain(..) {
-                table.on_lost(id);
+            for (id, path, _) in commands.drain(..) {
+                table.on_lost(id, path);
             }
-            table.hold_again();
+            table.fail_quarantined(IoError::Gone);
             table.fail_all_held(IoError::Gone);
             returned.extend(std::iter::from_fn(|| table.take_finished()).map(|io| io.tag));
             returned.sort_unstable();

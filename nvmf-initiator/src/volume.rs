@@ -11,14 +11,14 @@ use reactor::{Local, Task};
 use crate::admin::AdminTask;
 use crate::channel::RemoteChannel;
 use crate::config::{ConfigError, RemoteConfig};
-use crate::shared::{Counters, Phase, RemoteState, Shared};
+use crate::shared::{Counters, PathCounters, Phase, RemoteState, Shared};
 
 /// The remote namespace did not become ready in time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("namespace {nsid} of {subnqn} at {addr} is not ready: {reason}")]
+#[error("namespace {nsid} of {subnqn} at {} is not ready: {reason}", list(.addrs))]
 pub struct NotReady {
-    /// The listener.
-    pub addr: std::net::SocketAddr,
+    /// The listeners.
+    pub addrs: Vec<std::net::SocketAddr>,
     /// The subsystem.
     pub subnqn: Nqn,
     /// The namespace.
@@ -43,7 +43,8 @@ impl RemoteVolume {
         local: &Local,
     ) -> Result<(Arc<RemoteVolume>, Box<dyn Task>), ConfigError> {
         config.check()?;
-        let shared = Shared::new(config, local.handle(), RemoteState::unknown());
+        let state = RemoteState::unknown(&config);
+        let shared = Shared::new(config, local.handle(), state);
         let task = Box::new(AdminTask::new(Arc::clone(&shared), local));
         Ok((Arc::new(RemoteVolume { shared }), task))
     }
@@ -64,7 +65,7 @@ impl RemoteVolume {
         }
         let config = &self.shared.config;
         Err(NotReady {
-            addr: config.addr,
+            addrs: config.paths.iter().map(|path| path.addr).collect(),
             subnqn: config.subnqn.clone(),
             nsid: config.nsid,
             reason: match &state.last_error {
@@ -88,10 +89,20 @@ impl RemoteVolume {
         self.shared.wait(timeout, |state| state.phase == over).phase == over
     }
 
+    /// What is going on on each path, in the order of [`RemoteState::paths`].
+    pub fn path_counters(&self) -> Vec<PathCounters> {
+        self.shared.path_counters()
+    }
+
     /// What has been done so far, over all channels.
     pub fn counters(&self) -> Counters {
         self.shared.counters()
     }
+}
+
+fn list(addrs: &[std::net::SocketAddr]) -> String {
+    let addrs: Vec<String> = addrs.iter().map(ToString::to_string).collect();
+    addrs.join(", ")
 }
 
 impl Drop for RemoteVolume {
@@ -107,6 +118,10 @@ impl Volume for RemoteVolume {
 
     fn identity(&self) -> Identity {
         self.shared.state().identity
+    }
+
+    fn generation(&self) -> u64 {
+        self.shared.geometry_generation()
     }
 
     /// Takes one of the `queues` of the configuration. Ready for I/O at once, which is held until

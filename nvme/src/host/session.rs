@@ -286,7 +286,8 @@ impl Session {
     /// [`Session::take_other_ended`] says what came of it.
     pub fn end_other(&mut self, other: OldController) -> bool {
         let can = self.controller.as_ref().is_some_and(|info| info.instance.is_some());
-        if !can || other.instance.is_none() || self.other.is_some() || self.ready.is_none() {
+        let is_busy = self.other.is_some() || self.other_ended.is_some();
+        if !can || other.instance.is_none() || is_busy || self.ready.is_none() {
             return false;
         }
         (self.other, self.other_ended) = (Some(other), None);

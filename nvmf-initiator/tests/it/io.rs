@@ -18,10 +18,16 @@ fn bring_up_publishes_what_the_controller_says() {
     assert_eq!(rig.volume.geometry().blocks, 0);
     rig.until_live();
     let state = rig.volume.wait_ready(Duration::ZERO).unwrap();
-    assert_eq!((state.generation, state.queues, state.losses, state.attempts), (1, 1, 0, 1));
-    assert_eq!(state.in_capsule_bytes, 4096);
-    assert_eq!(state.transfer_bytes_max, 1 << 20);
-    assert_eq!(state.queue_entries, 128, "the controller has fewer than the 129 asked for");
+    assert_eq!(
+        (state.generation, state.paths[0].queues, state.losses, state.attempts),
+        (1, 1, 0, 1)
+    );
+    assert_eq!(state.paths[0].in_capsule_bytes, 4096);
+    assert_eq!(state.paths[0].transfer_bytes_max, 1 << 20);
+    assert_eq!(
+        state.paths[0].queue_entries, 128,
+        "the controller has fewer than the 129 asked for"
+    );
     assert_eq!(state.last_error, None);
     let geometry = rig.volume.geometry();
     assert_eq!((geometry.block_bytes, geometry.blocks), (512, 16 << 10));
@@ -121,7 +127,7 @@ fn requests_larger_than_mdts_are_split() {
     assert_eq!(seen.longest_bytes, 8192);
     assert!(seen.writes > (3 * MIB / 8192) as u64);
     assert_eq!(seen.deepest, 7);
-    assert_eq!(rig.state().queue_entries, 8, "one entry of the queue stays empty");
+    assert_eq!(rig.state().paths[0].queue_entries, 8, "one entry of the queue stays empty");
     rig.finish();
 }
 
@@ -216,7 +222,7 @@ fn each_core_has_its_own_queue() {
         rig.wait_ok(disk, 8);
     }
     assert_eq!(rig.fake.seen.get().io_connects, 3);
-    assert_eq!(rig.state().queues, 3);
+    assert_eq!(rig.state().paths[0].queues, 3);
     for at in 0..24 {
         assert!(rig.fake.disk.borrow()[at as usize * 4096..][..4096] == pattern(at, 4096));
     }

@@ -8,5 +8,6 @@ mod ipv6;
 mod junk;
 mod scale;
 mod sim;
+mod sim_paths;
 mod transport;
 mod yardstick;

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use block::fault::{FaultPlan, FaultVolume};
 use block::ram::RamVolume;
-use block::{Busy, Channel, Identity, Io, Op, Volume};
+use block::{Busy, Channel, Extent, Identity, Io, Op, Volume};
 use nvme::spec::Nqn;
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
 use nvmf_target::{
@@ -26,7 +26,7 @@ use nvmf_target::{
 use reactor::sim::{NetFaults, World};
 use reactor::{Core, Local, Progress, Task};
 
-const SUBNQN: &str = "nqn.2026-11.io.penstock:sim";
+pub(crate) const SUBNQN: &str = "nqn.2026-11.io.penstock:sim";
 const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000005";
 const BLOCK: usize = 512;
 const BLOCKS: usize = 1024;
@@ -36,14 +36,14 @@ const DEPTH: usize = 8;
 const SEEDS: u64 = 1000;
 
 /// xorshift64*: small, and the same everywhere for the same seed.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn new(seed: u64) -> Random {
+    pub(crate) fn new(seed: u64) -> Random {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -53,12 +53,21 @@ impl Random {
 
 /// What the load found, shared with the test.
 #[derive(Default)]
-struct Report {
-    completed: u64,
-    done: bool,
+pub(crate) struct Report {
+    pub(crate) completed: u64,
+    pub(crate) done: bool,
     failure: Option<String>,
     /// Stamp of each block; 0 where it is zero.
     disk: Vec<u64>,
+}
+
+struct Outstanding {
+    op: Op,
+    start: usize,
+    count: usize,
+    stamp: u64,
+    /// Where a copy reads.
+    source: usize,
 }
 
 struct Load {
@@ -68,7 +77,7 @@ struct Load {
     left: u64,
     stamp: u64,
     busy: Vec<bool>,
-    outstanding: BTreeMap<u64, (Op, usize, usize, u64)>,
+    outstanding: BTreeMap<u64, Outstanding>,
     next_tag: u64,
     report: Rc<RefCell<Report>>,
 }
@@ -87,9 +96,19 @@ impl Load {
             0 => Op::Flush,
             1 => Op::WriteZeroes,
             2 => Op::Deallocate,
-            3..=10 => Op::Write,
+            3 => Op::Compare,
+            4 => Op::Verify,
+            5 => Op::Copy,
+            6..=11 => Op::Write,
             _ => Op::Read,
         };
+        // Far enough from the destination, and not in use either.
+        let source = (start + BLOCKS / 2) % BLOCKS;
+        let reach = start.abs_diff(source).min(BLOCKS - source);
+        let count = if op == Op::Copy { count.min(reach) } else { count };
+        if op == Op::Copy && self.busy[source..source + count].iter().any(|b| *b) {
+            return false;
+        }
         let mut io = Box::new(Io::with_capacity(16));
         io.op = op;
         io.tag = self.next_tag;
@@ -97,7 +116,7 @@ impl Load {
         io.offset = if op == Op::Flush { 0 } else { (start * BLOCK) as u64 };
         io.len = (count * BLOCK) as u64;
         io.fua = op == Op::Write && self.random.below(4) == 0;
-        if matches!(op, Op::Read | Op::Write) {
+        if op.has_data() {
             self.local.pool().alloc(count * BLOCK, &mut io.data).expect("pool for eight requests");
         }
         if op == Op::Write {
@@ -107,19 +126,34 @@ impl Load {
                 io.data.copy_from_slice(block * BLOCK, &bytes).expect("a request's length");
             }
         }
+        if op == Op::Compare {
+            let report = self.report.borrow();
+            for block in 0..count {
+                let bytes = report.disk[start + block].to_le_bytes().repeat(BLOCK / 8);
+                io.data.copy_from_slice(block * BLOCK, &bytes).expect("a request's length");
+            }
+        }
+        if op == Op::Copy {
+            io.sources.push(Extent { offset: (source * BLOCK) as u64, len: io.len });
+        }
         match self.channel.submit(io) {
             Ok(()) => {}
             Err(Busy(_)) => return false,
         }
         self.busy[start..start + count].fill(true);
-        self.outstanding.insert(self.next_tag, (op, start, count, self.stamp));
+        if op == Op::Copy {
+            self.busy[source..source + count].fill(true);
+        }
+        let stamp = self.stamp;
+        self.outstanding.insert(self.next_tag, Outstanding { op, start, count, stamp, source });
         self.next_tag += 1;
         self.left -= 1;
         true
     }
 
     fn finish(&mut self, io: &Io) -> Result<(), String> {
-        let Some((op, start, count, stamp)) = self.outstanding.remove(&io.tag) else {
+        let out = self.outstanding.remove(&io.tag);
+        let Some(Outstanding { op, start, count, stamp, source }) = out else {
             return Err(format!("I/O {} completed twice", io.tag));
         };
         if let Err(error) = io.result {
@@ -127,6 +161,10 @@ impl Load {
         }
         self.busy[start..start + count].fill(false);
         let mut report = self.report.borrow_mut();
+        if op == Op::Copy {
+            self.busy[source..source + count].fill(false);
+            report.disk.copy_within(source..source + count, start);
+        }
         match op {
             Op::Write => report.disk[start..start + count].fill(stamp),
             Op::WriteZeroes | Op::Deallocate => report.disk[start..start + count].fill(0),
@@ -187,42 +225,64 @@ impl Task for Load {
     }
 }
 
-struct Sim {
-    world: World,
-    cores: Vec<Core>,
-    report: Rc<RefCell<Report>>,
+pub(crate) struct Sim {
+    pub(crate) world: World,
+    pub(crate) cores: Vec<Core>,
+    pub(crate) report: Rc<RefCell<Report>>,
     volume: Arc<dyn Volume>,
     /// Held: dropping it ends the association.
-    remote: Arc<RemoteVolume>,
-    target: Arc<Target>,
+    pub(crate) remote: Arc<RemoteVolume>,
+    pub(crate) target: Arc<Target>,
 }
 
 fn nqn(text: &str) -> Nqn {
     Nqn::new(text).expect("well formed")
 }
 
-fn addr() -> SocketAddr {
-    "10.0.0.1:4420".parse().expect("an address")
+/// Address of port 1, 2, ..
+pub(crate) fn addr(port: u16) -> SocketAddr {
+    ([10, 0, 0, port as u8], 4420).into()
 }
 
-fn start_target(world: &World, core: &mut Core, volume: &Arc<dyn Volume>) -> Arc<Target> {
+fn start_target(
+    world: &World,
+    core: &mut Core,
+    volume: &Arc<dyn Volume>,
+    ports: u16,
+) -> Arc<Target> {
     let config = TargetConfig {
         subsystems: vec![SubsystemConfig {
             namespaces: vec![NamespaceConfig::new(1, Arc::clone(volume))],
             ..SubsystemConfig::new(SUBNQN, "SIM")
         }],
-        ports: vec![Port { id: 1, kind: ListenerKind::Io, addr: addr() }],
+        ports: (1..=ports).map(|id| Port { id, kind: ListenerKind::Io, addr: addr(id) }).collect(),
         limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
         ..TargetConfig::default()
     };
     let target = Target::new(config, vec![core.handle()]).expect("a sound configuration");
     core.spawn(target.core_task(0, &core.local()).expect("the core's first task"));
-    let accept = Arc::clone(&target);
-    world.listen(addr(), Box::new(move |socket| accept.add_connection(socket, 1)));
+    for port in 1..=ports {
+        listen(world, &target, port);
+    }
     target
 }
 
+pub(crate) fn listen(world: &World, target: &Arc<Target>, port: u16) {
+    let accept = Arc::clone(target);
+    world.listen(addr(port), Box::new(move |socket| accept.add_connection(socket, port)));
+}
+
 fn build(seed: u64, requests: u64) -> Sim {
+    build_with(seed, requests, 1, |config| config)
+}
+
+/// The same with several ports, each of them a path, and a configuration to be changed.
+pub(crate) fn build_with(
+    seed: u64,
+    requests: u64,
+    ports: u16,
+    change: impl FnOnce(RemoteConfig) -> RemoteConfig,
+) -> Sim {
     let world = World::new(seed);
     let mut random = Random::new(seed);
     let mut cores = vec![world.core(), world.core()];
@@ -240,17 +300,19 @@ fn build(seed: u64, requests: u64) -> Sim {
         ..FaultPlan::default()
     });
     let volume: Arc<dyn Volume> = Arc::new(slow);
-    let target = start_target(&world, &mut cores[0], &volume);
+    let target = start_target(&world, &mut cores[0], &volume, ports);
     let digests = random.below(4);
     let config = RemoteConfig {
         header_digest: digests & 1 != 0,
         data_digest: digests & 2 != 0,
         reconnect_delay: Duration::from_millis(1),
         reconnect_delay_max: Duration::from_millis(20),
-        ..RemoteConfig::new(addr(), nqn(SUBNQN), 1, (nqn(HOSTNQN), [5; 16]))
+        paths: (1..=ports).map(|port| addr(port).into()).collect(),
+        ..RemoteConfig::new(addr(1), nqn(SUBNQN), 1, (nqn(HOSTNQN), [5; 16]))
     };
     let local = cores[1].local();
-    let (remote, session) = RemoteVolume::start(config, &local).expect("a sound configuration");
+    let (remote, session) =
+        RemoteVolume::start(change(config), &local).expect("a sound configuration");
     cores[1].spawn(session);
     let report = Rc::new(RefCell::new(Report { disk: vec![0; BLOCKS], ..Report::default() }));
     let channel = remote.open(&local, DEPTH as u32).expect("a channel");
@@ -278,7 +340,7 @@ fn build(seed: u64, requests: u64) -> Sim {
 
 impl Sim {
     /// Runs the load to its end, mends the network and compares the volume with the model.
-    fn finish(mut self) -> Result<u64, String> {
+    pub(crate) fn finish(mut self) -> Result<u64, String> {
         let report = Rc::clone(&self.report);
         let limit = Duration::from_secs(3600);
         let ended = self.world.run_until(&mut self.cores, limit, &mut || report.borrow().done);

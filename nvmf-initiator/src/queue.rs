@@ -1,0 +1,750 @@
+//! One I/O queue of a channel on one path.
+//!
+//! Cuts the requests it is given into *commands* of at most what the controller takes at once, each
+//! under a cid of the queue. What is out when the path is lost is reported to the [`Table`] as soon
+//! as the old connection is quiet.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use block::{AcquireAction, Io, Op, RegisterAction, Reserve};
+use iobuf::SgList;
+use nvme::host;
+use nvme::spec::{CopyRange, Cqe, DsmRange, SCT_PATH, Status};
+use nvme::subsys::reservation::{self, PersistChange, ReleaseAction, ReservationRequest};
+use nvme::tcp::{HostConfig, HostEvent, Transfer};
+use reactor::Local;
+
+use crate::link::{Link, Loss};
+use crate::shared::{ChannelCounters, PathCounts, PathState, RemoteState, Shared};
+use crate::status::judge;
+use crate::table::{Settled, Table};
+
+/// Bytes of the data of a Connect command (NVMe Base 2.0, Fabrics Connect command).
+const CONNECT_BYTES: usize = 1024;
+/// Most bytes of one read or write command, whatever the controller allows: longer ones only delay
+/// others.
+const TRANSFER_BYTES_MAX: u64 = 1 << 20;
+/// The Connect command of the queue goes under this cid, before any other.
+const CONNECT_CID: u16 = 0;
+/// Shortest time between two requests to look at the namespace again.
+const RESCAN_INTERVAL: Duration = Duration::from_millis(50);
+/// When to look again for memory, if nothing else happens.
+const MEMORY_RETRY: Duration = Duration::from_millis(1);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// No connection, nothing sent. Moved on by a snapshot with an association not tried yet.
+    Down,
+    /// The link is opening. Moved on by ICResp.
+    Opening,
+    /// Connect is sent. Moved on by its completion.
+    Connecting,
+    /// The queue takes commands. Ended by whatever ends the association.
+    Ready,
+    /// The link is closing. Moved on when nothing of it can be sent any more.
+    Leaving,
+}
+
+/// A command sent and not settled: not answered, or its memory still referred to.
+#[derive(Clone, Copy, Debug)]
+struct Command {
+    is_active: bool,
+    is_answered: bool,
+    request: u16,
+    /// Queued PDUs whose payload the stream still refers to.
+    payloads: u32,
+    /// Where its data begins in the request's.
+    start: u64,
+    sent_at: Duration,
+    /// What the controller has asked for and is not queued yet.
+    ttag: u16,
+    out_offset: u32,
+    out_left: u32,
+}
+
+impl Command {
+    const IDLE: Command = Command {
+        is_active: false,
+        is_answered: false,
+        request: 0,
+        payloads: 0,
+        start: 0,
+        sent_at: Duration::ZERO,
+        ttag: 0,
+        out_offset: 0,
+        out_left: 0,
+    };
+}
+
+/// What this association allows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Limits {
+    block_bytes: u64,
+    /// Bytes of one read or write command.
+    transfer_bytes: u64,
+    /// Bytes of data that may travel in the capsule of a command.
+    in_capsule_bytes: u64,
+    /// Bytes of one write zeroes command.
+    write_zeroes_bytes: u64,
+    /// Bytes of one deallocate command.
+    deallocate_bytes: u64,
+    /// Bytes of one verify command.
+    verify_bytes: u64,
+}
+
+/// What queues of a channel share while they are driven.
+pub(crate) struct Env<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) state: &'a RemoteState,
+    pub(crate) table: &'a mut Table,
+    pub(crate) counters: &'a ChannelCounters,
+    /// Paths with a queue that takes commands and can be used for I/O, one bit each.
+    pub(crate) usable: u16,
+    pub(crate) now: Duration,
+}
+
+/// See the [module](self).
+pub(crate) struct Queue {
+    local: Local,
+    /// Number of the path.
+    path: u8,
+    /// Seat at the volume; the queue ID is one more.
+    index: u16,
+    counters: Arc<PathCounts>,
+    stage: Stage,
+    /// Association that the link belongs to, or belonged to: each is tried once.
+    generation: u64,
+    /// Changes went down with the association `generation`, and its controller may still do them.
+    is_unfenced: bool,
+    link: Link,
+    limits: Limits,
+    commands: Vec<Command>,
+    /// Commands out.
+    in_flight: u16,
+    /// Source ranges of copies that are out, by cid.
+    lists: Vec<SgList>,
+    /// Lowest on top, once the queue is connected.
+    free_cids: Vec<u16>,
+    /// Commands with data to queue, each once.
+    out: VecDeque<u16>,
+    connect_data: SgList,
+    connect_by: Duration,
+    /// When to look for overdue commands; none while no command is out.
+    next_check: Option<Duration>,
+    /// When the namespace may be asked to be looked at again.
+    rescan_at: Duration,
+    /// There was no memory for a command's data.
+    is_starved: bool,
+}
+
+impl Queue {
+    /// All memory the queue needs for I/O is allocated here.
+    pub(crate) fn new(
+        shared: &Shared,
+        local: &Local,
+        path: usize,
+        depth: u16,
+        counters: Arc<PathCounts>,
+    ) -> io::Result<Queue> {
+        let config = &shared.config;
+        let cids = depth.min(config.queue_depth);
+        let mut connect_data = SgList::with_capacity(1);
+        local
+            .pool()
+            .alloc(CONNECT_BYTES, &mut connect_data)
+            .map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))?;
+        let host_config = HostConfig {
+            queue_depth: cids,
+            header_digest: config.header_digest,
+            data_digest: config.data_digest,
+            ..HostConfig::default()
+        };
+        // A capsule and an H2CData PDU per command, and the ICReq; what does not fit waits for the
+        // next poll.
+        let tx_entries_max = usize::from(cids) * 2 + 2;
+        let addr = config.paths[path].addr;
+        let link = Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout);
+        Ok(Queue {
+            local: local.clone(),
+            path: path as u8,
+            index: 0,
+            counters,
+            stage: Stage::Down,
+            generation: 0,
+            is_unfenced: false,
+            link,
+            limits: Limits::default(),
+            commands: vec![Command::IDLE; usize::from(cids)],
+            in_flight: 0,
+            lists: (0..cids).map(|_| SgList::with_capacity(1)).collect(),
+            free_cids: Vec::with_capacity(usize::from(cids)),
+            out: VecDeque::with_capacity(usize::from(cids)),
+            connect_data,
+            connect_by: Duration::ZERO,
+            next_check: None,
+            rescan_at: Duration::ZERO,
+            is_starved: false,
+        })
+    }
+
+    /// The channel has this seat.
+    pub(crate) fn sit(&mut self, index: u16) {
+        self.index = index;
+    }
+
+    pub(crate) fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Commands out.
+    #[inline]
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// Whether a command can be queued now.
+    #[inline]
+    pub(crate) fn has_room(&self) -> bool {
+        !self.free_cids.is_empty() && !self.is_starved && self.link.room() > 0
+    }
+
+    fn qid(&self) -> u16 {
+        self.index + 1
+    }
+
+    fn state<'a>(&self, env: &Env<'a>) -> &'a PathState {
+        &env.state.paths[usize::from(self.path)]
+    }
+
+    /// Acts on what is known of the path.
+    fn look(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        let path = self.state(env);
+        if self.is_unfenced && self.stage == Stage::Down && path.fenced >= self.generation {
+            self.is_unfenced = false;
+            env.table.on_fenced(self.path);
+        }
+        let is_tried = path.generation == self.generation;
+        match self.stage {
+            Stage::Down if path.is_live && !is_tried => {
+                debug_assert!(!self.is_unfenced, "an association before the last one has ended");
+                self.generation = path.generation;
+                self.stage = Stage::Opening;
+                self.link.open()?;
+            }
+            Stage::Opening | Stage::Connecting | Stage::Ready if !path.is_live || !is_tried => {
+                self.leave(env, None);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The connection broke: the whole association ends.
+    #[cold]
+    pub(crate) fn lose(&mut self, loss: &Loss, env: &mut Env<'_>) {
+        if matches!(self.stage, Stage::Leaving | Stage::Down) {
+            return;
+        }
+        let text = format!("I/O queue {}: {loss}", self.qid());
+        env.shared.report_fault(usize::from(self.path), self.generation, &text);
+        self.leave(env, Some(loss));
+    }
+
+    #[cold]
+    fn leave(&mut self, env: &mut Env<'_>, loss: Option<&Loss>) {
+        self.stage = Stage::Leaving;
+        self.next_check = None;
+        self.out.clear();
+        self.link.close(env.now, loss.and_then(Loss::fault));
+        if self.link.is_closed() {
+            self.on_left(env);
+        }
+    }
+
+    /// The link is closed: nothing of the old association can be sent any more from here.
+    #[cold]
+    fn on_left(&mut self, env: &mut Env<'_>) {
+        self.stage = Stage::Down;
+        self.is_unfenced = true;
+        self.is_starved = false;
+        self.in_flight = 0;
+        self.free_cids.clear();
+        for command in &mut self.commands {
+            let command = std::mem::replace(command, Command::IDLE);
+            if command.is_active && command.is_answered {
+                env.table.on_settled(command.request, self.path, env.usable, env.now);
+            } else if command.is_active {
+                env.table.on_lost(command.request, self.path);
+            }
+        }
+        self.lists.iter_mut().for_each(SgList::clear);
+    }
+
+    /// Moves the link on and receives all there is.
+    pub(crate) fn drive(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        self.link.poll(env.now)?;
+        if self.stage == Stage::Leaving && self.link.is_closed() {
+            self.on_left(env);
+        }
+        self.look(env)?;
+        if matches!(self.stage, Stage::Down | Stage::Leaving) {
+            return Ok(());
+        }
+        self.is_starved = false;
+        while let Some(token) = self.link.sent() {
+            self.on_sent(token, env);
+        }
+        while let Some(chunk) = self.link.recv()? {
+            let mut input: &[u8] = &chunk;
+            while let Some(event) = self.link.next(&mut input)? {
+                self.on_event(event, env)?;
+            }
+        }
+        if self.stage == Stage::Connecting && env.now >= self.connect_by {
+            return Err(Loss::Command("no answer to Connect in time".to_owned()));
+        }
+        if self.next_check.is_some_and(|at| at <= env.now) {
+            self.check_overdue(env)?;
+        }
+        if self.stage == Stage::Ready {
+            self.send_out(env)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn on_event(&mut self, event: HostEvent<'_>, env: &mut Env<'_>) -> Result<(), Loss> {
+        match event {
+            HostEvent::Data { cid, offset, bytes } => {
+                let command = &self.commands[usize::from(cid)];
+                let at = command.start + u64::from(offset);
+                // The qpair machine lets no byte through that the command did not ask for.
+                let io = env.table.io(command.request).filter(|_| command.is_active);
+                let is_placed =
+                    io.is_some_and(|io| io.data.copy_from_slice(at as usize, bytes).is_ok());
+                if !is_placed {
+                    return Err(Loss::Command("data for no buffer".to_owned()));
+                }
+            }
+            HostEvent::R2t { cid, ttag, offset, len } => {
+                let command = &mut self.commands[usize::from(cid)];
+                *command = Command { ttag, out_offset: offset, out_left: len, ..*command };
+                self.out.push_back(cid);
+            }
+            HostEvent::Complete { cid, cqe } => {
+                let status = Cqe::from_bytes(&cqe).status();
+                match self.stage {
+                    Stage::Ready => self.on_complete(cid, status, env),
+                    _ => self.on_connected(status, env)?,
+                }
+            }
+            HostEvent::Initialized => self.send_connect(env)?,
+            // The link makes a loss of it.
+            HostEvent::Terminated { fes } => return Err(Loss::Terminated { fes }),
+        }
+        Ok(())
+    }
+
+    /// Connect for this queue (NVMe Base 2.0, Fabrics Connect command); its data always fits the
+    /// capsule.
+    fn send_connect(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        let config = &env.shared.config;
+        let entries = self.queue_entries(env);
+        let (sqe, data) =
+            host::io_connect(&config.names(), self.state(env).cntlid, self.qid(), entries);
+        self.connect_data
+            .copy_from_slice(0, &data)
+            .map_err(|_| Loss::Command("no memory for Connect".to_owned()))?;
+        let transfer = Transfer::Write { len: CONNECT_BYTES as u32, in_capsule: true };
+        let head = self.link.host.command(CONNECT_CID, &sqe, transfer);
+        self.link.push(&head, Some((&self.connect_data, 0, CONNECT_BYTES)), None)?;
+        self.connect_by = env.now + config.connect_timeout;
+        self.stage = Stage::Connecting;
+        Ok(())
+    }
+
+    /// Entries of this queue: one more than commands can be out, and no more than the controller
+    /// supports.
+    fn queue_entries(&self, env: &Env<'_>) -> u16 {
+        let wanted = self.commands.len() as u16 + 1;
+        wanted.min(self.state(env).queue_entries).max(2)
+    }
+
+    fn on_connected(&mut self, status: Status, env: &mut Env<'_>) -> Result<(), Loss> {
+        if !status.is_success() {
+            return Err(Loss::Command(format!("Connect refused: {status}")));
+        }
+        let state = self.state(env);
+        let block_bytes = u64::from(env.state.geometry.block_bytes);
+        let bytes = |blocks: u32| u64::from(blocks.max(1)) * block_bytes;
+        let transfer = u64::from(state.transfer_bytes_max).min(TRANSFER_BYTES_MAX);
+        let transfer = transfer.min(bytes(host::io::BLOCKS_MAX));
+        self.limits = Limits {
+            block_bytes,
+            transfer_bytes: (transfer - transfer % block_bytes).max(block_bytes),
+            in_capsule_bytes: u64::from(state.in_capsule_bytes),
+            write_zeroes_bytes: bytes(state.write_zeroes_blocks_max),
+            deallocate_bytes: bytes(state.deallocate_blocks_max),
+            verify_bytes: bytes(state.verify_blocks_max),
+        };
+        self.free_cids.clear();
+        self.free_cids.extend((0..self.queue_entries(env) - 1).rev());
+        self.stage = Stage::Ready;
+        env.shared.note_connected(usize::from(self.path), self.generation);
+        Ok(())
+    }
+
+    #[inline]
+    fn on_complete(&mut self, cid: u16, status: Status, env: &mut Env<'_>) {
+        let command = &mut self.commands[usize::from(cid)];
+        command.is_answered = true;
+        command.out_left = 0;
+        let (request, is_free) = (command.request, command.payloads == 0);
+        let latency = env.now.saturating_sub(command.sent_at).as_nanos() as u64;
+        ChannelCounters::add(&self.counters.commands, 1);
+        ChannelCounters::add(&self.counters.latency_ns, latency);
+        if status.sct() == SCT_PATH {
+            self.on_path_status(env);
+        }
+        env.table.on_answered(request, judge(status));
+        if is_free {
+            self.settle(cid, env);
+        }
+    }
+
+    /// The namespace cannot be reached this way, as far as the controller knows: its ANA state is
+    /// not what it is taken for.
+    #[cold]
+    fn on_path_status(&mut self, env: &mut Env<'_>) {
+        if env.now >= self.rescan_at {
+            self.rescan_at = env.now + RESCAN_INTERVAL;
+            env.shared.ask_rescan(usize::from(self.path));
+        }
+    }
+
+    #[inline]
+    fn on_sent(&mut self, token: u32, env: &mut Env<'_>) {
+        let Some(command) = self.commands.get_mut(token as usize) else { return };
+        command.payloads = command.payloads.saturating_sub(1);
+        if command.payloads == 0 && command.is_active && command.is_answered {
+            self.settle(token as u16, env);
+        }
+    }
+
+    /// The command is answered and its memory free: so is the cid.
+    #[inline]
+    fn settle(&mut self, cid: u16, env: &mut Env<'_>) {
+        let command = std::mem::replace(&mut self.commands[usize::from(cid)], Command::IDLE);
+        let list = &mut self.lists[usize::from(cid)];
+        if !list.is_empty() {
+            list.clear();
+        }
+        self.free_cids.push(cid);
+        self.in_flight -= 1;
+        let others = env.usable & !(1 << self.path);
+        if env.table.on_settled(command.request, self.path, others, env.now) == Settled::Retry {
+            ChannelCounters::add(&env.counters.retries, 1);
+        }
+    }
+
+    /// Queues the data that the controller waits for.
+    #[inline]
+    fn send_out(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        while let Some(&cid) = self.out.front() {
+            if self.link.room() == 0 {
+                return Ok(());
+            }
+            if self.send_data(cid, env)? {
+                self.out.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// One H2CData PDU for `cid`. `true`: the controller has all it asked for.
+    fn send_data(&mut self, cid: u16, env: &mut Env<'_>) -> Result<bool, Loss> {
+        let command = &mut self.commands[usize::from(cid)];
+        if command.out_left == 0 {
+            return Ok(true); // answered in the meantime
+        }
+        let len = command.out_left.min(self.link.host.max_h2c_data());
+        let (offset, is_last) = (command.out_offset, len == command.out_left);
+        command.out_offset += len;
+        command.out_left -= len;
+        let head = self.link.host.h2c_data(cid, command.ttag, offset, len, is_last);
+        let Some(io) = env.table.io(command.request) else { return Ok(true) };
+        let (offset, part) = (offset as usize, len as usize);
+        if let Some(data) = inline_data(io, command.start, &self.limits) {
+            // Made up, not in any memory: it travels with the head.
+            let part = data.as_slice().get(offset..offset + part).unwrap_or(&[]);
+            push_inline(&mut self.link, &head, part)?;
+        } else {
+            let (list, at) = match io.op {
+                Op::Copy => (&self.lists[usize::from(cid)], offset),
+                _ => (&io.data, command.start as usize + offset),
+            };
+            command.payloads += 1;
+            self.link.push(&head, Some((list, at, part)), Some(u32::from(cid)))?;
+        }
+        Ok(is_last)
+    }
+
+    /// The next command of request `id`, of which `start` bytes have been sent. There must be room.
+    /// `false`: there is no memory for it now.
+    #[inline]
+    pub(crate) fn send_command(
+        &mut self,
+        id: u16,
+        start: u64,
+        env: &mut Env<'_>,
+    ) -> Result<bool, Loss> {
+        let (Some(io), Some(&cid)) = (env.table.io(id), self.free_cids.last()) else {
+            return Ok(false);
+        };
+        let limits = self.limits;
+        let nsid = env.shared.config.nsid;
+        let left = io.len - start;
+        let slba = (io.offset + start) / limits.block_bytes;
+        let blocks = |len: u64| (len / limits.block_bytes) as u32;
+        let fits = |len: u64| len <= limits.in_capsule_bytes;
+        let (sqe, len, transfer) = match io.op {
+            Op::Read => {
+                let len = left.min(limits.transfer_bytes);
+                let sqe = host::io::read(nsid, slba, blocks(len), len as u32, io.fua);
+                (sqe, len, Transfer::Read { len: len as u32 })
+            }
+            Op::Write | Op::Compare => {
+                let len = left.min(limits.transfer_bytes);
+                let in_capsule = fits(len);
+                let build = if io.op == Op::Write { host::io::write } else { host::io::compare };
+                let sqe = build(nsid, slba, blocks(len), len as u32, in_capsule, io.fua);
+                (sqe, len, Transfer::Write { len: len as u32, in_capsule })
+            }
+            Op::WriteZeroes => {
+                let len = left.min(limits.write_zeroes_bytes);
+                let may_deallocate = !io.no_unmap;
+                let sqe = host::io::write_zeroes(nsid, slba, blocks(len), may_deallocate, io.fua);
+                (sqe, len, Transfer::None)
+            }
+            Op::Deallocate => {
+                let len = left.min(limits.deallocate_bytes);
+                let in_capsule = fits(DSM_RANGE_BYTES as u64);
+                let sqe = host::io::deallocate(nsid, 1, in_capsule);
+                (sqe, len, Transfer::Write { len: DSM_RANGE_BYTES as u32, in_capsule })
+            }
+            Op::Flush => (host::io::flush(nsid), 0, Transfer::None),
+            Op::Verify => {
+                let len = left.min(limits.verify_bytes);
+                (host::io::verify(nsid, slba, blocks(len), io.fua), len, Transfer::None)
+            }
+            Op::Copy => {
+                let ranges = io.sources.len();
+                let len = ranges * COPY_RANGE_BYTES;
+                let list = &mut self.lists[usize::from(cid)];
+                if self.local.pool().alloc(len, list).is_err() {
+                    self.is_starved = true;
+                    return Ok(false);
+                }
+                copy_ranges(io, list, &limits)?;
+                let in_capsule = fits(len as u64);
+                let sqe = host::io::copy(nsid, slba, ranges as u16, in_capsule, io.fua);
+                (sqe, left, Transfer::Write { len: len as u32, in_capsule })
+            }
+            Op::Reserve => {
+                let request = request_of(&io.reserve);
+                let len = host::io::reservation_len(&request);
+                let in_capsule = fits(len.into());
+                let (sqe, _) = host::io::reservation(nsid, &request, in_capsule);
+                (sqe, 0, Transfer::Write { len, in_capsule })
+            }
+            Op::ReservationReport => {
+                let sqe = host::io::reservation_report(nsid, io.len as u32);
+                (sqe, io.len, Transfer::Read { len: io.len as u32 })
+            }
+        };
+        let is_whole = len == left || !io.op.has_range();
+        let mut payloads = 0;
+        let head = self.link.host.command(cid, &sqe, transfer);
+        let token = Some(u32::from(cid));
+        match transfer {
+            Transfer::Write { len: bytes, in_capsule: true } => {
+                match (io.op, inline_data(io, start, &limits)) {
+                    (_, Some(data)) => push_inline(&mut self.link, &head, data.as_slice())?,
+                    (Op::Copy, _) => {
+                        payloads = 1;
+                        let list = &self.lists[usize::from(cid)];
+                        self.link.push(&head, Some((list, 0, bytes as usize)), token)?;
+                    }
+                    _ => {
+                        payloads = 1;
+                        let payload = Some((&io.data, start as usize, bytes as usize));
+                        self.link.push(&head, payload, token)?;
+                    }
+                }
+            }
+            _ => self.link.push(&head, None, None)?,
+        }
+        self.free_cids.pop();
+        self.in_flight += 1;
+        self.commands[usize::from(cid)] = Command {
+            is_active: true,
+            request: id,
+            payloads,
+            start,
+            sent_at: env.now,
+            ..Command::IDLE
+        };
+        env.table.on_issued(id, len, is_whole);
+        ChannelCounters::add(&env.counters.commands, 1);
+        if self.next_check.is_none() {
+            self.next_check = Some(env.now + env.shared.config.command_timeout);
+        }
+        Ok(true)
+    }
+
+    /// Looks for overdue commands. Runs about once per time-out, so that a command costs no timer.
+    #[cold]
+    fn check_overdue(&mut self, env: &Env<'_>) -> Result<(), Loss> {
+        let timeout = env.shared.config.command_timeout;
+        let waiting = self.commands.iter().filter(|c| c.is_active && !c.is_answered);
+        self.next_check = waiting.map(|command| command.sent_at + timeout).min();
+        match self.next_check {
+            Some(at) if at <= env.now => {
+                Err(Loss::Command(format!("a command was not answered within {timeout:?}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends what was queued.
+    #[inline]
+    pub(crate) fn flush(&mut self) {
+        self.link.flush();
+        self.counters.in_flight.store(self.in_flight.into(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let connect = (self.stage == Stage::Connecting).then_some(self.connect_by);
+        let memory = self.is_starved.then(|| self.local.now() + MEMORY_RETRY);
+        [self.link.deadline(), connect, memory, self.next_check].into_iter().flatten().min()
+    }
+}
+
+/// Bytes of a Dataset Management range (NVM Command Set 1.0, Dataset Management command).
+const DSM_RANGE_BYTES: usize = size_of::<DsmRange>();
+/// Bytes of a source range of a Copy command (NVM Command Set 1.0, Copy command).
+const COPY_RANGE_BYTES: usize = size_of::<CopyRange>();
+
+/// A few bytes of data that are in no I/O's memory.
+struct Inline {
+    bytes: [u8; 16],
+    len: usize,
+}
+
+impl Inline {
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// The data of the command for the part of the request from `start`, if it is made up.
+#[inline]
+fn inline_data(io: &Io, start: u64, limits: &Limits) -> Option<Inline> {
+    match io.op {
+        Op::Deallocate => Some(dsm_range(io, start, limits)),
+        Op::Reserve => {
+            let request = request_of(&io.reserve);
+            let (_, bytes) = host::io::reservation(0, &request, false);
+            Some(Inline { bytes, len: host::io::reservation_len(&request) as usize })
+        }
+        _ => None,
+    }
+}
+
+fn dsm_range(io: &Io, start: u64, limits: &Limits) -> Inline {
+    let len = (io.len - start).min(limits.deallocate_bytes);
+    let nlb = (len / limits.block_bytes) as u32;
+    let slba = (io.offset + start) / limits.block_bytes;
+    let mut bytes = [0; DSM_RANGE_BYTES];
+    bytes[4..8].copy_from_slice(&nlb.to_le_bytes());
+    bytes[8..].copy_from_slice(&slba.to_le_bytes());
+    Inline { bytes, len: DSM_RANGE_BYTES }
+}
+
+/// Writes the source ranges of a copy, which `check` has approved, into memory for them.
+fn copy_ranges(io: &Io, list: &SgList, limits: &Limits) -> Result<(), Loss> {
+    for (index, source) in io.sources.iter().enumerate() {
+        let slba = source.offset / limits.block_bytes;
+        let nlb_z = (source.len / limits.block_bytes).saturating_sub(1) as u16;
+        let mut range = [0; COPY_RANGE_BYTES];
+        range[8..16].copy_from_slice(&slba.to_le_bytes());
+        range[16..18].copy_from_slice(&nlb_z.to_le_bytes());
+        list.copy_from_slice(index * COPY_RANGE_BYTES, &range)
+            .map_err(|_| Loss::Command("no memory for the source ranges".to_owned()))?;
+    }
+    Ok(())
+}
+
+/// In the words of the wire.
+fn request_of(reserve: &Reserve) -> ReservationRequest {
+    let rtype = |rtype: block::ReservationType| {
+        // The same six, with the same numbers.
+        reservation::ReservationType::from_wire(rtype.to_wire())
+            .unwrap_or(reservation::ReservationType::WriteExclusive)
+    };
+    match *reserve {
+        Reserve::Register { action, iekey, persist, crkey, nrkey } => {
+            ReservationRequest::Register {
+                action: match action {
+                    RegisterAction::Register => reservation::RegisterAction::Register,
+                    RegisterAction::Unregister => reservation::RegisterAction::Unregister,
+                    RegisterAction::Replace => reservation::RegisterAction::Replace,
+                },
+                iekey,
+                persist: match persist {
+                    None => PersistChange::Keep,
+                    Some(false) => PersistChange::Clear,
+                    Some(true) => PersistChange::Set,
+                },
+                crkey,
+                nrkey,
+            }
+        }
+        Reserve::Acquire { action, rtype: kind, crkey, prkey } => ReservationRequest::Acquire {
+            action: match action {
+                AcquireAction::Acquire => reservation::AcquireAction::Acquire,
+                AcquireAction::Preempt => reservation::AcquireAction::Preempt,
+                AcquireAction::PreemptAndAbort => reservation::AcquireAction::PreemptAndAbort,
+            },
+            rtype: rtype(kind),
+            crkey,
+            prkey,
+        },
+        Reserve::Release { rtype: kind, crkey } => {
+            let action = ReleaseAction::Release(Some(rtype(kind)));
+            ReservationRequest::Release { action, crkey }
+        }
+        Reserve::Clear { crkey } => {
+            ReservationRequest::Release { action: ReleaseAction::Clear, crkey }
+        }
+    }
+}
+
+/// Queues a PDU with a few bytes of data that are in no I/O's memory: they travel with the head.
+fn push_inline(link: &mut Link, head: &[u8], data: &[u8]) -> Result<(), Loss> {
+    let mut bytes = [0; INLINE_BYTES_MAX];
+    let len = head.len() + data.len();
+    let Some(whole) = bytes.get_mut(..len) else {
+        return Err(Loss::Command("a PDU head too long".to_owned()));
+    };
+    whole[..head.len()].copy_from_slice(head);
+    whole[head.len()..].copy_from_slice(data);
+    link.push_inline(whole, data)
+}
+
+/// The longest head is 128 bytes, where PDO is at its largest (NVMe/TCP 1.0, CPDA).
+const INLINE_BYTES_MAX: usize = 128 + DSM_RANGE_BYTES;
