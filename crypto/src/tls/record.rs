@@ -579,9 +579,12 @@ impl Session {
     pub(super) fn control_for_test(&mut self, kind: u8, content: &[u8], out: &mut Vec<u8>) {
         self.control(kind, content, out);
     }
+}
 
-    /// A record of any inner bytes; the last is the type or padding.
-    pub(super) fn raw_for_test(&mut self, inner: &[u8], out: &mut Vec<u8>) {
+#[cfg(any(test, feature = "testing"))]
+impl Session {
+    /// Seals a record of any inner bytes, the last of which is its type or padding.
+    pub fn seal_raw(&mut self, inner: &[u8], out: &mut Vec<u8>) {
         let (last, content) = inner.split_last().expect("a type");
         self.control(*last, content, out);
     }

@@ -154,7 +154,7 @@ fn tickets_are_skipped_by_the_client_only() {
 fn padding_is_taken_off() {
     let (mut client, mut server) = sessions(32);
     let mut wire = Vec::new();
-    client.raw_for_test(b"data\x17\0\0\0\0", &mut wire);
+    client.seal_raw(b"data\x17\0\0\0\0", &mut wire);
     assert_eq!(open(&mut server, &wire), (b"data".to_vec(), Ok(())));
 }
 
@@ -183,7 +183,7 @@ fn misbehaviour_inside_the_encryption() {
         let (mut client, mut server) = sessions(32);
         let mut wire = Vec::new();
         for record in records {
-            client.raw_for_test(record, &mut wire);
+            client.seal_raw(record, &mut wire);
         }
         let (plain, result) = open(&mut server, &wire);
         assert!(plain.is_empty());
@@ -195,7 +195,7 @@ fn misbehaviour_inside_the_encryption() {
     let (mut client, mut server) = sessions(32);
     let mut wire = Vec::new();
     for _ in 0..33 {
-        client.raw_for_test(b"\x17", &mut wire);
+        client.seal_raw(b"\x17", &mut wire);
     }
     assert_eq!(open(&mut server, &wire).1, Err(Idle));
     let (mut client, mut server) = sessions(32);

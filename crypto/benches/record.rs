@@ -1,0 +1,106 @@
+//! What a record costs: `cargo bench -p crypto --bench record`.
+//!
+//! Per size and suite: sealing from a slice, sealing by a copy into the send buffer (what guest
+//! memory needs), opening in place. The median of several rounds; the last column is what a core
+//! carries.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crypto::TlsKey;
+use crypto::psk::{Derivation, Identity, IdentityVersion, Psk, RetainedKey, Suite};
+use crypto::tls::{
+    Client, Established, KeyUpdates, PskLookup, RECORD_PLAIN_MAX, Server, Session, Unknown,
+    candidates,
+};
+
+const HOST: &str = "nqn.2014-08.org.example:host";
+const SUB: &str = "nqn.2014-08.org.example:sub";
+const ROUNDS: usize = 31;
+
+struct Store(TlsKey);
+
+impl PskLookup for Store {
+    fn find(&self, identity: &Identity<'_>) -> Result<Vec<Psk>, Unknown> {
+        Ok(candidates([&self.0], identity))
+    }
+}
+
+fn psk(key: &TlsKey) -> Psk {
+    let retained = RetainedKey::new(key, HOST, Derivation::Rfc8446).expect("a name");
+    retained.psk(IdentityVersion::V0, HOST, SUB).expect("names")
+}
+
+fn handshake(suite: Suite) -> (Established, Established) {
+    let key = TlsKey::generate(suite, &[1; 48]);
+    let mut client = Client::new(&psk(&key)).expect("a key");
+    let mut server = Server::new(Arc::new(Store(key))).expect("settings");
+    server.feed(&client.take()).expect("a good hello");
+    client.feed(&server.take()).expect("a good answer");
+    server.feed(&client.take()).expect("a good end");
+    (client.finish().expect("done"), server.finish().expect("done"))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn line(name: &str, size: usize, ns: f64) {
+    let gb = size as f64 / ns;
+    println!("{name:<34} {size:>6} B  {ns:>9.1} ns  {gb:>6.2} GB/s");
+}
+
+fn main() {
+    for suite in [Suite::Aes128GcmSha256, Suite::Aes256GcmSha384] {
+        println!("{suite}");
+        let (client, server) = handshake(suite);
+        for size in [72, 4096, RECORD_PLAIN_MAX, 128 << 10] {
+            let count = ((4 << 20) / (size + 256)).clamp(1, 4096);
+            let data = vec![0x5A; size];
+            let mut wire = Vec::with_capacity(Session::sealed_len_max(size) * count);
+            let (mut slices, mut copies, mut opens) = (vec![], vec![], vec![]);
+            let mut host = Session::new(&client, KeyUpdates::Auto);
+            let mut target = Session::new(&server, KeyUpdates::Auto);
+            for _ in 0..ROUNDS {
+                wire.clear();
+                let start = Instant::now();
+                for _ in 0..count {
+                    host.seal_slices(&[black_box(&data)], &mut wire).expect("a good key");
+                }
+                let sealed = start.elapsed();
+                let start = Instant::now();
+                let mut bytes = 0;
+                target.open(&mut wire, &mut |plain| bytes += plain.bytes().len()).expect("good");
+                let opened = start.elapsed();
+                assert_eq!(bytes, size * count);
+                wire.clear();
+                let start = Instant::now();
+                for _ in 0..count {
+                    let mut fill = |at: usize, dst: &mut [u8]| {
+                        dst.copy_from_slice(&black_box(&data)[at..at + dst.len()]);
+                    };
+                    host.seal(size, &mut wire, &mut fill).expect("a good key");
+                }
+                let copied = start.elapsed();
+                target.open(&mut wire, &mut |_| ()).expect("good");
+                let per = |time: std::time::Duration| time.as_nanos() as f64 / count as f64;
+                slices.push(per(sealed));
+                copies.push(per(copied));
+                opens.push(per(opened));
+            }
+            line("  seal from a slice", size, median(slices));
+            line("  seal by a copy", size, median(copies));
+            line("  open in place", size, median(opens));
+        }
+        let times = (0..ROUNDS)
+            .map(|_| {
+                let start = Instant::now();
+                black_box(handshake(suite));
+                start.elapsed().as_nanos() as f64 / 1000.0
+            })
+            .collect();
+        println!("  both ends of a handshake: {:.0} us", median(times));
+    }
+}
