@@ -443,6 +443,8 @@ impl Handshake {
         connection
             .set_config(config(role)?)?
             .set_blinding(Blinding::SelfService)?
+            // Buffers for small records: nothing but the handshake goes through them.
+            .prefer_low_latency()?
             .set_waker(Some(Waker::noop()))?;
         let pipe = Pipe::new(connection, HANDSHAKE_BYTES_MAX)?;
         Ok(Handshake { role, pipe, chosen, offered: None, is_first: true, state: State::Running })
