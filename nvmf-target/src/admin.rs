@@ -202,6 +202,17 @@ impl Conn {
             return self.reject(slot, ConnectReject::UNKNOWN_SUBSYSTEM, env);
         };
         let host = HostKey { hostnqn: request.hostnqn.as_str().to_owned(), hostid: request.hostid };
+        if let Some(proven) = &self.proven
+            && (proven.hostnqn != host.hostnqn || proven.subnqn != request.subnqn.as_str())
+        {
+            let why = format!(
+                "the host has proven by its TLS key to be `{}` for `{}`, but its Connect command \
+                 says `{}` for `{}`: give the host a key of the names that it connects with",
+                proven.hostnqn, proven.subnqn, host.hostnqn, request.subnqn
+            );
+            env.shared.refusals.note(self.peer(), self.port().id, why, env.now);
+            return self.reject(slot, ConnectReject::INVALID_HOST, env);
+        }
         let state = match served {
             Served::Subsystem(id) => env.table.subsystems.get(&id).cloned(),
             Served::Discovery => None,
@@ -227,6 +238,11 @@ impl Conn {
             return;
         }
         self.connect_admin(slot, &request, served, host, view, env);
+    }
+
+    fn applicant(&self, served: Served, host: HostKey) -> Applicant<'_> {
+        let tls = self.proven.as_ref().map(|proven| proven.text.as_str());
+        Applicant { served, host, port: self.port().id, peer: self.peer(), tls }
     }
 
     fn served(&self, subnqn: &Nqn, table: &Table) -> Option<Served> {
@@ -275,7 +291,7 @@ impl Conn {
         if let Err(reject) = ctrl::admit_admin(request, subsys) {
             return self.reject(slot, reject, env);
         }
-        let applicant = Applicant { served, host, port: self.port().id, peer: self.peer() };
+        let applicant = self.applicant(served, host);
         let created = env.shared.registry.create(applicant, env.local.random_u64());
         let association = match created {
             Ok(association) => association,
@@ -313,7 +329,8 @@ impl Conn {
             input: Vec::new(),
         });
         self.become_queue(Role::Admin(admin), association, view, request, None);
-        self.respond_connected(slot, cntlid, env);
+        let authreq = self.begin_auth(request.hostnqn.as_str(), env);
+        self.respond_connected(slot, cntlid, authreq, env);
     }
 
     fn connect_io(
@@ -332,7 +349,7 @@ impl Conn {
         if request.queue_entries > env.shared.limits.queue_entries.into() {
             return self.reject(slot, ConnectReject::SQSIZE, env);
         }
-        let applicant = Applicant { served, host, port: self.port().id, peer: self.peer() };
+        let applicant = self.applicant(served, host);
         let registry = &env.shared.registry;
         let joined = registry.join(request.cntlid, request.qid, &applicant);
         let (association, epoch) = match joined {
@@ -343,7 +360,8 @@ impl Conn {
         let in_capsule = view.info.limits().in_capsule_bytes;
         let role = Role::Io { epoch };
         self.become_queue(role, association, Some(view), request, Some(in_capsule));
-        self.respond_connected(slot, cntlid, env);
+        let authreq = self.begin_auth(request.hostnqn.as_str(), env);
+        self.respond_connected(slot, cntlid, authreq, env);
     }
 
     /// An admin command with all its data.

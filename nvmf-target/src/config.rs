@@ -12,6 +12,8 @@ use nvme::subsys::discovery::DiscoveryEntry;
 use nvme::subsys::reservation::ReservationState;
 use thiserror::Error;
 
+use crate::keys::KeyStore;
+
 /// Which controllers a port leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenerKind {
@@ -19,6 +21,18 @@ pub enum ListenerKind {
     Io,
     /// The discovery controller alone.
     Discovery,
+}
+
+/// Whether connections through a port are encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Tls {
+    /// They are not.
+    #[default]
+    Off,
+    /// As the host wishes; the first byte tells.
+    Allowed,
+    /// They are, or they are closed.
+    Required,
 }
 
 /// A listening address, as hosts know it. The target does not listen itself: connections are
@@ -31,6 +45,8 @@ pub struct Port {
     pub kind: ListenerKind,
     /// The address that hosts are told.
     pub addr: SocketAddr,
+    /// Whether connections are encrypted.
+    pub tls: Tls,
 }
 
 /// One volume as a namespace.
@@ -196,6 +212,8 @@ pub struct TargetConfig {
     pub ana: Vec<(u16, u32, AnaState)>,
     /// Bounds.
     pub limits: Limits,
+    /// The keys of hosts, for ports with TLS.
+    pub keys: Arc<KeyStore>,
     /// Where reservations are kept through power loss; `None`: hosts are told that they are not.
     pub store: Option<Arc<dyn ReservationStore>>,
     /// What was before this start.

@@ -12,16 +12,18 @@ use nvme::subsys::SubsystemInfo;
 use nvme::subsys::reservation::Rights;
 use nvme::tcp::{self, TargetEvent};
 use nvme::xfer::{self, DataPtr};
-use reactor::net::{Rx, RxChunk, Stream};
+use reactor::net::{HEAD_BYTES_MAX, Rx, RxChunk, Stream};
 
 use crate::admin::{Admin, health};
-use crate::config::{Limits, Port};
+use crate::auth::{self, Auth};
+use crate::config::{Limits, Port, Tls};
 use crate::core::Env;
 use crate::counters::Counters;
 use crate::fence::Place;
 use crate::limits::{Pass, count};
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
+use crate::secure::{Opening, Proven};
 use crate::table::View;
 use crate::turn::Turn;
 use crate::wait::Waits;
@@ -45,6 +47,8 @@ pub(crate) enum Work {
     Nothing,
     Connect,
     Admin,
+    /// Authentication Send or Receive.
+    Auth,
     Io(IoCommand),
     /// The host ends this I/O queue.
     Disconnect,
@@ -131,7 +135,17 @@ pub(crate) enum Life {
 /// See the module's documentation.
 pub(crate) struct Conn {
     pub(crate) index: u32,
-    stream: Stream,
+    pub(crate) stream: Stream,
+    /// What comes before the first PDU; `None`: nothing, or nothing any more.
+    pub(crate) opening: Option<Opening>,
+    /// It counts among the core's handshakes.
+    pub(crate) is_shaking: bool,
+    /// Who the host is, by the TLS key that it has.
+    pub(crate) proven: Option<Proven>,
+    /// In-band authentication.
+    pub(crate) auth: Auth,
+    /// Subsystem NQN as the host connected to.
+    pub(crate) subnqn: String,
     machine: tcp::Target,
     port: Port,
     /// Address of the host's end.
@@ -246,6 +260,11 @@ impl Conn {
         Conn {
             index,
             stream,
+            opening: (port.tls != Tls::Off).then_some(Opening::Begin),
+            is_shaking: false,
+            proven: None,
+            auth: Auth::default(),
+            subnqn: String::new(),
             machine,
             port,
             peer,
@@ -336,6 +355,7 @@ impl Conn {
         self.sq_head = 1 % entries;
         self.no_flow_control = request.sq_flow_disabled;
         self.qid = request.qid;
+        self.subnqn = request.subnqn.as_str().to_owned();
         self.role = role;
         self.association = Some(association);
         self.handshake_deadline = None;
@@ -371,8 +391,9 @@ impl Conn {
             }
             self.stream.resume();
         }
+        worked |= self.switch();
         for _ in 0..CHUNKS_PER_TURN {
-            if self.life != Life::Open {
+            if self.life != Life::Open || self.waits_for_handshakes(env) {
                 break;
             }
             match self.stream.recv() {
@@ -402,7 +423,8 @@ impl Conn {
         if let Some(association) = &self.association {
             association.touch();
         }
-        let left = self.process(chunk, env);
+        let left = self.open_with(chunk, env);
+        let left = self.process(&chunk[chunk.len() - left..], env);
         if self.stalled.is_some() {
             // The buffer belongs to the core and goes back: what is left waits in memory of the
             // connection's own, one buffer's worth at the most, since receiving stops here.
@@ -460,7 +482,9 @@ impl Conn {
         }
         let (work, data) = match self.classify(slot, &sqe, in_capsule_len, env) {
             // Data in the capsule, and a descriptor that says it is elsewhere.
-            Ok((Work::Admin | Work::Connect, DataPtr::Transport { .. })) if in_capsule_len > 0 => {
+            Ok((Work::Admin | Work::Auth | Work::Connect, DataPtr::Transport { .. }))
+                if in_capsule_len > 0 =>
+            {
                 (Work::Refuse(Status::INVALID_FIELD_IN_COMMAND.dnr()), DataPtr::None)
             }
             Ok(found) => found,
@@ -513,6 +537,10 @@ impl Conn {
                 (Work::Connect, true)
             }
             Role::Fresh => return Err(Status::COMMAND_SEQUENCE_ERROR.dnr()),
+            _ if auth::is_auth(sqe) => {
+                (Work::Auth, sqe.fctype() == FabricsType::AUTHENTICATION_SEND)
+            }
+            _ if self.auth.is_due() => return Err(Status::AUTHENTICATION_REQUIRED.dnr()),
             Role::Admin(_) => (Work::Admin, sqe.direction() == Direction::ToController),
             Role::Io { .. } if sqe.is_fabrics() => {
                 nvme::ctrl::io_queue_fabrics(sqe)?;
@@ -614,6 +642,7 @@ impl Conn {
             Work::Refuse(status) => self.respond(slot, status, 0, env),
             Work::Connect => self.connect(slot, env),
             Work::Admin => self.admit_admin(slot, env),
+            Work::Auth => self.authenticate(slot, env),
             Work::Disconnect => self.respond_and_part(slot, Status::SUCCESS, 0, env),
             Work::Io(_) if self.slots[slot as usize].turn.is_paired() => self.pair_ready(slot, env),
             Work::Io(_) => {
@@ -630,8 +659,15 @@ impl Conn {
     }
 
     /// Ends the Connect command that made this connection a queue.
-    pub(crate) fn respond_connected(&mut self, slot: u16, cntlid: u16, env: &mut Env<'_>) {
-        let mut cqe = Cqe::new(self.machine.cid(slot), Status::SUCCESS, cntlid.into());
+    pub(crate) fn respond_connected(
+        &mut self,
+        slot: u16,
+        cntlid: u16,
+        authreq: u32,
+        env: &mut Env<'_>,
+    ) {
+        let result = u64::from(cntlid) | u64::from(authreq);
+        let mut cqe = Cqe::new(self.machine.cid(slot), Status::SUCCESS, result);
         // FFFFh is how a host learns that submission queue flow control is off (NVMe Base 2.0,
         // Connect Response); hosts that did not ask see the head.
         cqe.sqhd.set(if self.no_flow_control { u16::MAX } else { self.sq_head });
@@ -755,7 +791,7 @@ impl Conn {
         self.machine.release(slot);
     }
 
-    fn push(&mut self, head: &[u8], token: Option<u32>) {
+    pub(crate) fn push(&mut self, head: &[u8], token: Option<u32>) {
         if self.stream.push(head, None, None, token).is_err() {
             self.push_failed();
         }
@@ -779,6 +815,24 @@ impl Conn {
         self.stream.pause();
     }
 
+    /// Sends the last bytes of a handshake that failed, and closes the connection: when they are out,
+    /// or when `wait` is over if there is one.
+    pub(crate) fn part_after(&mut self, last: &[u8], wait: Duration, now: Duration) {
+        if last.is_empty() && wait.is_zero() {
+            return self.close("the TLS handshake failed");
+        }
+        let parts = last.len().div_ceil(HEAD_BYTES_MAX);
+        for (n, part) in last.chunks(HEAD_BYTES_MAX).enumerate() {
+            let is_end = wait.is_zero() && n + 1 == parts;
+            self.push(part, is_end.then_some(TERMINATION));
+        }
+        if self.life == Life::Open {
+            let limit = if wait.is_zero() { TERMINATION_LIMIT } else { wait };
+            self.life = Life::Terminating(now + limit);
+            self.stream.pause();
+        }
+    }
+
     /// Nothing more is received or sent; what the volume holds is waited for.
     pub(crate) fn close(&mut self, reason: &'static str) {
         if self.life == Life::Draining {
@@ -794,6 +848,7 @@ impl Conn {
         if self.handshake_deadline.is_some_and(|at| env.now >= at) {
             self.close("no Connect in time");
         }
+        self.tick_auth(env.now);
         if let Life::Terminating(deadline) = self.life
             && env.now >= deadline
         {
@@ -844,6 +899,7 @@ impl Conn {
         if self.life == Life::Open {
             worked |= self.follow_association(env);
             worked |= self.poll_held(env);
+            worked |= self.poll_auth(env);
             worked |= self.poll_delayed(env);
         }
         if self.life != Life::Open && !std::mem::replace(&mut self.is_guarded, true) {
@@ -889,6 +945,7 @@ impl Conn {
         self.life != Life::Open
             || self.held.is_some()
             || self.stalled.is_some()
+            || matches!(self.opening, Some(Opening::Switch(..)))
             || matches!(&self.role, Role::Admin(admin) if admin.awaits())
             || self.stream.wants_turn()
     }
@@ -900,6 +957,7 @@ impl Conn {
 
     /// Last call before the connection is dropped.
     pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
+        self.end_handshake(env);
         self.note_busy(false, env.now);
         self.leave_rota(env);
         for slot in 0..self.slots.len() {

@@ -23,6 +23,9 @@ const TICK: Duration = Duration::from_millis(500);
 /// I/O that a channel of this target may have in flight; past it commands wait their turn.
 const CHANNEL_DEPTH: u32 = 1024;
 
+/// Steps of TLS handshakes in a turn. One takes about 0.1 ms, and the I/O of others waits for it.
+const HANDSHAKE_STEPS: u32 = 1;
+
 /// Segments that an I/O has room for from the start: the pool's largest pieces of a full transfer.
 const SEGMENTS: usize = 16;
 
@@ -42,6 +45,10 @@ pub(crate) struct Env<'a> {
     pub(crate) lap: u64,
     /// Commands that wait for their turn, see `turn.rs`; each is looked at once per turn.
     pub(crate) awaiting: &'a mut Vec<(u32, u16)>,
+    /// Steps of TLS handshakes that this turn has left.
+    pub(crate) handshake_steps: u32,
+    /// TLS handshakes under way on this core.
+    pub(crate) handshakes: &'a mut usize,
     pub(crate) now: Duration,
 }
 
@@ -196,6 +203,8 @@ pub(crate) struct CoreTask {
     #[expect(clippy::vec_box, reason = "the channels hand over boxes")]
     done: Vec<Box<Io>>,
     next_tick: Option<Duration>,
+    /// TLS handshakes under way.
+    handshakes: usize,
 }
 
 impl CoreTask {
@@ -228,6 +237,7 @@ impl CoreTask {
             followed: Vec::new(),
             done: Vec::new(),
             next_tick: None,
+            handshakes: 0,
         }
     }
 
@@ -280,6 +290,8 @@ impl CoreTask {
             rota: &mut self.rota,
             lap: self.lap,
             awaiting: &mut self.awaiting,
+            handshake_steps: HANDSHAKE_STEPS,
+            handshakes: &mut self.handshakes,
             now,
         };
         let CoreTask { conns, free, ready, followed, done, .. } = self;

@@ -26,6 +26,7 @@
 
 mod abort;
 mod admin;
+mod auth;
 mod busy;
 mod change;
 mod config;
@@ -36,12 +37,15 @@ mod fence;
 mod home;
 mod io;
 mod jobs;
+mod keys;
 mod letters;
 mod limits;
 mod locks;
 mod pieces;
+mod refusals;
 mod registry;
 mod reserve;
+mod secure;
 mod state;
 mod status;
 mod table;
@@ -55,11 +59,15 @@ mod wait;
 pub use change::{Change, Request};
 pub use config::{
     ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore,
-    SetupError, SubsystemConfig, TargetConfig,
+    SetupError, SubsystemConfig, TargetConfig, Tls,
 };
 pub use counters::Totals;
+pub use keys::{
+    AuthPolicy, Clock, DHCHAP_KEYS_MAX, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, TLS_KEYS_MAX,
+};
 pub use nvme::subsys::ana::AnaState;
 pub use state::{
-    ControllerStatus, HostStatus, LimitsHit, NamespaceStatus, SubsystemStatus, TargetStatus,
+    ControllerStatus, HostStatus, LimitsHit, NamespaceStatus, RefusalStatus, SubsystemStatus,
+    TargetStatus,
 };
 pub use target::Target;

@@ -60,6 +60,10 @@ pub(crate) struct Association {
     pub(crate) port: u16,
     /// Address of the host's end of the admin queue.
     pub(crate) peer: String,
+    /// How the admin queue is encrypted, if it is. The other queues are, too, or they are not.
+    pub(crate) tls: Option<String>,
+    /// How the host has proven itself in band, if it has.
+    authenticated: Mutex<Option<String>>,
     /// What the host uses; shared by all associations of its NQN.
     pub(crate) account: Arc<Account>,
     /// Set once and for good: every queue closes when it sees this.
@@ -92,6 +96,14 @@ impl Association {
 
     pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn set_authenticated(&self, how: &str) {
+        *self.authenticated.lock().unwrap_or_else(PoisonError::into_inner) = Some(how.to_owned());
+    }
+
+    pub(crate) fn authenticated(&self) -> Option<String> {
+        self.authenticated.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn set_ready(&self, ready: bool) {
@@ -169,6 +181,8 @@ pub(crate) struct Applicant<'a> {
     pub(crate) host: HostKey,
     pub(crate) port: u16,
     pub(crate) peer: &'a str,
+    /// How the connection is encrypted, if it is.
+    pub(crate) tls: Option<&'a str>,
 }
 
 /// A host NQN, whatever the host identifiers are that it is used with.
@@ -242,7 +256,7 @@ impl Registry {
         applicant: Applicant<'_>,
         random: u64,
     ) -> Result<Arc<Association>, Refusal> {
-        let Applicant { served, host, port, peer } = applicant;
+        let Applicant { served, host, port, peer, tls } = applicant;
         let mut table = self.table();
         if table.by_cntlid.len() >= self.bounds.controllers.min(CNTLID_MAX as usize) {
             return Err(Refusal::Controllers);
@@ -278,6 +292,8 @@ impl Registry {
             host,
             port,
             peer: peer.to_owned(),
+            tls: tls.map(str::to_owned),
+            authenticated: Mutex::default(),
             account,
             dead: AtomicBool::new(false),
             ready: AtomicBool::new(false),
@@ -305,10 +321,12 @@ impl Registry {
         let mut table = self.table();
         let found = table.by_cntlid.get(&cntlid).ok_or(Refusal::UnknownController)?;
         let association = Arc::clone(found);
-        // A controller is of one port: what is decided about a path holds for all its queues.
+        // A controller is of one port, and encrypted or not: what is decided about a path holds for
+        // all its queues.
         if association.served != applicant.served
             || association.host != applicant.host
             || association.port != applicant.port
+            || association.tls.is_some() != applicant.tls.is_some()
         {
             return Err(Refusal::UnknownController);
         }
@@ -430,7 +448,7 @@ mod tests {
     const SERVED: Served = Served::Subsystem(0);
 
     fn applicant(host: HostKey) -> Applicant<'static> {
-        Applicant { served: SERVED, host, port: 1, peer: "10.0.0.1:2" }
+        Applicant { served: SERVED, host, port: 1, peer: "10.0.0.1:2", tls: None }
     }
 
     fn registry(controllers: usize, controllers_per_host: usize) -> Registry {

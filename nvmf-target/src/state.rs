@@ -1,5 +1,7 @@
 //! What a running target tells of itself.
 
+use std::time::SystemTime;
+
 use nvme::spec::Nqn;
 use nvme::subsys::ana::AnaState;
 
@@ -18,6 +20,23 @@ pub struct TargetStatus {
     pub hosts: Vec<HostStatus>,
     /// How often hosts met a limit.
     pub limits: LimitsHit,
+    /// Peers that were refused for want of the right key, the last ones, the newest last.
+    pub refusals: Vec<RefusalStatus>,
+    /// How many there were since the start.
+    pub refusals_total: u64,
+}
+
+/// A peer that was refused for want of the right key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusalStatus {
+    /// When.
+    pub at: SystemTime,
+    /// Its address.
+    pub peer: String,
+    /// The port that it came through.
+    pub port: u16,
+    /// What is wrong and what to do, in one line.
+    pub why: String,
 }
 
 /// What a host NQN uses at one moment, over all of its controllers.
@@ -87,6 +106,10 @@ pub struct ControllerStatus {
     pub port: u16,
     /// Address of the host's end of the admin queue.
     pub peer: String,
+    /// How its connections are encrypted, if they are.
+    pub tls: Option<String>,
+    /// How the host has proven itself in band, if it has.
+    pub authenticated: Option<String>,
     /// I/O queues.
     pub io_queues: usize,
     /// I/O of its queues, those of before among them.

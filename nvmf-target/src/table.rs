@@ -18,7 +18,7 @@ use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvme::subsys::{NamespaceInfo, SubsystemInfo};
 
 use crate::busy::BusyClock;
-use crate::config::{ListenerKind, Port};
+use crate::config::{ListenerKind, Port, Tls};
 use crate::counters::{Counters, Totals};
 use crate::volume::VolumeState;
 
@@ -314,16 +314,27 @@ impl Table {
     /// through: another of its addresses would tell the same again.
     pub(crate) fn discovery_log(&self, port: &Port, hostnqn: &str) -> DiscoveryLog {
         let own_nqn = self.directory.info.nqn().clone();
-        let mut entries = vec![DiscoveryEntry::own(port.addr, port.id, own_nqn, true)];
+        let own = DiscoveryEntry::own(port.addr, port.id, own_nqn, true);
+        let mut entries = vec![with_tls(own, port.tls)];
         let told = self.subsystems.values().filter(|s| !s.hidden && s.hosts.admits(hostnqn));
         for subsystem in told {
             for port in self.ports.iter().filter(|p| p.kind == ListenerKind::Io) {
                 let nqn = subsystem.fixed.nqn.clone();
-                entries.push(DiscoveryEntry::tcp(SubsystemType::NVM, port.addr, port.id, nqn));
+                let entry = DiscoveryEntry::tcp(SubsystemType::NVM, port.addr, port.id, nqn);
+                entries.push(with_tls(entry, port.tls));
             }
         }
         entries.extend(self.directory.referrals.iter().cloned());
         DiscoveryLog::new(self.directory.generation, &entries)
+    }
+}
+
+/// The entry with what it says of encryption.
+fn with_tls(entry: DiscoveryEntry, tls: Tls) -> DiscoveryEntry {
+    match tls {
+        Tls::Off => entry,
+        Tls::Allowed => entry.with_tls(false),
+        Tls::Required => entry.with_tls(true),
     }
 }
 
@@ -416,7 +427,7 @@ mod tests {
     #[test]
     fn discovery_log_tells_each_host_what_it_may_use_and_itself_once() {
         let addr = |n: u8| SocketAddr::from(([10, 0, 0, n], 4420));
-        let port = |id, kind| Port { id, kind, addr: addr(id as u8) };
+        let port = |id, kind| Port { id, kind, addr: addr(id as u8), tls: Tls::Off };
         let ports: Arc<[Port]> = Arc::new([
             port(1, ListenerKind::Io),
             port(2, ListenerKind::Io),

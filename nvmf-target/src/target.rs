@@ -14,7 +14,9 @@ use crate::counters::Totals;
 use crate::fence::{Board, Fence, Scope};
 use crate::home::Homes;
 use crate::jobs::Jobs;
+use crate::keys::KeyStore;
 use crate::limits::{Closed, Door, LimitCounters, Pass, Rate, count, peer_of};
+use crate::refusals::Refusals;
 use crate::registry::{Bounds, Registry, Served};
 use crate::state::{ControllerStatus, NamespaceStatus, SubsystemStatus, TargetStatus};
 use crate::table::{Ana, Directory, Table};
@@ -31,8 +33,12 @@ pub(crate) struct Shared {
     pub(crate) board: Board,
     pub(crate) homes: Homes,
     pub(crate) jobs: Jobs,
+    /// What takes a processor for milliseconds.
+    pub(crate) heavy: Jobs,
     pub(crate) vitals: Vitals,
     pub(crate) registry: Registry,
+    pub(crate) keys: Arc<KeyStore>,
+    pub(crate) refusals: Refusals,
     pub(crate) limits: Limits,
     pub(crate) hits: LimitCounters,
     /// Of the admin commands of one host NQN.
@@ -197,8 +203,11 @@ impl Target {
             board: Board::new(cores.len()),
             homes: Homes::new(config.store),
             jobs: Jobs::default(),
+            heavy: Jobs::default(),
             vitals: Vitals::new(config.power),
             registry,
+            keys: config.keys,
+            refusals: Refusals::default(),
             admin_rate: Rate::new(limits.admin_commands_per_second, limits.admin_commands_burst),
             door: Door::new(limits.connections, limits.handshakes_per_peer),
             limits,
@@ -303,12 +312,17 @@ impl Target {
                 hostid: association.host.hostid,
                 port: association.port,
                 peer: association.peer.clone(),
+                tls: association.tls.clone(),
+                authenticated: association.authenticated(),
                 io_queues: association.io_queues(),
                 totals: association.counters.totals(),
                 draining: association.is_dead(),
             }
         });
+        let (refusals, refusals_total) = self.shared.refusals.snapshot();
         TargetStatus {
+            refusals,
+            refusals_total,
             subsystems: subsystems.collect(),
             controllers: controllers.collect(),
             connections: self.shared.door.connections(),

@@ -96,8 +96,12 @@ impl Rig {
             .map(TcpListener::local_addr)
             .collect::<std::io::Result<Vec<SocketAddr>>>()?;
         let addr = *addrs.first().context("no address to listen on")?;
-        let ports =
-            (1..).zip(&addrs).map(|(id, addr)| Port { id, kind: ListenerKind::Io, addr: *addr });
+        let ports = (1..).zip(&addrs).map(|(id, addr)| Port {
+            id,
+            kind: ListenerKind::Io,
+            addr: *addr,
+            tls: nvmf_target::Tls::Off,
+        });
         let config = TargetConfig {
             subsystems: vec![SubsystemConfig {
                 namespaces,

@@ -148,10 +148,16 @@ pub const EFLAGS_DUPRETINFO: u16 = 1;
 pub const EFLAGS_EPCSD: u16 = 1 << 1;
 /// EFLAGS bit 2: No CDC Connectivity: no centralized discovery controller knows this subsystem.
 pub const EFLAGS_NCC: u16 = 1 << 2;
+/// TREQ bits 1:0: whether a secure channel is required.
+pub const TREQ_SECURE_MASK: u8 = 0b11;
+/// TREQ bits 1:0 = 01b: a secure channel is required.
+pub const TREQ_SECURE_REQUIRED: u8 = 1;
 /// TREQ bits 1:0 = 10b: a secure channel is not required.
 pub const TREQ_SECURE_NOT_REQUIRED: u8 = 2;
 /// TREQ bit 2: SQ flow control may be disabled.
 pub const TREQ_SQ_FLOW_DISABLE: u8 = 1 << 2;
+/// SECTYPE of an NVMe/TCP entry: TLS 1.3 (NVMe/TCP Transport Specification, TSAS).
+pub const SECTYPE_TLS13: u8 = 2;
 /// Smallest Admin Max SQ Size a subsystem may report.
 pub const ASQSZ_MIN: u16 = 32;
 

@@ -17,7 +17,8 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::spec::discovery::{
     ASQSZ_MIN, AddressFamily, DiscoveryHeader, DiscoveryRecord, EFLAGS_DUPRETINFO, EFLAGS_EPCSD,
-    EFLAGS_NCC, ExtendedAttribute, ExtendedTail, LSP_EXTENDED, LSP_PORT_LOCAL, SubsystemType,
+    EFLAGS_NCC, ExtendedAttribute, ExtendedTail, LSP_EXTENDED, LSP_PORT_LOCAL, SECTYPE_TLS13,
+    SubsystemType, TREQ_SECURE_MASK, TREQ_SECURE_NOT_REQUIRED, TREQ_SECURE_REQUIRED,
     TREQ_SQ_FLOW_DISABLE, TransportType,
 };
 use crate::spec::fabrics::CNTLID_DYNAMIC;
@@ -105,6 +106,17 @@ impl DiscoveryEntry {
     #[must_use]
     pub fn referral(addr: SocketAddr, portid: u16, subnqn: Nqn) -> Self {
         Self::tcp(SubsystemType::REFERRAL, addr, portid, subnqn)
+    }
+
+    /// The same entry of a listener that speaks TLS 1.3, and nothing else if that `is_required`.
+    #[must_use]
+    pub fn with_tls(self, is_required: bool) -> Self {
+        let treq = if is_required { TREQ_SECURE_REQUIRED } else { TREQ_SECURE_NOT_REQUIRED };
+        DiscoveryEntry {
+            treq: self.treq & !TREQ_SECURE_MASK | treq,
+            sectype: SECTYPE_TLS13,
+            ..self
+        }
     }
 
     /// The socket address, when the entry is TCP and both parts parse.

@@ -167,7 +167,12 @@ impl World {
             let second = NamespaceConfig::new(2, Arc::new(ram.expect("memory")));
             config.subsystems[0].namespaces.push(second);
             let addr = "10.0.0.2:4420".parse().expect("an address");
-            config.ports.push(Port { id: OTHER_PORT, kind: ListenerKind::Io, addr });
+            config.ports.push(Port {
+                id: OTHER_PORT,
+                kind: ListenerKind::Io,
+                addr,
+                tls: nvmf_target::Tls::Off,
+            });
         });
         let below = Below { ram, local: rig.cores[2].local() };
         let mut writers = Vec::new();

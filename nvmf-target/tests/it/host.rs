@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
+use crypto::psk::Psk;
+use crypto::tls::{self, KeyUpdates, Progress as Step, Session};
 use iobuf::SgList;
 use nvme::spec::{Cqe, Sqe};
 use nvme::tcp::{self, HostEvent, Transfer};
-use reactor::net::{Rx, Stream, StreamConfig};
+use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, Rx, Stream, StreamConfig};
 use reactor::{Core, CoreHandle, Local, Progress, Socket, Task};
 
 /// Commands that one queue has outstanding at most.
@@ -45,6 +47,8 @@ struct State {
     is_deaf: bool,
     /// A termination by the controller is no surprise; its status, once it is there.
     fault: Option<Option<u16>>,
+    /// Why TLS came to nothing.
+    refused: Option<String>,
 }
 
 /// A queue, from the test's side.
@@ -55,8 +59,8 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    /// Opens a connection; its first command is to be Connect.
-    pub(crate) fn open(core: &mut Core, socket: Socket) -> Queue {
+    /// Opens a connection, with TLS if there is a key; its first command is to be Connect.
+    pub(crate) fn open_as(core: &mut Core, socket: Socket, psk: Option<&Psk>) -> Queue {
         let local = core.local();
         // Each of the commands may be asked for all of its data in the smallest pieces.
         let config = StreamConfig { tx_entries_max: 8192, ..StreamConfig::default() };
@@ -70,11 +74,12 @@ impl Queue {
             local,
             state: Rc::clone(&state),
             is_deaf: false,
+            shaking: psk.map(|psk| Shaking::new(tls::Client::new(psk).expect("a sound key"))),
             commands: (0..DEPTH).map(|_| None).collect(),
         };
-        let hello = driver.machine.icreq();
-        driver.stream.push(hello.as_ref(), None, None, None).expect("room for the first PDU");
-        driver.stream.flush();
+        if driver.shaking.is_none() {
+            driver.begin();
+        }
         core.spawn(Box::new(driver));
         Queue { state, core: core.handle() }
     }
@@ -120,6 +125,11 @@ impl Queue {
         self.state.borrow().fault.flatten()
     }
 
+    /// Why TLS came to nothing, as this end sees it.
+    pub(crate) fn refused(&self) -> Option<String> {
+        self.state.borrow().refused.clone()
+    }
+
     /// The connection has ended.
     pub(crate) fn is_over(&self) -> bool {
         self.state.borrow().is_over
@@ -135,13 +145,91 @@ struct Command {
 struct Driver {
     stream: Stream,
     machine: tcp::Host,
+    /// A TLS handshake that has not ended.
+    shaking: Option<Shaking>,
     local: Local,
     state: Rc<RefCell<State>>,
     is_deaf: bool,
     commands: Vec<Option<Command>>,
 }
 
+struct Shaking {
+    client: Option<tls::Client>,
+    /// Waits for the last message to leave.
+    layer: Option<(Box<dyn Layer>, Vec<u8>)>,
+}
+
+impl Shaking {
+    fn new(client: tls::Client) -> Shaking {
+        Shaking { client: Some(client), layer: None }
+    }
+}
+
+struct TlsLayer(Session);
+
+impl Layer for TlsLayer {
+    fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
+        let fill = &mut |at, dst: &mut [u8]| plain.copy_to_slice(at, dst).expect("in range");
+        self.0.seal(plain.len(), out, fill).map_err(|_| LayerError("seal"))
+    }
+
+    fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
+        let opened = self.0.open(wire, &mut |plain| match plain {
+            tls::Plain::InPlace(range, _) => sink(Plain::InPlace(range)),
+            tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
+        });
+        opened.map_err(|_| LayerError("open"))
+    }
+}
+
 impl Driver {
+    fn begin(&mut self) {
+        let hello = self.machine.icreq();
+        self.stream.push(hello.as_ref(), None, None, None).expect("room for the first PDU");
+        self.stream.flush();
+    }
+
+    /// Goes on with TLS; `true` when that is over.
+    fn shake(&mut self) -> bool {
+        let Some(shaking) = &mut self.shaking else { return true };
+        if let Some(mut client) = shaking.client.take() {
+            let mut step = Ok(Step::Running);
+            if let Rx::Data(chunk) = self.stream.recv() {
+                step = client.feed(&chunk);
+            } else if self.stream.failed().is_some() || matches!(self.stream.recv(), Rx::Eof) {
+                self.state.borrow_mut().cut = true;
+            }
+            for part in client.take().chunks(HEAD_BYTES_MAX) {
+                self.stream.push(part, None, None, None).expect("room for the handshake");
+            }
+            self.stream.flush();
+            match step {
+                Ok(Step::Running) => shaking.client = Some(client),
+                Ok(Step::Done) => {
+                    let mut established = client.finish().expect("it is done");
+                    let leftover = std::mem::take(&mut established.leftover);
+                    let session = Session::new(&established, KeyUpdates::Never);
+                    shaking.layer = Some((Box::new(TlsLayer(session)), leftover));
+                }
+                Err(failure) => {
+                    let mut state = self.state.borrow_mut();
+                    (state.refused, state.cut) = (Some(failure.to_string()), true);
+                }
+            }
+        }
+        if let Some((layer, leftover)) = shaking.layer.take() {
+            match self.stream.set_layer(layer, &leftover) {
+                Ok(()) => {
+                    self.shaking = None;
+                    self.begin();
+                    return true;
+                }
+                Err(pending) => shaking.layer = Some((pending.0, leftover)),
+            }
+        }
+        false
+    }
+
     fn start(&mut self, cid: u16, id: u64, sqe: &Sqe, data: Data) {
         let mut command = Command { id, data: SgList::default(), reply: Vec::new() };
         let mut fill = |bytes: &[u8]| {
@@ -226,8 +314,9 @@ impl Task for Driver {
             }
             worked = true;
         }
+        let is_open = self.shake();
         loop {
-            if self.is_deaf {
+            if self.is_deaf || !is_open {
                 break;
             }
             match self.stream.recv() {
@@ -264,7 +353,7 @@ impl Task for Driver {
             self.stream.shutdown();
             return Progress::Worked;
         }
-        while self.machine.is_initialized() {
+        while is_open && self.machine.is_initialized() {
             let free = (0..DEPTH).find(|cid| self.commands[*cid as usize].is_none());
             let Some(cid) = free else { break };
             let next = self.state.borrow_mut().waiting.pop_front();

@@ -1,5 +1,6 @@
 //! The target against a host that is written out here, in a simulated world.
 
+mod auth;
 mod commands;
 mod fence;
 mod fused;
@@ -9,3 +10,4 @@ mod limits;
 mod manage;
 mod reservations;
 mod rig;
+mod tls;

@@ -6,13 +6,14 @@ use std::time::Duration;
 use block::fault::{FaultHandle, FaultVolume};
 use block::ram::RamVolume;
 use block::{Identity, Volume};
+use crypto::psk::Psk;
 use nvme::fabrics::ConnectRequest;
 use nvme::spec::{AdminOpcode, Feature, Nqn, NvmOpcode, SglDescriptor, Sqe, Status};
 use nvmf_target::{
-    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig, Tls,
 };
 use reactor::sim::World;
-use reactor::{Core, CoreConfig};
+use reactor::{Core, CoreConfig, Socket};
 
 use crate::host::{DEPTH, Data, Done, Queue};
 
@@ -39,6 +40,8 @@ pub(crate) struct Rig {
     /// Port that connections come through, and keep alive timeout of controllers, from now on.
     pub(crate) port: u16,
     pub(crate) kato: Duration,
+    /// The TLS key that hosts use from now on, if they do.
+    pub(crate) psk: Option<Psk>,
 }
 
 /// One association: admin queue and I/O queues.
@@ -79,6 +82,7 @@ impl Rig {
                 id: PORT,
                 kind: ListenerKind::Io,
                 addr: "10.0.0.1:4420".parse().expect("an address"),
+                tls: Tls::Off,
             }],
             limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
             ..TargetConfig::default()
@@ -90,7 +94,7 @@ impl Rig {
             let task = target.core_task(index, &core.local()).expect("the core's first task");
             core.spawn(task);
         }
-        Rig { world, cores, target, faults, port: PORT, kato: Duration::ZERO }
+        Rig { world, cores, target, faults, port: PORT, kato: Duration::ZERO, psk: None }
     }
 
     /// Runs until `condition` holds.
@@ -106,9 +110,20 @@ impl Rig {
     }
 
     pub(crate) fn connection(&mut self) -> Queue {
+        let near = self.socket();
+        Queue::open_as(&mut self.cores[CORES], near, self.psk.as_ref())
+    }
+
+    /// A host's end of a connection that the target has the other of.
+    pub(crate) fn socket(&mut self) -> Socket {
         let (near, far) = self.world.socket_pair();
         self.target.add_connection(far, self.port);
-        Queue::open(&mut self.cores[CORES], near)
+        near
+    }
+
+    /// The core that hosts run on.
+    pub(crate) fn host_core(&mut self) -> &mut Core {
+        &mut self.cores[CORES]
     }
 
     /// Sends a command and waits for its end.

@@ -255,7 +255,14 @@ fn start_target(
             namespaces: vec![NamespaceConfig::new(1, Arc::clone(volume))],
             ..SubsystemConfig::new(SUBNQN, "SIM")
         }],
-        ports: (1..=ports).map(|id| Port { id, kind: ListenerKind::Io, addr: addr(id) }).collect(),
+        ports: (1..=ports)
+            .map(|id| Port {
+                id,
+                kind: ListenerKind::Io,
+                addr: addr(id),
+                tls: nvmf_target::Tls::Off,
+            })
+            .collect(),
         limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
         ..TargetConfig::default()
     };

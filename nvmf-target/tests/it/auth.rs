@@ -1,0 +1,234 @@
+//! Hosts that authenticate in band.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crypto::dhchap::{
+    self, Concatenation, DhGroup, ENTROPY_LEN, HostConfig, MESSAGE_BYTES_MAX, Outcome,
+};
+use crypto::psk::IdentityVersion;
+use crypto::{DhchapKey, Hash, KeyHash};
+use nvme::spec::{NvmOpcode, SglDescriptor, Sqe, Status};
+use nvmf_target::{AuthPolicy, HostDhchapKey, HostKeys, KeyStore, TargetConfig, Tls};
+
+use crate::host::{Data, Queue};
+use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, property_get, property_set, rw};
+
+/// AUTHREQ of a Connect response.
+const ATR: u32 = 1 << 17;
+
+fn secret(n: u8) -> DhchapKey {
+    DhchapKey::new(KeyHash::Sha256, &[n; 32]).expect("a secret")
+}
+
+fn keys(secrets: &[u8], controller: Option<u8>) -> HostKeys {
+    let entry = |n: &u8| HostDhchapKey { key: secret(*n), expires: None };
+    HostKeys {
+        dhchap: secrets.iter().map(entry).collect(),
+        dhchap_controller: controller.map(secret),
+        ..HostKeys::default()
+    }
+}
+
+fn policy(hash: Hash, group: DhGroup) -> AuthPolicy {
+    AuthPolicy { hashes: vec![hash], groups: vec![group] }
+}
+
+/// Host 1 has to authenticate, with secret 1; the controller has secret 9.
+fn rig(tls: Tls) -> (Rig, Arc<KeyStore>) {
+    let store = Arc::new(KeyStore::with_clock(|| 1_000));
+    store.set(&hostnqn(1), keys(&[1], Some(9)));
+    store.set_policy(policy(Hash::Sha256, DhGroup::Null));
+    let given = Arc::clone(&store);
+    let rig = Rig::with(1, move |config: &mut TargetConfig| {
+        config.ports[0].tls = tls;
+        config.keys = given;
+        // Exchanges are computed on a thread that knows nothing of virtual time.
+        config.limits.handshake = Duration::from_secs(1 << 24);
+    });
+    (rig, store)
+}
+
+fn host(n: u8, secret_of: u8, controller: Option<u8>) -> HostConfig {
+    HostConfig {
+        hostnqn: hostnqn(n),
+        subnqn: SUBNQN.to_owned(),
+        host_key: secret(secret_of),
+        controller_key: controller.map(secret),
+        hashes: vec![Hash::Sha256, Hash::Sha384, Hash::Sha512],
+        groups: DhGroup::ALL.to_vec(),
+        concatenation: Concatenation::No,
+        t_id: 77,
+    }
+}
+
+fn auth_command(fctype: u8, len: usize) -> Sqe {
+    let mut bytes = [0; 64];
+    (bytes[0], bytes[1], bytes[4]) = (0x7f, 0x40, fctype);
+    bytes[41..44].copy_from_slice(&[1, 1, 0xe9]);
+    bytes[44..48].copy_from_slice(&(len as u32).to_le_bytes());
+    let mut sqe = Sqe::from_bytes(&bytes);
+    sqe.dptr = if fctype == 5 {
+        SglDescriptor::in_capsule(0, len as u32)
+    } else {
+        SglDescriptor::transport(len as u32)
+    };
+    sqe
+}
+
+/// Waits for a command that a thread outside of the simulation has a part in.
+fn wait(rig: &mut Rig, queue: &Queue, id: u64) -> crate::host::Done {
+    while !queue.is_done(id) {
+        assert!(!queue.is_over(), "the connection ended");
+        rig.run_for(Duration::from_millis(1));
+        std::thread::yield_now();
+    }
+    queue.take(id).expect("it is done")
+}
+
+/// A whole authentication; what the host makes of it.
+fn authenticate(rig: &mut Rig, queue: &Queue, config: HostConfig) -> Result<Outcome, String> {
+    let mut machine = dhchap::Host::new(config, &[0x5a; ENTROPY_LEN]);
+    loop {
+        while let Some(message) = machine.next_message() {
+            let len = message.len();
+            let id = queue.send(auth_command(5, len), Data::Capsule(message));
+            let status = wait(rig, queue, id).cqe.status();
+            assert!(status.is_success(), "authentication send: {status}");
+        }
+        match machine.status() {
+            dhchap::Status::Running => {}
+            dhchap::Status::Done(outcome) => return Ok(outcome.clone()),
+            dhchap::Status::Failed(failure) => return Err(failure.to_string()),
+        }
+        let command = auth_command(6, MESSAGE_BYTES_MAX);
+        let id = queue.send(command, Data::Reply(MESSAGE_BYTES_MAX));
+        let done = wait(rig, queue, id);
+        assert!(done.cqe.status().is_success(), "receive: {}", done.cqe.status());
+        if let Some(task) = machine.on_message(&done.reply) {
+            machine.on_computed(task.run());
+        }
+    }
+}
+
+#[test]
+fn every_hash_and_the_groups_one_way_and_mutual_on_every_queue() {
+    let (mut rig, store) = rig(Tls::Off);
+    for (hash, group, mutual) in [
+        (Hash::Sha256, DhGroup::Null, None),
+        (Hash::Sha384, DhGroup::Null, Some(9)),
+        (Hash::Sha512, DhGroup::Ffdhe2048, Some(9)),
+        (Hash::Sha256, DhGroup::Ffdhe3072, None),
+    ] {
+        store.set_policy(policy(hash, group));
+        let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+        assert_eq!(done.cqe.dw0() & !0xffff, ATR);
+        let cntlid = done.cqe.dw0() as u16;
+        // Nothing before.
+        for sqe in [property_get(0), property_set(0x14, 0x0046_0001)] {
+            let status = rig.command(&admin, sqe, Data::None).cqe.status();
+            assert_eq!(status, Status::AUTHENTICATION_REQUIRED.dnr());
+        }
+        let outcome =
+            authenticate(&mut rig, &admin, host(1, 1, mutual)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!((outcome.hash, outcome.group), (hash, group));
+        assert_eq!(outcome.is_mutual, mutual.is_some());
+        rig.enable(&admin);
+        let mut sqe = Sqe::new(9);
+        sqe.cdw10.set(7);
+        assert!(rig.command(&admin, sqe, Data::None).cqe.status().is_success());
+
+        let (io, done) = rig.connect(1, SUBNQN, 1, cntlid);
+        assert_eq!(done.cqe.dw0() & !0xffff, ATR);
+        let read = rw(NvmOpcode::READ, 0, BLOCK);
+        let status = rig.command(&io, read, Data::Reply(BLOCK)).cqe.status();
+        assert_eq!(status, Status::AUTHENTICATION_REQUIRED.dnr());
+        authenticate(&mut rig, &io, host(1, 1, mutual)).unwrap_or_else(|e| panic!("{e}"));
+        rig.write(&io, 3, &[7; BLOCK]);
+        // Again, while I/O goes on.
+        let id = io.send(rw(NvmOpcode::READ, 3, BLOCK), Data::Reply(BLOCK));
+        authenticate(&mut rig, &io, host(1, 1, mutual)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(rig.outcome(&io, id).reply, [7; BLOCK]);
+        let status = rig.target.status();
+        let how = status.controllers[0].authenticated.clone().expect("it has");
+        assert!(how.contains(&format!("{hash:?} {group:?}")), "{how}");
+        admin.cut();
+        rig.until("the end", || io.is_over());
+        let target = Arc::clone(&rig.target);
+        rig.until("no association", || target.connected().1 == 0);
+    }
+    assert_eq!(rig.target.status().refusals_total, 0);
+}
+
+#[test]
+fn the_wrong_secret_is_refused_and_explained() {
+    let (mut rig, store) = rig(Tls::Off);
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let error = authenticate(&mut rig, &admin, host(1, 2, None)).err().expect("the wrong secret");
+    assert!(error.contains("authentication failed"), "{error}");
+    let status = rig.command(&admin, property_get(0), Data::None).cqe.status();
+    assert_eq!(status, Status::AUTHENTICATION_REQUIRED.dnr());
+    rig.until("the end of the connection", || admin.is_over());
+    let refusal = rig.target.status().refusals.pop().expect("one");
+    assert!(refusal.why.contains("another secret than ours"), "{}", refusal.why);
+
+    // The controller has none of its own.
+    store.set(&hostnqn(1), keys(&[1], None));
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    assert!(authenticate(&mut rig, &admin, host(1, 1, Some(9))).is_err());
+    let refusal = rig.target.status().refusals.pop().expect("one");
+    assert!(refusal.why.contains("prove itself"), "{}", refusal.why);
+
+    // Old and new secret at the same time, then the new one alone.
+    for (secrets, takes) in [(&[1, 2][..], [true, true]), (&[2], [false, true])] {
+        store.set(&hostnqn(1), keys(secrets, None));
+        for (n, takes) in [1, 2].into_iter().zip(takes) {
+            let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+            assert_eq!(authenticate(&mut rig, &admin, host(1, n, None)).is_ok(), takes, "{n}");
+            admin.cut();
+        }
+    }
+    // Who has none is not asked.
+    let (_, done) = rig.connect(2, SUBNQN, 0, 0xffff);
+    assert_eq!(done.cqe.dw0() & !0xffff, 0);
+}
+
+#[test]
+fn authentication_yields_a_key_for_tls() {
+    let (mut rig, store) = rig(Tls::Allowed);
+    store.set_policy(policy(Hash::Sha384, DhGroup::Ffdhe2048));
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let config = HostConfig { concatenation: Concatenation::New, ..host(1, 1, None) };
+    let outcome = authenticate(&mut rig, &admin, config).unwrap_or_else(|e| panic!("{e}"));
+    let generated = outcome.generated.expect("a key");
+    admin.cut();
+    let psk = generated.psk(IdentityVersion::V1, &hostnqn(1), SUBNQN).expect("short names");
+    assert!(psk.identity().starts_with("NVMe1G02 "));
+    rig.psk = Some(psk);
+    let host = rig.host(1, 1);
+    rig.write(&host.io[0], 1, &[3; BLOCK]);
+    assert_eq!(rig.read(&host.io[0], 1, BLOCK), [3; BLOCK]);
+    // The key ends with the secret that it came from.
+    store.set(&hostnqn(1), HostKeys::default());
+    let queue = rig.connection();
+    rig.until("the end of the connection", || queue.is_over());
+    assert_eq!(rig.read(&host.io[0], 1, BLOCK), [3; BLOCK]);
+}
+
+#[test]
+fn nobody_may_try_for_ever() {
+    let (mut rig, _store) = rig(Tls::Off);
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let junk = vec![0; 72];
+    for _ in 0..5 {
+        admin.send(auth_command(5, 72), Data::Capsule(junk.clone()));
+    }
+    rig.until("the end of the connection", || admin.is_over());
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    for fctype in [5, 6] {
+        let data = if fctype == 5 { Data::Capsule(vec![1; 8192]) } else { Data::Reply(16384) };
+        let len = if fctype == 5 { 8192 } else { 16384 };
+        let done = rig.command(&admin, auth_command(fctype, len), data);
+        assert!(!done.cqe.status().is_success());
+    }
+}
