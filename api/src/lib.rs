@@ -17,15 +17,17 @@
 #![forbid(unsafe_code)]
 
 mod change;
+mod keys;
 mod status;
 
 pub use change::{
     AddReferral, AddSubsystem, AttachVolume, DisconnectHost, MoveVolume, ResizeVolume, SetAna,
     SetHosts, SetReferrals, SetWriteProtect,
 };
+pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use status::{
     AnaEntry, AnaState, Association, Counters, Limit, Origin, Port, PortKind, Power, Referral,
-    Status, Subsystem, Volume,
+    Refusal, Status, Subsystem, Volume,
 };
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +62,12 @@ pub mod path {
     /// GET: list of [`Referral`](crate::Referral). PUT: [`SetReferrals`](crate::SetReferrals).
     /// POST: [`AddReferral`](crate::AddReferral). DELETE with `?addr=ADDR:PORT`.
     pub const REFERRALS: &str = "/v1/referrals";
+    /// GET, with `?host=NQN` of that host: list of [`Key`](crate::Key). POST:
+    /// [`AddKey`](crate::AddKey). DELETE `/v1/keys/{id}`. POST `/v1/keys/{id}/rotate`:
+    /// [`RotateKey`](crate::RotateKey). All but GET answer with a [`Key`](crate::Key).
+    pub const KEYS: &str = "/v1/keys";
+    /// POST [`ExportKeys`](crate::ExportKeys): [`Exported`](crate::Exported).
+    pub const EXPORT_KEYS: &str = "/v1/keys-export";
 }
 
 /// What went wrong, so that a program can tell. The names are those in the JSON.

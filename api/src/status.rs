@@ -89,6 +89,25 @@ pub struct Status {
     pub limits: Vec<Limit>,
     /// What the SMART log says about power.
     pub power: Power,
+    /// Hosts that were refused for want of the right key: the last ones, the newest last.
+    #[serde(default)]
+    pub refusals: Vec<Refusal>,
+    /// How many there were since the start.
+    #[serde(default)]
+    pub refusals_total: u64,
+}
+
+/// A host that was refused for want of the right key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// When, in seconds since 1970.
+    pub at_s: u64,
+    /// Where it came from.
+    pub peer: String,
+    /// Port ID it came through.
+    pub port: u16,
+    /// What is wrong and what to do, in one line.
+    pub why: String,
 }
 
 /// A listener.
@@ -102,6 +121,9 @@ pub struct Port {
     pub listen: String,
     /// The address hosts are told.
     pub advertise: String,
+    /// Whether connections are encrypted: `off`, `allowed` or `required`.
+    #[serde(default)]
+    pub tls: String,
 }
 
 /// A subsystem.
@@ -184,6 +206,12 @@ pub struct Association {
     pub peer: Option<String>,
     /// I/O queues.
     pub io_queues: u16,
+    /// Cipher suite and group of its connections, where they are encrypted.
+    #[serde(default)]
+    pub tls: Option<String>,
+    /// How the host has proven itself in band, if it has.
+    #[serde(default)]
+    pub authenticated: Option<String>,
     /// It has ended, and I/O of it is still at a volume.
     #[serde(default)]
     pub draining: bool,

@@ -25,6 +25,7 @@ use std::sync::Arc;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvmf_target::{AuthPolicy, Tls};
 
 pub(crate) use check::{is_name, parse_nqn};
 pub(crate) use fabric::{
@@ -102,6 +103,8 @@ pub struct TargetConfig {
     pub discovery_nqn: Option<Nqn>,
     /// Whether the discovery listeners are advertised by multicast DNS.
     pub mdns: bool,
+    /// Hashes and groups of in-band authentication.
+    pub auth: AuthPolicy,
 }
 
 impl TargetConfig {
@@ -121,6 +124,8 @@ pub struct Listen {
     pub advertise: Option<SocketAddr>,
     /// Port ID, if the operator chose one.
     pub portid: Option<u16>,
+    /// Whether connections are encrypted.
+    pub tls: Tls,
 }
 
 impl fmt::Display for Listen {
@@ -131,6 +136,11 @@ impl fmt::Display for Listen {
         }
         if let Some(portid) = self.portid {
             write!(f, ",portid={portid}")?;
+        }
+        match self.tls {
+            Tls::Off => {}
+            Tls::Allowed => f.write_str(",tls=allowed")?,
+            Tls::Required => f.write_str(",tls=required")?,
         }
         Ok(())
     }
@@ -337,6 +347,8 @@ pub struct Draft {
     referrals: Vec<ReferralDraft>,
     discovery_nqn: Option<Setting>,
     mdns: bool,
+    auth_hashes: Vec<Setting>,
+    auth_groups: Vec<Setting>,
     has_target: bool,
 }
 
@@ -503,6 +515,22 @@ impl Draft {
     /// `--discovery-nqn NQN`.
     pub fn set_discovery_nqn(&mut self, nqn: impl Into<String>) {
         self.discovery_nqn = Some(Setting::flag("--discovery-nqn", nqn));
+    }
+
+    /// `--auth-hash HASH`, as often as given; replaces the file's.
+    pub fn set_auth_hashes(&mut self, hashes: &[String]) {
+        if !hashes.is_empty() {
+            self.auth_hashes =
+                hashes.iter().map(|text| Setting::flag("--auth-hash", text)).collect();
+        }
+    }
+
+    /// `--auth-group GROUP`, as often as given; replaces the file's.
+    pub fn set_auth_groups(&mut self, groups: &[String]) {
+        if !groups.is_empty() {
+            self.auth_groups =
+                groups.iter().map(|text| Setting::flag("--auth-group", text)).collect();
+        }
     }
 
     /// `--mdns`.

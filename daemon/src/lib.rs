@@ -25,6 +25,7 @@ pub mod discover;
 mod flush;
 mod http;
 pub mod identity;
+mod keys;
 mod listen;
 mod manage;
 pub mod mdns;
@@ -37,4 +38,5 @@ pub mod state;
 pub mod up;
 
 pub use config::{Config, ConfigError, Draft};
+pub use keys::OfflineKeys;
 pub use run::{Daemon, Served};

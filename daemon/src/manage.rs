@@ -24,12 +24,13 @@ use block::Volume;
 use nvme::spec::Nqn;
 use nvme::spec::discovery::SubsystemType;
 use nvme::subsys::discovery::DiscoveryEntry;
-use nvmf_target::{AnaState, ChangeError, Limits, NamespaceConfig, SubsystemConfig, Target};
+use nvmf_target::{AnaState, ChangeError, Limits, NamespaceConfig, SubsystemConfig, Target, Tls};
 
 use crate::config::{
     ANA_GROUP_MAX, AnaConfig, AnaSetting, ReferralConfig, SUBSYSTEMS_MAX, hosts_of, is_name,
     parse_nqn, parse_referral,
 };
+use crate::keys::KeyBook;
 use crate::state::{Change, Hosts, State, Stored, StoredAna};
 use plan::{Plan, SubsystemRecord, VolumeRecord, stored_referrals};
 
@@ -45,6 +46,7 @@ pub(crate) struct PortRecord {
     pub(crate) is_io: bool,
     pub(crate) listen: String,
     pub(crate) advertise: String,
+    pub(crate) tls: Tls,
 }
 
 /// A volume of the book.
@@ -100,6 +102,8 @@ pub(crate) struct Manager {
     changing: Mutex<()>,
     /// Held briefly.
     book: Mutex<Book>,
+    /// Held while keys are changed and kept.
+    keys: Mutex<KeyBook>,
 }
 
 /// What a manager begins with.
@@ -115,6 +119,7 @@ pub(crate) struct Beginning {
     pub(crate) configured_ana: Vec<AnaConfig>,
     pub(crate) power: PowerUp,
     pub(crate) state: State,
+    pub(crate) keys: KeyBook,
 }
 
 fn problem(error: Code, what: impl Into<String>, allowed: impl Into<String>) -> Problem {
@@ -201,7 +206,12 @@ impl Manager {
                 configured_referrals: beginning.configured_referrals,
                 configured_ana: beginning.configured_ana,
             }),
+            keys: Mutex::new(beginning.keys),
         }
+    }
+
+    pub(crate) fn keys(&self) -> MutexGuard<'_, KeyBook> {
+        lock(&self.keys)
     }
 
     pub(crate) fn book(&self) -> MutexGuard<'_, Book> {

@@ -8,8 +8,8 @@ use anyhow::{Context, bail};
 use block::Volume;
 use nvme::spec::Nqn;
 use nvmf_target::{
-    Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore, SubsystemConfig,
-    Target,
+    KeyStore, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore,
+    SubsystemConfig, Target, Tls,
 };
 use tokio::sync::mpsc;
 
@@ -19,6 +19,7 @@ use crate::cores::{self, Cores};
 use crate::flush;
 use crate::http::{self, Server};
 use crate::identity::SubsystemIdentity;
+use crate::keys::KeyBook;
 use crate::listen::{self, Bound};
 use crate::manage::plan::{self, Plan};
 use crate::manage::{self, Beginning, Manager, PortRecord, PowerUp};
@@ -96,6 +97,9 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
             )
         });
     }
+    let keys = Arc::new(KeyStore::default());
+    keys.set_policy(settings.auth.clone());
+    let book = KeyBook::open(state.path(), keys.clone())?;
     let limits = limits(settings);
     let discovery_nqn = plan.discovery_nqn.clone().context("no NQN for the discovery subsystem")?;
     let store = state.path().map(|dir| Arc::new(Store::new(dir)) as Arc<dyn ReservationStore>);
@@ -119,6 +123,7 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
             .map_or(1, |since| since.as_millis() as u64),
         ana,
         limits: limits.clone(),
+        keys,
         store,
         power: PowerHistory { power_cycles: cycles, power_on: before, unsafe_shutdowns },
     };
@@ -159,6 +164,7 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
         configured_ana: settings.ana.clone(),
         power: PowerUp { cycles, before, unsafe_shutdowns },
         state,
+        keys: book,
     }));
     manager.restore_ana().context("setting ANA states as they were")?;
 
@@ -232,11 +238,13 @@ impl RunningTarget {
     }
 }
 
-/// What makes derived identities of two targets on one machine differ: the first listener. Its port
-/// ID is no part of it.
+/// What makes derived identities of two targets on one machine differ: the address of the first
+/// listener.
 fn place(settings: &TargetConfig) -> String {
     let first = settings.listen.first();
-    first.map(|listen| Listen { portid: None, ..*listen }.to_string()).unwrap_or_default()
+    first
+        .map(|listen| Listen { portid: None, tls: Tls::Off, ..*listen }.to_string())
+        .unwrap_or_default()
 }
 
 /// The listeners as the target's ports, I/O before discovery, each with the identifier it had before.
@@ -265,8 +273,9 @@ fn ports(
                 is_io: kind == ListenerKind::Io,
                 listen: bound.to_string(),
                 advertise: addr.to_string(),
+                tls: listen.tls,
             };
-            (Port { id, kind, addr }, record)
+            (Port { id, kind, addr, tls: listen.tls }, record)
         })
         .unzip()
 }

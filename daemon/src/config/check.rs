@@ -118,6 +118,7 @@ impl Draft {
                 referrals: fabric::check_referrals(&self.referrals)?,
                 discovery_nqn,
                 mdns: self.mdns,
+                auth: fabric::check_auth(&self.auth_hashes, &self.auth_groups)?,
             })
         } else {
             None

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use crypto::Hash;
+use crypto::dhchap::DhGroup;
 use nvme::spec::Nqn;
+use nvmf_target::{AuthPolicy, Tls};
 
 use super::check::{address, name, nqn, number, own_nqn};
 use super::{AnaDraft, ConfigError, Listen, ReferralDraft, Setting, SubsystemDraft, VolumeConfig};
@@ -413,15 +416,28 @@ fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
         && (a == b || takes_in(a.ip(), b.ip()) || takes_in(b.ip(), a.ip()))
 }
 
-/// `ADDR:PORT[,advertise=ADDR:PORT][,portid=N]`.
+/// `ADDR:PORT[,advertise=ADDR:PORT][,portid=N][,tls=off|allowed|required]`.
 fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
-    const FORM: &str = "allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N], such as \
-                        0.0.0.0:4420,advertise=192.0.2.7:4420";
+    const FORM: &str = "allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N]\
+                        [,tls=off|allowed|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420";
     let mut parts = setting.text.split(',');
     let addr = address(setting, parts.next().unwrap_or(""))?;
     let mut advertise = None;
     let mut portid = None;
+    let mut tls = None;
     for part in parts {
+        if let Some(value) = part.strip_prefix("tls=") {
+            if tls.is_some() {
+                return Err(setting.refuse(format!("tls is given twice; {FORM}")));
+            }
+            tls = Some(match value {
+                "off" => Tls::Off,
+                "allowed" => Tls::Allowed,
+                "required" => Tls::Required,
+                _ => return Err(setting.refuse("tls: allowed: off, allowed or required")),
+            });
+            continue;
+        }
         if let Some(value) = part.strip_prefix("portid=") {
             if portid.is_some() {
                 return Err(setting.refuse(format!("portid is given twice; {FORM}")));
@@ -446,5 +462,49 @@ fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
         }
         advertise = Some(value);
     }
-    Ok(Listen { addr, advertise, portid })
+    Ok(Listen { addr, advertise, portid, tls: tls.unwrap_or_default() })
+}
+
+const HASHES: [(&str, Hash); 3] =
+    [("sha256", Hash::Sha256), ("sha384", Hash::Sha384), ("sha512", Hash::Sha512)];
+
+const GROUPS: [(&str, DhGroup); 6] = [
+    ("null", DhGroup::Null),
+    ("ffdhe2048", DhGroup::Ffdhe2048),
+    ("ffdhe3072", DhGroup::Ffdhe3072),
+    ("ffdhe4096", DhGroup::Ffdhe4096),
+    ("ffdhe6144", DhGroup::Ffdhe6144),
+    ("ffdhe8192", DhGroup::Ffdhe8192),
+];
+
+/// Hashes and groups of authentication, the preferred first; all of them where none is given.
+pub(super) fn check_auth(
+    hashes: &[Setting],
+    groups: &[Setting],
+) -> Result<AuthPolicy, ConfigError> {
+    fn chosen<T: Copy + PartialEq>(
+        settings: &[Setting],
+        known: &[(&str, T)],
+    ) -> Result<Vec<T>, ConfigError> {
+        let mut found = Vec::with_capacity(settings.len());
+        for setting in settings {
+            let Some((_, value)) = known.iter().find(|(name, _)| *name == setting.text) else {
+                let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+                return Err(setting.refuse(format!("allowed: {}", names.join(", "))));
+            };
+            if found.contains(value) {
+                return Err(setting.refuse("is given twice; allowed: each once"));
+            }
+            found.push(*value);
+        }
+        Ok(found)
+    }
+    let mut policy = AuthPolicy::default();
+    if !hashes.is_empty() {
+        policy.hashes = chosen(hashes, &HASHES)?;
+    }
+    if !groups.is_empty() {
+        policy.groups = chosen(groups, &GROUPS)?;
+    }
+    Ok(policy)
 }

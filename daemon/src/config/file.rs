@@ -28,6 +28,7 @@ struct RawFile {
     api: Option<RawApi>,
     discovery: Option<RawDiscovery>,
     limits: Option<RawLimits>,
+    auth: Option<RawAuth>,
     #[serde(default)]
     subsystem: Vec<Spanned<RawSubsystem>>,
     #[serde(default)]
@@ -77,6 +78,15 @@ struct RawDiscovery {
     nqn: Option<Spanned<String>>,
     #[serde(default)]
     mdns: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAuth {
+    #[serde(default)]
+    hashes: Vec<Spanned<String>>,
+    #[serde(default)]
+    groups: Vec<Spanned<String>>,
 }
 
 /// Each bound of the target has a key of its name.
@@ -212,6 +222,13 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     if let Some(discovery) = raw.discovery {
         draft.discovery_nqn = source.optional("discovery.nqn", &discovery.nqn);
         draft.mdns = discovery.mdns;
+    }
+    if let Some(auth) = raw.auth {
+        let settings = |key: &str, values: &[Spanned<String>]| -> Vec<Setting> {
+            values.iter().map(|value| source.setting(key, value)).collect()
+        };
+        draft.auth_hashes = settings("auth.hashes", &auth.hashes);
+        draft.auth_groups = settings("auth.groups", &auth.groups);
     }
     if let Some(limits) = raw.limits {
         for (key, value) in [

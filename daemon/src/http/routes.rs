@@ -10,7 +10,7 @@ use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
@@ -35,6 +35,8 @@ struct Parameters {
     timeout: Option<u64>,
     /// Of a referral.
     addr: Option<String>,
+    /// Of keys.
+    host: Option<String>,
 }
 
 pub(super) fn router(manager: Arc<Manager>) -> Router {
@@ -56,6 +58,10 @@ pub(super) fn router(manager: Arc<Manager>) -> Router {
             api::path::REFERRALS,
             get(referrals).put(set_referrals).post(add_referral).delete(remove_referral),
         )
+        .route(api::path::KEYS, get(keys).post(add_key))
+        .route("/v1/keys/{name}", delete(remove_key))
+        .route("/v1/keys/{name}/rotate", post(rotate_key))
+        .route(api::path::EXPORT_KEYS, post(export_keys))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .with_state(app)
@@ -352,4 +358,31 @@ async fn remove_referral(State(app): State<App>, query: Asked) -> Answer {
         return Err(refuse(Code::Invalid, "which referral?", "?addr=ADDR:PORT"));
     };
     change(app, patience, move |manager, gate| manager.remove_referral(gate, &addr)).await
+}
+
+async fn keys(State(app): State<App>, query: Asked) -> Answer {
+    let Query(parameters) =
+        query.map_err(|error| refuse(Code::Invalid, error.body_text(), "?host=NQN"))?;
+    ask(app, move |manager| Ok(manager.keys().list(parameters.host.as_deref()))).await
+}
+
+async fn add_key(State(app): State<App>, request: Request) -> Answer {
+    let body: api::AddKey = body(request).await?;
+    ask(app, move |manager| manager.keys().add(&body)).await
+}
+
+async fn remove_key(State(app): State<App>, path: Name) -> Answer {
+    let name = name(path)?;
+    ask(app, move |manager| manager.keys().remove(&name)).await
+}
+
+async fn rotate_key(State(app): State<App>, path: Name, request: Request) -> Answer {
+    let name = name(path)?;
+    let body: api::RotateKey = body(request).await?;
+    ask(app, move |manager| manager.keys().rotate(&name, &body)).await
+}
+
+async fn export_keys(State(app): State<App>, request: Request) -> Answer {
+    let body: api::ExportKeys = body(request).await?;
+    ask(app, move |manager| manager.keys().export(&body)).await
 }

@@ -3,6 +3,7 @@
 use api::{AnaEntry, Limit, Origin, PortKind, Problem};
 use nvme::spec::Nqn;
 use nvmf_target::{AnaState, NamespaceStatus, SubsystemStatus, TargetStatus};
+use std::time::UNIX_EPOCH;
 use uuid::Uuid;
 
 use super::plan::SubsystemRecord;
@@ -93,6 +94,12 @@ impl Manager {
             kind: if port.is_io { PortKind::Io } else { PortKind::Discovery },
             listen: port.listen.clone(),
             advertise: port.advertise.clone(),
+            tls: match port.tls {
+                nvmf_target::Tls::Off => "off",
+                nvmf_target::Tls::Allowed => "allowed",
+                nvmf_target::Tls::Required => "required",
+            }
+            .to_owned(),
         });
         let associations = status.controllers.iter().map(|controller| api::Association {
             subnqn: controller.subnqn.clone(),
@@ -102,7 +109,15 @@ impl Manager {
             port: controller.port,
             peer: Some(controller.peer.clone()).filter(|peer| !peer.is_empty()),
             io_queues: u16::try_from(controller.io_queues).unwrap_or(u16::MAX),
+            tls: controller.tls.clone(),
+            authenticated: controller.authenticated.clone(),
             draining: controller.draining,
+        });
+        let refusals = status.refusals.iter().map(|refusal| api::Refusal {
+            at_s: refusal.at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            peer: refusal.peer.clone(),
+            port: refusal.port,
+            why: refusal.why.clone(),
         });
         api::Status {
             program: env!("CARGO_PKG_VERSION").to_owned(),
@@ -121,6 +136,8 @@ impl Manager {
                 power_on_s: (self.power.before + self.started.elapsed()).as_secs(),
                 unsafe_shutdowns: self.power.unsafe_shutdowns,
             },
+            refusals: refusals.collect(),
+            refusals_total: status.refusals_total,
         }
     }
 

@@ -12,5 +12,4 @@ mod hostile;
 mod io;
 mod loss;
 mod model;
-mod paths;
 mod rig;

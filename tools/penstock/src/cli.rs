@@ -63,6 +63,9 @@ pub(crate) enum Command {
     /// Add, remove and list referrals of a running target
     #[command(after_help = manage::REFERRAL_AFTER)]
     Referral(manage::ReferralArgs),
+    /// Make, import, list, rotate, remove and export keys of hosts (TLS, DH-HMAC-CHAP)
+    #[command(after_help = crate::manage::KEY_AFTER)]
+    Key(crate::manage::KeyArgs),
     /// List what a discovery controller offers
     #[command(after_help = DISCOVER_AFTER)]
     Discover(DiscoverArgs),
@@ -128,10 +131,10 @@ pub(crate) struct TargetArgs {
     #[arg(long, value_name = "NAME=SPEC")]
     pub(crate) volume: Vec<String>,
     /// Where I/O controllers listen; may be given more than once
-    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]")]
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]")]
     pub(crate) listen: Vec<String>,
     /// Where discovery controllers listen; may be given more than once [default: nowhere]
-    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT]")]
+    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]")]
     pub(crate) discovery: Vec<String>,
     /// NQN of the subsystem [default: kept in --data, or derived from this machine and --listen]
     #[arg(long, value_name = "NQN")]
@@ -169,6 +172,13 @@ pub(crate) struct TargetArgs {
     /// Advertise the discovery listeners by multicast DNS
     #[arg(long)]
     pub(crate) mdns: bool,
+    /// Hash of in-band authentication, the preferred first: sha256, sha384, sha512 [default: all]
+    #[arg(long, value_name = "HASH")]
+    pub(crate) auth_hash: Vec<String>,
+    /// DH group of in-band authentication, the preferred first: null, ffdhe2048, ffdhe3072,
+    /// ffdhe4096, ffdhe6144, ffdhe8192 [default: all]
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) auth_group: Vec<String>,
     /// Socket of the management API, for `penstock status`, `volume` and so on [default: none]
     #[arg(long, value_name = "PATH")]
     pub(crate) api: Option<String>,

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         Command::Ana(args) => manage::ana(&args),
         Command::Host(args) => manage::host(&args),
         Command::Referral(args) => manage::referral(&args),
+        Command::Key(args) => manage::key(&args),
         Command::Discover(args) => discover::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

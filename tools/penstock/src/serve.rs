@@ -48,6 +48,8 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if let Some(nqn) = &args.discovery_nqn {
         draft.set_discovery_nqn(nqn);
     }
+    draft.set_auth_hashes(&args.auth_hash);
+    draft.set_auth_groups(&args.auth_group);
     if args.mdns {
         draft.set_mdns();
     }

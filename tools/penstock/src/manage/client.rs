@@ -86,7 +86,7 @@ async fn exchange(socket: &Path, ask: Ask) -> anyhow::Result<(hyper::StatusCode,
     Ok((status, body.to_bytes()))
 }
 
-fn refusal(problem: &Problem) -> anyhow::Error {
+pub(crate) fn refusal(problem: &Problem) -> anyhow::Error {
     let Problem { error, what, allowed } = problem;
     // What is in force although the command failed must not be overlooked.
     let about = if *error == Code::Draining { "the change IS in force: " } else { "" };

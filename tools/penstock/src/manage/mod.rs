@@ -1,8 +1,9 @@
-//! `penstock status`, `volume`, `subsystem`, `ana`, `host`, `referral`: a running target's operator
+//! `penstock status`, `volume`, `subsystem`, `ana`, `host`, `referral`, `key`: a running target's operator
 //! speaks to its management API.
 
 pub(crate) mod cli;
 mod client;
+mod key;
 mod text;
 
 use std::process::ExitCode;
@@ -21,6 +22,8 @@ use self::cli::{
     StatusArgs, SubsystemAction, SubsystemArgs, VolumeAction, VolumeArgs,
 };
 use self::client::{Ask, segment};
+
+pub(crate) use self::key::{KEY_AFTER, KeyArgs, run as key};
 
 pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     show(&args.connection, api::path::STATUS, text::status)

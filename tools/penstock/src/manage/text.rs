@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use api::{Association, Done, Referral, Status, Subsystem, Volume};
+use api::{Association, Done, Key, KeyKind, Referral, Refusal, Status, Subsystem, Volume};
 
 /// Columns under their headings, as wide as what is in them.
 fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
@@ -90,11 +90,62 @@ pub(super) fn hosts(associations: &[Association]) -> String {
             association.port.to_string(),
             association.io_queues.to_string(),
             association.peer.clone().unwrap_or_else(|| "-".to_owned()),
+            association.tls.clone().unwrap_or_else(|| "off".to_owned()),
+            association.authenticated.clone().unwrap_or_else(|| "-".to_owned()),
         ]
     };
-    let headings = ["HOST", "SUBSYSTEM NQN", "CNTLID", "PORT", "I/O QUEUES", "FROM"];
+    let headings =
+        ["HOST", "SUBSYSTEM NQN", "CNTLID", "PORT", "I/O QUEUES", "FROM", "TLS", "AUTHENTICATED"];
     table(&headings, &associations.iter().map(row).collect::<Vec<_>>())
 }
+
+pub(super) fn keys(keys: &[Key]) -> String {
+    let row = |key: &Key| {
+        let kind = match key.kind {
+            KeyKind::Tls => "tls",
+            KeyKind::Dhchap => "dhchap",
+            KeyKind::DhchapController => "dhchap-controller",
+        };
+        let end = match (key.expired, key.expires_s) {
+            (true, _) => "expired".to_owned(),
+            (false, None) => "never".to_owned(),
+            (false, Some(at)) => format!("in {} s", at.saturating_sub(now_s())),
+        };
+        vec![
+            key.id.clone(),
+            kind.to_owned(),
+            key.bits.to_string(),
+            key.host.clone(),
+            key.subsystem.clone().unwrap_or_else(|| "all".to_owned()),
+            end,
+        ]
+    };
+    let headings = ["KEY", "KIND", "BITS", "HOST", "SUBSYSTEM", "ENDS"];
+    table(&headings, &keys.iter().map(row).collect::<Vec<_>>())
+}
+
+fn now_s() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}
+
+fn refusals(refusals: &[Refusal], total: u64) -> String {
+    let row = |refusal: &Refusal| {
+        vec![
+            format!("{} s ago", now_s().saturating_sub(refusal.at_s)),
+            refusal.peer.clone(),
+            refusal.port.to_string(),
+            refusal.why.clone(),
+        ]
+    };
+    let rows: Vec<_> = refusals.iter().rev().take(REFUSALS_SHOWN).map(row).collect();
+    let shown =
+        if total > rows.len() as u64 { format!(" (the last of {total})") } else { String::new() };
+    table(&["REFUSED", "FROM", "PORT", &format!("WHY{shown}")], &rows)
+}
+
+/// Refusals in the status for people; the JSON has more.
+const REFUSALS_SHOWN: usize = 10;
 
 pub(super) fn referrals(referrals: &[Referral]) -> String {
     let row = |referral: &Referral| vec![referral.addr.clone(), referral.nqn.clone()];
@@ -118,9 +169,18 @@ pub(super) fn status(status: &Status) -> String {
             api::PortKind::Discovery => "discovery",
             api::PortKind::Unknown => "unknown",
         };
-        vec![port.portid.to_string(), kind.to_owned(), port.listen.clone(), port.advertise.clone()]
+        vec![
+            port.portid.to_string(),
+            kind.to_owned(),
+            port.listen.clone(),
+            port.advertise.clone(),
+            port.tls.clone(),
+        ]
     });
-    text += &table(&["PORT", "KIND", "LISTENS AT", "HOSTS ARE TOLD"], &ports.collect::<Vec<_>>());
+    text += &table(
+        &["PORT", "KIND", "LISTENS AT", "HOSTS ARE TOLD", "TLS"],
+        &ports.collect::<Vec<_>>(),
+    );
     text.push('\n');
     text += &subsystems(&status.subsystems);
     text.push('\n');
@@ -130,6 +190,10 @@ pub(super) fn status(status: &Status) -> String {
     if !status.referrals.is_empty() {
         text.push('\n');
         text += &referrals(&status.referrals);
+    }
+    if status.refusals_total != 0 {
+        text.push('\n');
+        text += &refusals(&status.refusals, status.refusals_total);
     }
     let hit = status.limits.iter().filter(|limit| limit.hit_total != 0).map(|limit| {
         let used = limit.used.map_or_else(|| "-".to_owned(), |used| used.to_string());

@@ -18,7 +18,7 @@ use super::tree::{Kernel, Tree, stamp};
 use crate::exec;
 
 /// Raised when the image itself changes.
-const IMAGE_VERSION: u32 = 1;
+const IMAGE_VERSION: u32 = 2;
 /// Programs of the tree that go into the guest, with the libraries they load.
 const PROGRAMS: &[&str] = &[
     "usr/sbin/nvme",
@@ -27,6 +27,8 @@ const PROGRAMS: &[&str] = &[
     "usr/sbin/e2fsck",
     "usr/sbin/blkdiscard",
     "usr/bin/lspci",
+    "usr/sbin/tlshd",
+    "usr/bin/keyctl",
 ];
 /// Modules the scripts load, with what these depend on; built-in ones cost nothing.
 const MODULES: &[&str] = &[
@@ -43,7 +45,25 @@ const MODULES: &[&str] = &[
 /// What a guest that boots from a disk of ours needs to find it.
 const MODULES_BOOT: &[&str] = &["virtio_pci", "virtio_blk", "nvme", "ext4"];
 /// Loaded on demand by others, and not present in every kernel.
-const MODULES_OPTIONAL: &[&str] = &["crc32c_generic", "crc32c_intel", "crc32c_cryptoapi"];
+const MODULES_OPTIONAL: &[&str] = &[
+    "crc32c_generic",
+    "crc32c_intel",
+    "crc32c_cryptoapi",
+    // Of TLS and authentication.
+    "nvme_keyring",
+    "nvme_auth",
+    "gcm",
+    "ccm",
+    "ghash_generic",
+    "ghash_clmulni_intel",
+    "aesni_intel",
+    "ctr",
+    "dh_generic",
+    "ecdh_generic",
+    "hmac",
+    "sha256_generic",
+    "sha512_generic",
+];
 const FOLDERS: &[&str] = &[
     "dev", "proc", "sys", "run", "tmp", "root", "mnt", "job", "out", "etc", "etc/nvme", "var",
     "usr", "usr/bin", "usr/lib",
@@ -119,6 +139,8 @@ fn build(tree: &Tree, kernel: &Path, out: &Path) -> Result<()> {
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
     archive.file("etc/group", 0o644, b"root:x:0:\n")?;
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost guest\n")?;
+    let agent = b"[debug]\nloglevel=0\ntls=0\nnl=0\n[authenticate]\nkeyrings=.nvme\n";
+    archive.file("etc/tlshd.conf", 0o644, agent)?;
     archive.file("etc/mke2fs.conf", 0o644, &read(&tree.path("etc/mke2fs.conf"))?)?;
     let hostnqn = format!("nqn.2014-08.org.nvmexpress:uuid:{HOSTID}\n");
     archive.file("etc/nvme/hostnqn", 0o644, hostnqn.as_bytes())?;

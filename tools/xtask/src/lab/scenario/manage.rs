@@ -54,7 +54,8 @@ impl Managed {
     }
 }
 
-fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<Value> {
+/// One request to a management socket.
+pub(super) fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<Value> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let body = if body.is_null() { String::new() } else { body.to_string() };

@@ -9,6 +9,7 @@ mod manage;
 mod namespaces;
 mod nvme_cli;
 mod resv;
+mod secure_host;
 mod selftest;
 mod up;
 mod virtio_disk;
@@ -64,6 +65,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "two hosts contend for a namespace with reservations",
         needs_penstock: true,
         run: resv::run,
+    },
+    Scenario {
+        name: "secure-host",
+        shows: "newest kernel host with TLS, DH-HMAC-CHAP, both and concatenation; refusals; rotation",
+        needs_penstock: true,
+        run: secure_host::backports,
+    },
+    Scenario {
+        name: "secure-host-6.12",
+        shows: "the same with Debian 13's own kernel, which has no concatenation",
+        needs_penstock: true,
+        run: secure_host::stable,
     },
     Scenario {
         name: "ana-failover",

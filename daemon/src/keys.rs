@@ -1,0 +1,696 @@
+//! The keys of hosts, as the operator keeps them.
+//!
+//! ```text
+//!   penstock key ... ─► management API ─► KeyBook ─► keys      (replaced as a whole, mode 0600)
+//!   penstock key ... --data DIR ──────────► KeyBook └► KeyStore of the running target
+//! ```
+//!
+//! A change is durable before it is in force. Without a data directory keys end with the process.
+//!
+//! The file has a line for each key: name, kind, host, subsystem, end and begin of its life, and the
+//! key in its interchange format; `-` where there is nothing. It is not TOML, so that key material
+//! stays in buffers that are wiped.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api::{AddKey, Code, ExportKeys, Exported, Key, KeyKind, Problem, RotateKey, SecretString};
+use crypto::nvme_cli::{HostSetup, Imported, NvmeCli, import};
+use crypto::psk::{IdentityVersion, Suite};
+use crypto::{DhchapKey, KeyHash, SecretText, TlsKey};
+use nvme::spec::Nqn;
+use nvmf_target::{DHCHAP_KEYS_MAX, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, TLS_KEYS_MAX};
+use zeroize::Zeroizing;
+
+use crate::state::{State, StateError, replace};
+
+const FILE: &str = "keys";
+const TEMPORARY_FILE: &str = "keys.new";
+/// Keys of one target; the file then has some 60 MB.
+const KEYS_MAX: usize = 200_000;
+const FILE_BYTES_MAX: u64 = 256 << 20;
+const HEAD: &str = "penstock-keys 1";
+/// Longest overlap and lifetime that are believed: ten years.
+const SECONDS_MAX: u64 = 10 * 366 * 86_400;
+
+#[derive(Clone)]
+enum Material {
+    Tls(TlsKey),
+    Dhchap(DhchapKey),
+}
+
+impl Material {
+    fn text(&self) -> SecretText {
+        match self {
+            Material::Tls(key) => key.to_text(),
+            Material::Dhchap(key) => key.to_text(),
+        }
+    }
+
+    fn bits(&self) -> u32 {
+        let len = match self {
+            Material::Tls(key) => key.secret().expose().len(),
+            Material::Dhchap(key) => key.secret().expose().len(),
+        };
+        8 * len as u32
+    }
+}
+
+#[derive(Clone)]
+struct Record {
+    id: String,
+    kind: KeyKind,
+    host: Nqn,
+    subsystem: Option<Nqn>,
+    expires: Option<u64>,
+    created: u64,
+    material: Material,
+}
+
+const KINDS: [(KeyKind, &str); 3] = [
+    (KeyKind::Tls, "tls"),
+    (KeyKind::Dhchap, "dhchap"),
+    (KeyKind::DhchapController, "dhchap-controller"),
+];
+
+fn kind_name(kind: KeyKind) -> &'static str {
+    KINDS.iter().find(|(known, _)| *known == kind).map_or("", |(_, name)| name)
+}
+
+impl Record {
+    fn is_expired(&self, now: u64) -> bool {
+        self.expires.is_some_and(|at| now >= at)
+    }
+
+    fn shown(&self, now: u64) -> Key {
+        Key {
+            id: self.id.clone(),
+            kind: self.kind,
+            host: self.host.to_string(),
+            subsystem: self.subsystem.as_ref().map(Nqn::to_string),
+            bits: self.material.bits(),
+            created_s: self.created,
+            expires_s: self.expires,
+            expired: self.is_expired(now),
+        }
+    }
+
+    fn write(&self, out: &mut String) {
+        let optional = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        let text = self.material.text();
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            out,
+            "{} {} {} {} {} {} {}",
+            self.id,
+            kind_name(self.kind),
+            self.host,
+            optional(self.subsystem.as_ref().map(Nqn::to_string)),
+            optional(self.expires.map(|at| at.to_string())),
+            self.created,
+            text.expose(),
+        );
+    }
+
+    fn parse(line: &str) -> Option<Record> {
+        let mut parts = line.split(' ');
+        let mut next = || parts.next().filter(|part| !part.is_empty());
+        let id = next()?.to_owned();
+        let kind = next()?;
+        let (kind, _) = *KINDS.iter().find(|(_, name)| *name == kind)?;
+        let host = Nqn::new(next()?).ok()?;
+        let subsystem = match next()? {
+            "-" => None,
+            nqn => Some(Nqn::new(nqn).ok()?),
+        };
+        let expires = match next()? {
+            "-" => None,
+            at => Some(at.parse().ok()?),
+        };
+        let created = next()?.parse().ok()?;
+        let material = match (kind, import(next()?).ok()?) {
+            (KeyKind::Tls, Imported::Tls(key)) => Material::Tls(key),
+            (KeyKind::Dhchap | KeyKind::DhchapController, Imported::Dhchap(key)) => {
+                Material::Dhchap(key)
+            }
+            _ => return None,
+        };
+        Some(Record { id, kind, host, subsystem, expires, created, material })
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn problem(error: Code, what: impl Into<String>, allowed: impl Into<String>) -> Problem {
+    Problem { error, what: what.into(), allowed: allowed.into() }
+}
+
+fn random(bytes: &mut [u8]) -> Result<(), Problem> {
+    let filled = File::open("/dev/urandom").and_then(|mut file| file.read_exact(bytes));
+    filled.map_err(|error| problem(Code::Failed, format!("no random bytes: {error}"), ""))
+}
+
+/// See the module's documentation.
+pub(crate) struct KeyBook {
+    dir: Option<PathBuf>,
+    records: Vec<Record>,
+    store: Arc<KeyStore>,
+}
+
+impl KeyBook {
+    /// Reads the keys of a data directory that the caller has locked; `None`: nothing is kept. Gives
+    /// all of them to `store`.
+    pub(crate) fn open(dir: Option<&Path>, store: Arc<KeyStore>) -> Result<KeyBook, StateError> {
+        let records = match dir {
+            Some(dir) => read(&dir.join(FILE))?,
+            None => Vec::new(),
+        };
+        let book = KeyBook { dir: dir.map(Path::to_owned), records, store };
+        let mut by_host: BTreeMap<&str, HostKeys> = BTreeMap::new();
+        for record in &book.records {
+            give(by_host.entry(record.host.as_str()).or_default(), record);
+        }
+        for (host, keys) in by_host {
+            book.store.set(host, keys);
+        }
+        Ok(book)
+    }
+
+    /// Makes `records` durable, then puts the keys of `host` in force.
+    fn commit(&mut self, records: Vec<Record>, host: &Nqn) -> Result<(), Problem> {
+        if let Some(dir) = &self.dir {
+            save(dir, &records).map_err(|error| {
+                let error = format!("{:#}", anyhow::Error::new(error));
+                problem(Code::Failed, format!("the keys cannot be kept: {error}"), "")
+            })?;
+        }
+        self.records = records;
+        let mut keys = HostKeys::default();
+        for record in self.records.iter().filter(|record| record.host == *host) {
+            give(&mut keys, record);
+        }
+        self.store.set(host.as_str(), keys);
+        Ok(())
+    }
+
+    /// All keys, or those of a host.
+    pub(crate) fn list(&self, host: Option<&str>) -> Vec<Key> {
+        let now = now();
+        let meant = |record: &&Record| host.is_none_or(|host| record.host.as_str() == host);
+        self.records.iter().filter(meant).map(|record| record.shown(now)).collect()
+    }
+
+    /// Makes or imports a key.
+    pub(crate) fn add(&mut self, request: &AddKey) -> Result<Key, Problem> {
+        let host = nqn("host", &request.host)?;
+        let subsystem = request.subsystem.as_deref().map(|text| nqn("subsystem", text));
+        let subsystem = subsystem.transpose()?;
+        if subsystem.is_some() && request.kind != KeyKind::Tls {
+            return Err(problem(
+                Code::Invalid,
+                "a secret for DH-HMAC-CHAP belongs to a host, whatever the subsystem",
+                "leave the subsystem out",
+            ));
+        }
+        let material = match &request.key {
+            Some(text) => imported(request.kind, text)?,
+            None => generated(request.kind, request.bits)?,
+        };
+        if request.key.is_some() && request.bits.is_some_and(|bits| bits != material.bits()) {
+            let what = format!("the key has {} bits", material.bits());
+            return Err(problem(Code::Invalid, what, "leave the length out"));
+        }
+        let expires = request.expires_in_s.map(|s| seconds(s).map(|s| now() + s)).transpose()?;
+        let record = Record {
+            id: self.new_id()?,
+            kind: request.kind,
+            host,
+            subsystem,
+            expires,
+            created: now(),
+            material,
+        };
+        self.insert(record)
+    }
+
+    fn new_id(&self) -> Result<String, Problem> {
+        loop {
+            let mut bytes = [0; 4];
+            random(&mut bytes)?;
+            let id = format!("{:08x}", u32::from_be_bytes(bytes));
+            if self.records.iter().all(|record| record.id != id) {
+                return Ok(id);
+            }
+        }
+    }
+
+    fn insert(&mut self, record: Record) -> Result<Key, Problem> {
+        let now = now();
+        let of_host =
+            self.records.iter().filter(|r| r.host == record.host && r.kind == record.kind);
+        let live = of_host.filter(|r| !r.is_expired(now)).count();
+        let max = match record.kind {
+            KeyKind::Tls => TLS_KEYS_MAX,
+            KeyKind::Dhchap => DHCHAP_KEYS_MAX,
+            KeyKind::DhchapController => 1,
+        };
+        if live >= max || self.records.len() >= KEYS_MAX {
+            return Err(problem(
+                Code::Conflict,
+                format!("the host has {live} keys of this kind, of {KEYS_MAX} keys in all"),
+                format!("at most {max} at the same time: `penstock key remove` an old one"),
+            ));
+        }
+        let shown = record.shown(now);
+        let host = record.host.clone();
+        let mut records = self.records.clone();
+        records.push(record);
+        self.commit(records, &host)?;
+        tracing::info!(
+            key = shown.id,
+            host = shown.host,
+            kind = kind_name(shown.kind),
+            "key added"
+        );
+        Ok(shown)
+    }
+
+    fn record(&self, id: &str) -> Result<&Record, Problem> {
+        self.records.iter().find(|record| record.id == id).ok_or_else(|| {
+            problem(Code::NotFound, format!("there is no key {id:?}"), "see `penstock key list`")
+        })
+    }
+
+    /// Takes a key away. Connections that were made with it stay.
+    pub(crate) fn remove(&mut self, id: &str) -> Result<Key, Problem> {
+        let record = self.record(id)?.clone();
+        let mut records = self.records.clone();
+        records.retain(|other| other.id != id);
+        self.commit(records, &record.host)?;
+        tracing::info!(key = id, host = %record.host, "key removed");
+        Ok(record.shown(now()))
+    }
+
+    /// Makes a new key of the same kind; the old one is taken for some time yet.
+    pub(crate) fn rotate(&mut self, id: &str, request: &RotateKey) -> Result<Key, Problem> {
+        let overlap = seconds(request.overlap_s)?;
+        let old = self.record(id)?.clone();
+        let end = now() + overlap;
+        let mut records = self.records.clone();
+        for record in records.iter_mut().filter(|record| record.id == id) {
+            record.expires = Some(record.expires.map_or(end, |at| at.min(end)));
+        }
+        if old.kind == KeyKind::DhchapController {
+            // A controller has one: what hosts have is the old one until they are told.
+            return Err(problem(
+                Code::Invalid,
+                "a host knows one secret of the controller at a time",
+                "remove it and make another when the host is given it",
+            ));
+        }
+        let record = Record {
+            id: self.new_id()?,
+            created: now(),
+            expires: None,
+            material: generated(old.kind, Some(old.material.bits()))?,
+            ..old.clone()
+        };
+        let live = records
+            .iter()
+            .filter(|r| r.host == old.host && r.kind == old.kind && !r.is_expired(now()));
+        let max = if old.kind == KeyKind::Tls { TLS_KEYS_MAX } else { DHCHAP_KEYS_MAX };
+        if live.count() >= max || records.len() >= KEYS_MAX {
+            let what = "the host has as many keys of this kind as it may";
+            return Err(problem(Code::Conflict, what, "`penstock key remove` an old one"));
+        }
+        let shown = record.shown(now());
+        records.push(record);
+        self.commit(records, &old.host)?;
+        tracing::info!(key = shown.id, old = id, host = shown.host, "key rotated");
+        Ok(shown)
+    }
+
+    /// What a host has to run, with the newest of its keys.
+    pub(crate) fn export(&self, request: &ExportKeys) -> Result<Exported, Problem> {
+        let host = nqn("host", &request.host)?;
+        let subsystem = nqn("subsystem", &request.subsystem)?;
+        let version = NvmeCli::parse(&request.nvme_cli).ok_or_else(|| {
+            let what = format!("nvme-cli {:?} is no version", request.nvme_cli);
+            problem(Code::Invalid, what, "such as 2.13, as `nvme version` says on the host")
+        })?;
+        let identity = match request.identity {
+            0 => IdentityVersion::V0,
+            1 => IdentityVersion::V1,
+            other => {
+                return Err(problem(Code::Invalid, format!("identity version {other}"), "0 or 1"));
+            }
+        };
+        let (addr, port) = request
+            .address
+            .rsplit_once(':')
+            .and_then(|(addr, port)| Some((addr, port.parse::<u16>().ok()?)))
+            .ok_or_else(|| {
+                let what = format!("{:?} is no address", request.address);
+                problem(Code::Invalid, what, "ADDR:PORT, such as 192.0.2.7:4420")
+            })?;
+        let addr = addr.strip_prefix('[').and_then(|a| a.strip_suffix(']')).unwrap_or(addr);
+        let now = now();
+        let newest = |kind: KeyKind| {
+            let fits = |record: &&Record| {
+                record.host == host
+                    && record.kind == kind
+                    && !record.is_expired(now)
+                    && record.subsystem.as_ref().is_none_or(|nqn| *nqn == subsystem)
+            };
+            self.records.iter().rev().find(fits).map(|record| &record.material)
+        };
+        let tls = match newest(KeyKind::Tls) {
+            Some(Material::Tls(key)) if !request.concat => Some((key, identity)),
+            _ => None,
+        };
+        let secret = |kind| match newest(kind) {
+            Some(Material::Dhchap(key)) => Some(key),
+            _ => None,
+        };
+        let (dhchap, controller) = (secret(KeyKind::Dhchap), secret(KeyKind::DhchapController));
+        if tls.is_none() && dhchap.is_none() || request.concat && dhchap.is_none() {
+            return Err(problem(
+                Code::NotFound,
+                format!("host {host} has no key for that"),
+                format!("make one: penstock key generate --host {host}"),
+            ));
+        }
+        let setup = HostSetup {
+            version,
+            hostnqn: host.as_str(),
+            subnqn: subsystem.as_str(),
+            address: (addr, port),
+            tls,
+            dhchap,
+            dhchap_controller: controller.filter(|_| dhchap.is_some()),
+            concatenate: request.concat,
+        };
+        let lines = setup.lines().map_err(|error| {
+            problem(Code::Invalid, error.to_string(), "use identity version 1, or shorter names")
+        })?;
+        Ok(Exported { lines: SecretString::new(lines.expose().to_owned()) })
+    }
+}
+
+/// Adds a key to what a host can prove itself with.
+fn give(keys: &mut HostKeys, record: &Record) {
+    match (&record.material, record.kind) {
+        (Material::Tls(key), _) => keys.tls.push(HostTlsKey {
+            key: key.clone(),
+            subnqn: record.subsystem.as_ref().map(Nqn::to_string),
+            expires: record.expires,
+        }),
+        (Material::Dhchap(key), KeyKind::Dhchap) => {
+            keys.dhchap.push(HostDhchapKey { key: key.clone(), expires: record.expires });
+        }
+        (Material::Dhchap(key), _) => {
+            // What has an end has to be able to end.
+            if record.expires.is_none_or(|at| now() < at) {
+                keys.dhchap_controller = Some(key.clone());
+            }
+        }
+    }
+}
+
+fn nqn(what: &str, text: &str) -> Result<Nqn, Problem> {
+    Nqn::new(text).map_err(|error| {
+        problem(Code::Invalid, format!("{what} {text:?}: {error}"), "an NQN, as the host has it")
+    })
+}
+
+fn seconds(seconds: u64) -> Result<u64, Problem> {
+    if seconds <= SECONDS_MAX {
+        return Ok(seconds);
+    }
+    Err(problem(Code::Invalid, format!("{seconds} s"), format!("at most {SECONDS_MAX} s")))
+}
+
+fn imported(kind: KeyKind, text: &SecretString) -> Result<Material, Problem> {
+    let allowed = match kind {
+        KeyKind::Tls => "what `nvme gen-tls-key` prints",
+        _ => "what `nvme gen-dhchap-key` prints",
+    };
+    match (kind, import(text.expose())) {
+        (KeyKind::Tls, Ok(Imported::Tls(key))) => Ok(Material::Tls(key)),
+        (KeyKind::Dhchap | KeyKind::DhchapController, Ok(Imported::Dhchap(key))) => {
+            Ok(Material::Dhchap(key))
+        }
+        (_, Ok(_)) => Err(problem(Code::Invalid, "this is a key of another kind", allowed)),
+        (_, Err(error)) => Err(problem(Code::Invalid, error.to_string(), allowed)),
+    }
+}
+
+fn generated(kind: KeyKind, bits: Option<u32>) -> Result<Material, Problem> {
+    let mut bytes = Zeroizing::new([0; 64]);
+    random(&mut *bytes)?;
+    let wrong = |bits: u32, allowed: &str| {
+        problem(Code::Invalid, format!("a key of {bits} bits"), allowed.to_owned())
+    };
+    if kind == KeyKind::Tls {
+        let suite = match bits.unwrap_or(256) {
+            256 => Suite::Aes128GcmSha256,
+            384 => Suite::Aes256GcmSha384,
+            bits => return Err(wrong(bits, "256 or 384")),
+        };
+        let (bytes, _) = bytes.split_first_chunk().expect("64 are more than 48");
+        return Ok(Material::Tls(TlsKey::generate(suite, bytes)));
+    }
+    let hash = match bits.unwrap_or(256) {
+        256 => KeyHash::Sha256,
+        384 => KeyHash::Sha384,
+        512 => KeyHash::Sha512,
+        bits => return Err(wrong(bits, "256, 384 or 512")),
+    };
+    Ok(Material::Dhchap(DhchapKey::generate(hash, &bytes)))
+}
+
+fn save(dir: &Path, records: &[Record]) -> Result<(), StateError> {
+    // As long as it can get, so that growing leaves no copies: two names and a key in each line.
+    let capacity = 256
+        + records.len() * 320
+        + records.iter().map(|r| 2 * r.host.as_str().len() + 256).sum::<usize>();
+    let mut text = Zeroizing::new(String::with_capacity(capacity));
+    let _ = writeln!(text, "{HEAD}");
+    for record in records {
+        record.write(&mut text);
+    }
+    let _ = writeln!(text, "end {}", records.len());
+    replace(dir, FILE, TEMPORARY_FILE, text.as_bytes())
+}
+
+fn read(path: &Path) -> Result<Vec<Record>, StateError> {
+    let io = |source| StateError::Io { doing: "read", path: path.to_owned(), source };
+    let damaged = |problem: String| StateError::Damaged { path: path.to_owned(), problem };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io(error)),
+    };
+    let metadata = file.metadata().map_err(io)?;
+    if metadata.mode() & 0o077 != 0 {
+        return Err(damaged(format!(
+            "it holds keys, and others may read it (mode {:o}): chmod 600, and consider the keys lost",
+            metadata.mode() & 0o777
+        )));
+    }
+    if metadata.len() > FILE_BYTES_MAX {
+        return Err(damaged(format!("larger than {FILE_BYTES_MAX} bytes")));
+    }
+    let mut text = Zeroizing::new(String::with_capacity(metadata.len() as usize + 1));
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(io)?;
+    parse(&text).map_err(damaged)
+}
+
+fn parse(text: &str) -> Result<Vec<Record>, String> {
+    let mut lines = text.lines();
+    if lines.next() != Some(HEAD) {
+        return Err(format!("it does not begin with {HEAD:?}"));
+    }
+    let mut records = Vec::new();
+    for (number, line) in lines.enumerate() {
+        if let Some(count) = line.strip_prefix("end ") {
+            return match count.parse() == Ok(records.len()) {
+                true => Ok(records),
+                false => Err(format!("it says {count} keys and has {}", records.len())),
+            };
+        }
+        // The line is not shown: it has a key in it.
+        records.push(Record::parse(line).ok_or_else(|| format!("line {} is no key", number + 2))?);
+    }
+    Err("it is cut off".to_owned())
+}
+
+/// The keys of a data directory that no process uses.
+pub struct OfflineKeys {
+    book: KeyBook,
+    /// Holds the lock.
+    _state: State,
+}
+
+impl OfflineKeys {
+    /// Takes the directory; refused while a target uses it.
+    pub fn open(dir: &Path) -> anyhow::Result<OfflineKeys> {
+        let mut state = State::open(dir)?;
+        state.save()?;
+        let book = KeyBook::open(Some(dir), Arc::default())?;
+        Ok(OfflineKeys { book, _state: state })
+    }
+
+    /// All keys, or those of a host.
+    pub fn list(&self, host: Option<&str>) -> Vec<Key> {
+        self.book.list(host)
+    }
+
+    /// Makes or imports a key.
+    pub fn add(&mut self, request: &AddKey) -> Result<Key, Problem> {
+        self.book.add(request)
+    }
+
+    /// Takes a key away.
+    pub fn remove(&mut self, id: &str) -> Result<Key, Problem> {
+        self.book.remove(id)
+    }
+
+    /// Makes a new key beside an old one.
+    pub fn rotate(&mut self, id: &str, request: &RotateKey) -> Result<Key, Problem> {
+        self.book.rotate(id, request)
+    }
+
+    /// What a host has to run.
+    pub fn export(&self, request: &ExportKeys) -> Result<Exported, Problem> {
+        self.book.export(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    const HOST: &str = "nqn.2014-08.org.example:host";
+    const SUBSYSTEM: &str = "nqn.2014-08.org.example:sub";
+
+    fn request(kind: KeyKind) -> AddKey {
+        AddKey {
+            kind,
+            host: HOST.to_owned(),
+            subsystem: None,
+            expires_in_s: None,
+            key: None,
+            bits: None,
+        }
+    }
+
+    fn export(concat: bool) -> ExportKeys {
+        ExportKeys {
+            host: HOST.to_owned(),
+            subsystem: SUBSYSTEM.to_owned(),
+            address: "192.0.2.7:4420".to_owned(),
+            nvme_cli: "2.13".to_owned(),
+            identity: 1,
+            concat,
+        }
+    }
+
+    #[test]
+    fn keys_outlive_a_restart_and_nobody_else_reads_them() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().join("data");
+        let ids = {
+            let mut keys = OfflineKeys::open(&dir).unwrap();
+            let kinds = KINDS.map(|(kind, _)| kind);
+            kinds.map(|kind| keys.add(&request(kind)).unwrap().id)
+        };
+        let file = dir.join(FILE);
+        assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+        let store = Arc::new(KeyStore::default());
+        let book = KeyBook::open(Some(&dir), store.clone()).unwrap();
+        assert_eq!(book.list(None).iter().map(|key| key.id.clone()).collect::<Vec<_>>(), ids);
+        assert!(book.list(Some("nqn.2014-08.org.example:other")).is_empty());
+        let given = store.get(HOST).unwrap();
+        assert_eq!((given.tls.len(), given.dhchap.len()), (1, 1));
+        assert!(given.dhchap_controller.is_some());
+
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let error = KeyBook::open(Some(&dir), store).err().unwrap().to_string();
+        assert!(error.contains("others may read it"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_and_not_shown() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut keys = OfflineKeys::open(scratch.path()).unwrap();
+        keys.add(&request(KeyKind::Tls)).unwrap();
+        let text = std::fs::read_to_string(scratch.path().join(FILE)).unwrap();
+        assert_eq!(parse(&text).map(|records| records.len()), Ok(1));
+        for len in 0..text.len() - 1 {
+            let error = parse(&text[..len]).err().unwrap();
+            assert!(!error.contains("NVMeTLSkey"), "{error}");
+        }
+        assert!(parse(&text.replace(" tls ", " dhchap ")).is_err());
+    }
+
+    #[test]
+    fn rotation_has_an_overlap() {
+        let store = Arc::new(KeyStore::default());
+        let mut book = KeyBook::open(None, store.clone()).unwrap();
+        let old = book.add(&AddKey { bits: Some(384), ..request(KeyKind::Tls) }).unwrap();
+        let new = book.rotate(&old.id, &RotateKey { overlap_s: 60 }).unwrap();
+        assert_eq!((new.bits, new.expires_s), (384, None));
+        let old_now = book.list(None).into_iter().find(|key| key.id == old.id).unwrap();
+        assert!(old_now.expires_s.is_some() && !old_now.expired);
+        assert_eq!(store.get(HOST).unwrap().tls.len(), 2);
+        // Nothing of the old one is left when it is removed.
+        book.remove(&old.id).unwrap();
+        assert_eq!(store.get(HOST).unwrap().tls.len(), 1);
+        book.remove(&new.id).unwrap();
+        assert!(store.is_empty());
+        assert_eq!(book.remove(&new.id).err().unwrap().error, Code::NotFound);
+    }
+
+    #[test]
+    fn export_says_what_to_run() {
+        let mut book = KeyBook::open(None, Arc::default()).unwrap();
+        assert_eq!(book.export(&export(false)).err().unwrap().error, Code::NotFound);
+        book.add(&request(KeyKind::Tls)).unwrap();
+        let lines = book.export(&export(false)).unwrap().lines;
+        assert!(lines.expose().contains("--tls --tls-key=NVMeTLSkey-1:01:"));
+        assert_eq!(book.export(&export(true)).err().unwrap().error, Code::NotFound);
+        book.add(&request(KeyKind::Dhchap)).unwrap();
+        let lines = book.export(&export(true)).unwrap().lines;
+        assert!(lines.expose().contains("--concat") && !lines.expose().contains("--tls"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let mut book = KeyBook::open(None, Arc::default()).unwrap();
+        let mut refused = |request: AddKey| book.add(&request).err().unwrap().what;
+        let tls = request(KeyKind::Tls);
+        assert!(refused(AddKey { host: "me".into(), ..tls.clone() }).contains("host"));
+        assert!(refused(AddKey { bits: Some(512), ..tls.clone() }).contains("512 bits"));
+        let key = Some(SecretString::new("NVMeTLSkey-1:01:broken:".to_owned()));
+        let what = refused(AddKey { key, ..tls.clone() });
+        assert!(!what.contains("broken"), "{what}");
+        let mut dhchap = request(KeyKind::Dhchap);
+        dhchap.subsystem = Some(SUBSYSTEM.to_owned());
+        assert!(refused(dhchap).contains("whatever the subsystem"));
+        for _ in 0..TLS_KEYS_MAX {
+            book.add(&tls).unwrap();
+        }
+        assert_eq!(book.add(&tls).err().unwrap().error, Code::Conflict);
+    }
+}
