@@ -6,6 +6,7 @@ mod counting;
 mod faults;
 mod ipv6;
 mod junk;
+mod pass_through;
 mod scale;
 mod sim;
 mod sim_paths;

@@ -244,7 +244,7 @@ pub(crate) fn addr(port: u16) -> SocketAddr {
     ([10, 0, 0, port as u8], 4420).into()
 }
 
-fn start_target(
+pub(crate) fn start_target(
     world: &World,
     core: &mut Core,
     volume: &Arc<dyn Volume>,

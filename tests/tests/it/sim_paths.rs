@@ -2,8 +2,10 @@
 //! back, connections cut at any byte, ANA states that change under load.
 //!
 //! The target's volume takes up to two seconds for an I/O, so that what was sent on a lost path is
-//! often still on its way when the same blocks are written again on another: with a failover that
-//! does not wait for the end of the lost controller, the model is wrong within a few seeds.
+//! often still on its way when the same blocks are written again on another. Two things stand
+//! against that, either of which is enough here: the initiator keeps such writes until the lost
+//! controller has ended, and the target lets what a lost path has at a volume go first. That the
+//! initiator does its part also where the target does not is shown by its own tests (`paths.rs`).
 
 use std::time::Duration;
 
