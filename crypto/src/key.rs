@@ -226,8 +226,8 @@ impl TlsKey {
 }
 
 impl DhchapKey {
-    /// A new secret of random bytes, as long as the digests of `hash`, or 32 bytes long if it is not
-    /// to be transformed.
+    /// A new secret of random bytes, as long as the digests of `hash`, or 32 bytes long if it is
+    /// not to be transformed.
     pub fn generate(hash: KeyHash, random: &[u8; 64]) -> DhchapKey {
         let len = match hash {
             KeyHash::None | KeyHash::Sha256 => 32,

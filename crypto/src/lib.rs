@@ -4,8 +4,8 @@
 //! - [`DhchapKey`]: a secret for in-band authentication, `DHHC-1:hh:...:`.
 //! - [`Secret`]: the bytes of either. They have no `Debug` and no `Display`, are compared in
 //!   constant time and wiped when dropped.
-//! - [`psk`]: retained keys, identities and pre-shared keys of TLS 1.3, in both derivations that are
-//!   in the field.
+//! - [`psk`]: retained keys, identities and pre-shared keys of TLS 1.3, in both derivations that
+//!   are in the field.
 //! - [`tls`]: handshake and record layer of TLS 1.3 as bytes in and out.
 //! - [`dhchap`]: both ends of in-band authentication.
 //! - [`nvme_cli`]: import of keys that nvme-cli made, and the lines that set a Linux host up.
@@ -26,9 +26,9 @@
 //!
 //! # What this crate does not do
 //!
-//! It does no I/O, reads no clock and makes no keys on its own: who makes one passes the random bytes
-//! in. (The library of the TLS handshake draws its own.) Parsing a key takes time that depends on its characters, as it happens once per configured
-//! key and not at a peer's request.
+//! It does no I/O, reads no clock and makes no keys on its own: who makes one passes the random
+//! bytes in. (The library of the TLS handshake draws its own.) Parsing a key takes time that
+//! depends on its characters, as it happens once per configured key and not at a peer's request.
 //!
 //! Start reading at [`TlsKey`], then [`psk`], [`tls`] and [`dhchap`].
 

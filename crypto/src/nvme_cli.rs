@@ -1,5 +1,5 @@
-//! Keys as nvme-cli writes and reads them: import of its output, and the lines that set a Linux host
-//! up.
+//! Keys as nvme-cli writes and reads them: import of its output, and the lines that set a Linux
+//! host up.
 
 use std::fmt::Write as _;
 

@@ -264,7 +264,8 @@ fn openssl_as_host() {
     let Some(openssl) = tool("openssl") else { return };
     for (suite, version) in CASES {
         // The second time with a group that is not ours first: a HelloRetryRequest. With a key for
-        // SHA-384 OpenSSL's client then fails, also against OpenSSL's own server (seen with 3.0.19).
+        // SHA-384 OpenSSL's client then fails, also against OpenSSL's own server (seen with
+        // 3.0.19).
         let retry = (suite == Suite::Aes128GcmSha256).then_some("ffdhe2048:X25519");
         for groups in std::iter::once("X25519").chain(retry) {
             let key = key(suite, 0);

@@ -473,7 +473,7 @@ impl Controller {
         let Some(key_index) = key_index else {
             let what = match self.config.host_keys.len() {
                 0 => format!(
-                    "host `{host}` has no DH-HMAC-CHAP secret: make one with `penstock key generate`"
+                    "host `{host}` has no DH-HMAC-CHAP secret: make one by `penstock key generate`"
                 ),
                 n => format!(
                     "host `{host}` has another secret than ours ({n} tried); on the host, connect \

@@ -1,7 +1,7 @@
 //! The pre-shared keys that a ClientHello offers, and the proof that its sender has one.
 //!
-//! RFC 8446, sections 4.1.2 and 4.2.11. The library has parsed and accepted the message before; this
-//! reads only what is needed to choose a key, and takes nothing for granted.
+//! RFC 8446, sections 4.1.2 and 4.2.11. The library has parsed and accepted the message before;
+//! this reads only what is needed to choose a key, and takes nothing for granted.
 
 use crate::kdf::is_equal;
 use crate::psk::Psk;

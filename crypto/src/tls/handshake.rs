@@ -39,13 +39,14 @@ const SHOWN_MAX: usize = 500;
 const HANDSHAKE: u8 = 22;
 const ALERT: u8 = 21;
 
-/// Whether a connection begins with TLS, told by its first byte. Plain NVMe/TCP begins with 00h, the
-/// type of an ICReq.
+/// Whether a connection begins with TLS, told by its first byte. Plain NVMe/TCP begins with 00h,
+/// the type of an ICReq.
 pub fn looks_like_tls(first: u8) -> bool {
     first == HANDSHAKE
 }
 
-/// Where a server finds its keys. Called during a handshake, with what an unauthenticated peer sent.
+/// Where a server finds its keys. Called during a handshake, with what an unauthenticated peer
+/// sent.
 pub trait PskLookup: Send + Sync {
     /// The keys that the named host may have for the named subsystem, at most [`CANDIDATES_MAX`] of
     /// them, whatever their identities. The one whose proof the client has given is taken. Usually

@@ -8,8 +8,8 @@
 //!   records to send ◄──── Session::seal ◄──── plaintext
 //! ```
 //!
-//! The handshake is done by a library and thrown away; what it agreed on is taken out and carried on
-//! by [`Session`], which seals straight into the buffer that is sent and opens in place. Only
+//! The handshake is done by a library and thrown away; what it agreed on is taken out and carried
+//! on by [`Session`], which seals straight into the buffer that is sent and opens in place. Only
 //! `psk_dhe_ke` with TLS_AES_128_GCM_SHA256 and TLS_AES_256_GCM_SHA384 is spoken, with the hybrid
 //! group X25519MLKEM768 where the peer has it.
 //!

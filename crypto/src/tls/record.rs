@@ -1,9 +1,9 @@
 //! The record layer after the handshake (RFC 8446, section 5).
 //!
 //! Nothing is allocated per record: [`Session::seal`] appends to the buffer that is sent,
-//! [`Session::open`] opens in the buffer that was received, and only a record that is cut by the end
-//! of that buffer is copied. What is not exactly as the peer sealed it ends the session, and nothing
-//! of it is reported.
+//! [`Session::open`] opens in the buffer that was received, and only a record that is cut by the
+//! end of that buffer is copied. What is not exactly as the peer sealed it ends the session, and
+//! nothing of it is reported.
 
 use std::ops::Range;
 
@@ -540,8 +540,8 @@ impl Session {
                 (NEW_SESSION_TICKET, 1..4) if self.role == Role::Client => {}
                 (KEY_UPDATE, 4) if body_len == 1 => {}
                 (KEY_UPDATE, 5) => {
-                    // "MUST verify that all messages immediately preceding a key change align with a
-                    // record boundary."
+                    // "MUST verify that all messages immediately preceding a key change align with
+                    // a record boundary."
                     if value > 1 || !rest.is_empty() {
                         return Err(RecordError::Malformed(KEY_UPDATE));
                     }

@@ -111,8 +111,8 @@ fn plaintext_and_wrong_lengths_are_refused_by_the_header() {
     }
 }
 
-/// A handshake whose bytes are changed anywhere ends without a session on the side that got them, or
-/// on the other.
+/// A handshake whose bytes are changed anywhere ends without a session on the side that got them,
+/// or on the other.
 #[test]
 fn every_changed_byte_of_the_handshake_is_noticed() {
     let key = key(32, 0);
