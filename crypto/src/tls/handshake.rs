@@ -30,6 +30,10 @@ pub const CANDIDATES_MAX: usize = 16;
 
 /// TLS 1.3 only, the hybrid groups first. It has ChaCha20 too, which is refused afterwards.
 const POLICY: &str = "AWS-CRT-SDK-TLSv1.3-2025-PQ";
+/// For clients with a key of 48 bytes: that suite alone, ML-KEM-1024 and P-384. A server that takes
+/// the client's first suite, as OpenSSL does by itself, would otherwise choose one that the key is
+/// not for, and drop the key.
+const POLICY_SHA384: &str = "20260720";
 /// How long the library wants a failed connection to linger at most, so that the time of a failure
 /// tells less. It is a remedy for suites that are not spoken here, so it may be short.
 const BLINDING_S: u32 = 1;
@@ -398,20 +402,24 @@ fn library_psk(identity: &[u8], psk: &Psk) -> Result<s2n_tls::psk::Psk, Error> {
     builder.build()
 }
 
-/// The library's settings, made once for each role.
-fn config(role: Role) -> Result<Config, Error> {
-    static CONFIGS: [OnceLock<Config>; 2] = [OnceLock::new(), OnceLock::new()];
-    let cell = &CONFIGS[role as usize];
+/// The library's settings for a server, or for a client with a key of a suite; each made once.
+fn config(key: Option<Suite>) -> Result<Config, Error> {
+    static CONFIGS: [OnceLock<Config>; 3] = [const { OnceLock::new() }; 3];
+    let (cell, policy) = match key {
+        None => (&CONFIGS[0], POLICY),
+        Some(Suite::Aes128GcmSha256) => (&CONFIGS[1], POLICY),
+        Some(Suite::Aes256GcmSha384) => (&CONFIGS[2], POLICY_SHA384),
+    };
     if let Some(config) = cell.get() {
         return Ok(config.clone());
     }
     let mut builder = Config::builder();
     builder
         .with_system_certs(false)?
-        .set_security_policy(&Policy::from_version(POLICY)?)?
+        .set_security_policy(&Policy::from_version(policy)?)?
         .set_serialization_version(SerializationVersion::V1)?
         .set_max_blinding_delay(BLINDING_S)?;
-    if role == Role::Server {
+    if key.is_none() {
         builder.set_client_hello_callback(ChoosePsk)?;
     }
     Ok(cell.get_or_init(|| builder.build().expect("settings without a conflict")).clone())
@@ -436,13 +444,15 @@ enum State {
 }
 
 impl Handshake {
-    fn new(role: Role, chosen: Chosen) -> Result<Handshake, Error> {
+    /// `key` is a client's.
+    fn new(key: Option<Suite>, chosen: Chosen) -> Result<Handshake, Error> {
+        let role = if key.is_none() { Role::Server } else { Role::Client };
         let mut connection = Connection::new(match role {
             Role::Server => Mode::Server,
             Role::Client => Mode::Client,
         });
         connection
-            .set_config(config(role)?)?
+            .set_config(config(key)?)?
             .set_blinding(Blinding::SelfService)?
             .set_waker(Some(Waker::noop()))?;
         let pipe = Pipe::new(connection, HANDSHAKE_BYTES_MAX)?;
@@ -640,7 +650,7 @@ impl Server {
     /// A handshake that finds its key by `lookup`.
     pub fn new(lookup: Arc<dyn PskLookup>) -> Result<Server, Failure> {
         let chosen = Chosen::default();
-        let mut handshake = Handshake::new(Role::Server, chosen.clone()).map_err(|e| set_up(&e))?;
+        let mut handshake = Handshake::new(None, chosen.clone()).map_err(|e| set_up(&e))?;
         handshake.pipe.connection().set_application_context(ServerContext { lookup, chosen });
         Ok(Server(handshake))
     }
@@ -675,7 +685,8 @@ impl Client {
             derivation: psk.derivation(),
         };
         let make = || {
-            let mut handshake = Handshake::new(Role::Client, Arc::new(Mutex::new(Some(choice))))?;
+            let mut handshake =
+                Handshake::new(Some(psk.suite()), Arc::new(Mutex::new(Some(choice))))?;
             handshake.pipe.connection().append_psk(&library_psk(identity, psk)?)?;
             Ok(handshake)
         };

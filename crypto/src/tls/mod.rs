@@ -11,7 +11,7 @@
 //! The handshake is done by a library and thrown away; what it agreed on is taken out and carried
 //! on by [`Session`], which seals straight into the buffer that is sent and opens in place. Only
 //! `psk_dhe_ke` with TLS_AES_128_GCM_SHA256 and TLS_AES_256_GCM_SHA384 is spoken, with the hybrid
-//! group X25519MLKEM768 where the peer has it.
+//! group X25519MLKEM768, or ML-KEM-1024 with the larger suite, where the peer has it.
 //!
 //! A handshake costs about 100 us plus key derivations: drive it outside the data path, or accept
 //! that pause. It holds about 30 KiB until it ends and reads at most [`HANDSHAKE_BYTES_MAX`]; time
