@@ -86,12 +86,17 @@ fn plausible(input: &mut Input<'_>) -> Vec<u8> {
         Request::ADD_MEM_REG | Request::REM_MEM_REG => vec![0; 40],
         Request::SET_MEM_TABLE => vec![0; 8 + 32 * usize::from(shape % 4)],
         Request::GET_CONFIG | Request::SET_CONFIG => vec![0; 12 + usize::from(shape % 64)],
+        Request::GET_INFLIGHT_FD | Request::SET_INFLIGHT_FD => vec![0; 20 + usize::from(shape & 4)],
+        Request::SET_LOG_BASE => vec![0; 16],
         Request::GET_FEATURES
         | Request::SET_OWNER
         | Request::RESET_OWNER
         | Request::GET_PROTOCOL_FEATURES
         | Request::GET_QUEUE_NUM
         | Request::RESET_DEVICE
+        | Request::GET_STATUS
+        | Request::SET_LOG_FD
+        | Request::SET_BACKEND_REQ_FD
         | Request::GET_MAX_MEM_SLOTS => vec![],
         _ => vec![0; 8],
     };
@@ -109,6 +114,11 @@ fn plausible(input: &mut Input<'_>) -> Vec<u8> {
             }
         }
         Request::SET_MEM_TABLE => payload[0] = shape % 4,
+        Request::GET_INFLIGHT_FD | Request::SET_INFLIGHT_FD => {
+            payload[..8].copy_from_slice(&0x1_0000u64.to_ne_bytes());
+            (payload[16], payload[18]) = (1 + shape % 4, 1 + (shape & 0x70));
+        }
+        Request::SET_LOG_BASE => payload[1] = 1 + shape % 64,
         Request::GET_CONFIG | Request::SET_CONFIG => payload[4] = shape % 64,
         _ => {}
     }

@@ -30,6 +30,15 @@
 //! frontend that undoes that and also fills their counters can hold up the core of its queues, so
 //! who may open the socket is who may use the host's CPU ([`DeviceConfig::socket_mode`]).
 //!
+//! # What it needs at run time
+//!
+//! Files are opened when [`serve`] is called: the socket is made there. Afterwards the control
+//! thread accepts, sends and receives messages with file descriptors, asks these descriptors what
+//! they are (`fstat`, `fstatfs`, `fcntl`, `readlink` below /proc/self/fd, where a missing /proc is
+//! lived with), maps them, and makes memory for the record of requests in flight (`memfd_create`,
+//! `ftruncate`, seals). The first region that is mapped sets a handler for SIGBUS. At the end the
+//! socket's file is removed, if that is still possible.
+//!
 //! # Replaced while a driver runs
 //!
 //! A frontend may lend memory in which requests in flight are recorded ([`queue::inflight`]). A

@@ -234,8 +234,9 @@ pub(crate) struct PackedInflight {
     /// Entries.
     room: u16,
     counter: u64,
-    /// Entries of chains to be taken again, in order.
-    resubmit: VecDeque<u16>,
+    /// Chains to be taken again, in order: first entry and number of descriptors, as they were when
+    /// the record was judged.
+    resubmit: VecDeque<(u16, u16)>,
     /// Entries of chains given back and not yet published.
     batch: Vec<u16>,
     free_head: u16,
@@ -344,16 +345,17 @@ impl PackedInflight {
                 part = self.shared.load_u16(entry_at(part) + packed::NEXT, Ordering::Relaxed)?;
             }
             self.descriptors += count;
-            chains.push((self.shared.load_u64(at + packed::COUNTER, Ordering::Relaxed)?, entry));
+            let counter = self.shared.load_u64(at + packed::COUNTER, Ordering::Relaxed)?;
+            chains.push((counter, entry, count));
         }
         if self.descriptors > size {
             return Err(Broken::Inflight);
         }
         chains.sort_unstable();
-        if let Some((last, _)) = chains.last() {
+        if let Some((last, ..)) = chains.last() {
             self.counter = last.wrapping_add(1);
         }
-        self.resubmit.extend(chains.into_iter().map(|(_, entry)| entry));
+        self.resubmit.extend(chains.into_iter().map(|(_, entry, count)| (entry, count)));
         Ok(())
     }
 
@@ -371,18 +373,18 @@ impl PackedInflight {
         !self.resubmit.is_empty()
     }
 
-    /// A chain to be taken again before any other.
-    pub(crate) fn next_resubmit(&mut self) -> Option<u16> {
+    /// A chain to be taken again before any other: first entry and number of descriptors.
+    pub(crate) fn next_resubmit(&mut self) -> Option<(u16, u16)> {
         self.resubmit.pop_front()
     }
 
     /// It could not be taken now.
-    pub(crate) fn resubmit_again(&mut self, entry: u16) {
-        self.resubmit.push_front(entry);
+    pub(crate) fn resubmit_again(&mut self, token: Token) {
+        self.resubmit.push_front((token.entry, token.descriptors));
     }
 
     /// Descriptors of a chain.
-    pub(crate) fn chain_len(&self, entry: u16) -> Result<u16, Broken> {
+    fn chain_len(&self, entry: u16) -> Result<u16, Broken> {
         let count = self.shared.load_u16(entry_at(entry) + packed::NUM, Ordering::Relaxed)?;
         match (1..=self.room).contains(&count) {
             true => Ok(count),

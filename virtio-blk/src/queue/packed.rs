@@ -273,11 +273,11 @@ impl PackedQueue {
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, Broken> {
         if let Some(inflight) = &mut self.inflight
-            && let Some(entry) = inflight.next_resubmit()
+            && let Some((entry, count)) = inflight.next_resubmit()
         {
             chain.restart(0);
             self.is_resubmitted = true;
-            return self.walk_again(entry, chain).map(|()| true);
+            return self.walk_again(entry, count, chain).map(|()| true);
         }
         if !self.has_available()? {
             return Ok(false);
@@ -294,7 +294,7 @@ impl PackedQueue {
     pub fn unpop(&mut self, token: Token) -> Result<(), Broken> {
         if let Some(inflight) = &mut self.inflight {
             if self.is_resubmitted {
-                inflight.resubmit_again(token.entry);
+                inflight.resubmit_again(token);
                 return Ok(());
             }
             inflight.cancel(token)?;
@@ -335,9 +335,8 @@ impl PackedQueue {
     }
 
     /// A chain as the record has it: the ring may hold something else there by now.
-    fn walk_again(&mut self, entry: u16, chain: &mut Chain) -> Result<(), Broken> {
+    fn walk_again(&mut self, entry: u16, count: u16, chain: &mut Chain) -> Result<(), Broken> {
         let Some(inflight) = &self.inflight else { return Err(Broken::Inflight) };
-        let count = inflight.chain_len(entry)?;
         let mut at = entry;
         for index in 0..count {
             let (desc, next) = inflight.descriptor(at)?;

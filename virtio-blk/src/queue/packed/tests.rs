@@ -302,6 +302,39 @@ fn no_wakeup_is_lost() {
     }
 }
 
+/// A record of 8 entries with a chain of two in flight, the first two of them.
+fn layout_of_a_chain() -> Vec<u8> {
+    let mut bytes = vec![0; 32 + 8 * 32];
+    (bytes[10], bytes[12], bytes[14]) = (8, 2, 2);
+    (bytes[20], bytes[21]) = (1, 1);
+    for entry in 0..8 {
+        bytes[32 + entry * 32 + 2] = entry as u8 + 1;
+    }
+    (bytes[32], bytes[32 + 4], bytes[32 + 6]) = (1, 1, 2);
+    bytes[32 + 18] = NEXT as u8;
+    bytes
+}
+
+#[test]
+fn a_record_is_taken_over() {
+    let memory = TestMemory::new(0x2000);
+    let driver = TestPackedQueue::new(memory.view(), memory.base(), 8, true);
+    let file = TestMemory::new(32 + 8 * 32);
+    file.write(file.base(), &layout_of_a_chain());
+    file.write(file.base() + 8, &[1]);
+    let slice = || Some(file.view().slice(file.base(), file.len()).unwrap());
+    let mut queue = PackedQueue::new(memory.view(), &config(&driver, true), slice()).unwrap();
+    let mut chain = Chain::new();
+    // Its length may change under us; it is what it was.
+    file.write(file.base() + 32 + 6, &[7]);
+    assert_eq!(queue.pop(&mut chain), Ok(true));
+    assert_eq!(chain.token, Token { id: 0, descriptors: 2, entry: 0 });
+    queue.push_used(chain.token, 1).unwrap();
+    queue.publish().unwrap();
+    assert_eq!(queue.pop(&mut chain), Ok(false));
+    assert_eq!(queue.base(), 0x8002_8002);
+}
+
 proptest! {
     /// Whatever stands in the ring and in the record: an error or a chain within bounds, and never
     /// more descriptors taken than there are.
@@ -311,6 +344,7 @@ proptest! {
             (0u64..8, 0u32..70, any::<u16>(), any::<u16>()), 8),
         record in prop::collection::vec(any::<u8>(), 0..32 + 8 * 32),
         small in prop::collection::vec((0usize..32 + 8 * 32, 0u8..10), 0..40),
+        late in prop::collection::vec((0usize..32 + 8 * 32, any::<u8>()), 0..20),
         recorded: bool,
         base: u32,
     ) {
@@ -325,6 +359,13 @@ proptest! {
         for (at, byte) in small {
             file.write(file.base() + at as u64, &[byte]);
         }
+        if let Some(flags) = record.first() {
+            // Often a record that a device could have left: a chain of two, one free list.
+            if flags % 2 == 0 {
+                let fresh = layout_of_a_chain();
+                file.write(file.base(), &fresh);
+            }
+        }
         // A version that is known, so that the rest is looked at.
         file.write(file.base() + 8, &[1, 0]);
         let slice = file.view().slice(file.base(), file.len()).unwrap();
@@ -332,13 +373,23 @@ proptest! {
         let queue = PackedQueue::new(memory.view(), &config, recorded.then_some(slice));
         let Ok(mut queue) = queue else { return Ok(()) };
         let mut chain = Chain::new();
-        let mut taken = 0u32;
-        for _ in 0..40 {
+        let (mut taken, mut tokens) = (0u32, Vec::new());
+        for round in 0..40 {
             match queue.pop(&mut chain) {
                 Ok(true) => taken += u32::from(chain.token.descriptors),
                 Ok(false) | Err(_) => break,
             }
+            tokens.push(chain.token);
             prop_assert!(taken <= 8, "{taken} descriptors of 8");
+            // What was judged does not change any more.
+            if let Some((at, byte)) = late.get(round) {
+                file.write(file.base() + *at as u64, &[*byte]);
+            }
         }
+        for token in tokens {
+            // An error stops the queue; it must not be more.
+            let _ = queue.push_used(token, 1);
+        }
+        let _ = queue.publish();
     }
 }
