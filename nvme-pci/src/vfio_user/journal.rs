@@ -85,7 +85,8 @@ const MAGIC: u64 = u64::from_le_bytes(*b"PSTKJNL1");
 
 /// Keeps file descriptors for a successor. See the [module](self) for the contract.
 pub trait FdKeeper: Send {
-    /// Keep a duplicate under this key.
+    /// Keep a duplicate under this key. An error ends the client's connection, so a keeper that has
+    /// lost its supervisor for good may rather go on without one.
     fn keep(&mut self, key: u64, fd: BorrowedFd<'_>) -> io::Result<()>;
 
     /// Nothing needs it any more.

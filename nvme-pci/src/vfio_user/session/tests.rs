@@ -651,6 +651,80 @@ fn pages_written_to_are_reported_once() {
     assert_eq!(bitmap(rig.feature(GET | 8, &all).unwrap()), 1);
 }
 
+/// The value after a word of a trace line.
+fn value(line: &str, name: &str) -> u64 {
+    let mut words = line.split(' ').skip_while(|word| *word != name);
+    let text = words.nth(1).unwrap_or_else(|| panic!("{name} in {line}"));
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).unwrap(),
+        None => text.parse().unwrap(),
+    }
+}
+
+/// From power-on of a guest to its power-off; where the lines are from stands in the file.
+#[test]
+fn what_qemu_did_in_a_guests_life_is_done() {
+    const RAM_BYTES: u64 = 1 << 30;
+    let mut rig = Rig::negotiated();
+    rig.map(0, RAM_BYTES).unwrap();
+    let ram = memfd(RAM_BYTES);
+    let trace = include_str!("../../../testdata/qemu-11.1.3-trace.txt");
+    for line in trace.lines().filter(|line| !line.starts_with('#')) {
+        let index = || value(line, "index") as u32;
+        let flags = value(line, "flags") as u32;
+        match line.split(' ').next().unwrap() {
+            "get_region_info" => {
+                let request = wire::RegionInfo { argsz: 32, index: index(), ..Default::default() };
+                let reply = rig.ask(Command::DEVICE_GET_REGION_INFO, request.as_bytes(), vec![]);
+                assert!(reply.is_ok(), "{line}");
+            }
+            "get_irq_info" => {
+                let request = wire::IrqInfo { argsz: 16, index: index(), ..Default::default() };
+                let reply = rig.ask(Command::DEVICE_GET_IRQ_INFO, request.as_bytes(), vec![]);
+                assert_eq!(reply.unwrap()[4] & 1, flags as u8, "eventfds: {line}");
+            }
+            "set_irqs" => {
+                let count = value(line, "count") as u32;
+                let which = [index(), value(line, "start") as u32, count];
+                let eventfds = if flags & 4 == 0 { 0 } else { count };
+                let fds = (0..eventfds).map(|_| TestClient::eventfd()).collect();
+                assert_eq!(rig.irqs(flags, which, &[], fds), Ok(()), "{line}");
+            }
+            "dma_map" => {
+                let (address, size) = (value(line, "iova"), value(line, "size"));
+                let offset = value(line, "off");
+                let request = wire::DmaMap { argsz: 32, flags, offset, address, size };
+                // ROMs and the doorbell page come without a file.
+                let is_ram = address < RAM_BYTES && (flags == 3 || offset > 0);
+                let fds = if is_ram { vec![ram.try_clone().unwrap()] } else { vec![] };
+                let reply = rig.ask(Command::DMA_MAP, request.as_bytes(), fds);
+                assert_eq!(reply, Ok(vec![]), "{line}");
+            }
+            "dma_unmap" => {
+                let result = rig.unmap(value(line, "iova"), value(line, "size"));
+                assert_eq!(result, Ok(()), "{line}");
+            }
+            _ => panic!("{line}"),
+        }
+    }
+    let maps: Vec<(u64, u64, bool)> = rig
+        .session
+        .table
+        .iter()
+        .map(|map| (map.request.address, map.request.size, map.file.is_some()))
+        .collect();
+    let expected = [
+        (0, 0xC_3000, true),
+        (0xC_3000, 0x2_5000, true),
+        (0xE_8000, 0x8000, true),
+        (0xF_0000, 0x1_0000, true),
+        (0x10_0000, 0x3FF0_0000, true),
+        (0xFEBF_1000, 0x1000, false),
+    ];
+    assert_eq!(maps, expected);
+    assert_eq!(rig.function.triggers.keys().collect::<Vec<_>>(), [&(0, 0)]);
+}
+
 /// What is worth comparing of a session.
 fn picture(rig: &Rig) -> (Vec<u8>, Vec<u64>) {
     let exported = rig.session.export();
