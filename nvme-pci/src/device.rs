@@ -380,6 +380,8 @@ impl Device {
             Purpose::Shadow { slot } if is_current => {
                 if done.outcome.is_err() {
                     self.record.view().set_shadow(None);
+                    let all = self.all();
+                    self.begin(Purpose::None, all, || Action::SetShadow(None));
                 }
                 self.complete(slot, done.outcome.err().unwrap_or(Status::SUCCESS), 0);
                 self.run_admin();
@@ -1208,11 +1210,14 @@ impl Function for Device {
     fn set_memory(&mut self, memory: &GuestMemory, has_removed: bool) -> Step {
         self.memory = memory.clone();
         let all = self.all();
-        let purpose = if has_removed { Purpose::Call } else { Purpose::None };
-        self.begin(purpose, all, || Action::SetMemory { memory: memory.clone(), has_removed });
+        // Memory that was added is to be there before the guest is told that it is.
+        self.begin(Purpose::Call, all, || Action::SetMemory {
+            memory: memory.clone(),
+            has_removed,
+        });
         self.rebuild();
         self.run_admin();
-        if has_removed { Step::Pending } else { Step::Done }
+        Step::Pending
     }
 
     fn set_trigger(&mut self, irq: Irq, vector: u32, eventfd: Option<Arc<OwnedFd>>) {

@@ -220,7 +220,10 @@ pub struct Refused(pub Status);
 pub struct Engine {
     view: Rc<GuestView>,
     record: RecordView,
+    /// Shadow doorbells and event indexes, and where the latter are.
     shadow: Option<(GuestSlice, GuestSlice, u64)>,
+    /// The guest uses shadow doorbells, whether their memory is there or not.
+    is_shadowed: bool,
     subsys: Arc<SubsystemInfo>,
     spaces: Vec<Space>,
     sqs: Vec<Sq>,
@@ -257,6 +260,7 @@ impl Engine {
             view,
             record,
             shadow: None,
+            is_shadowed: false,
             subsys,
             spaces: Vec::new(),
             sqs: Vec::new(),
@@ -329,6 +333,7 @@ impl Engine {
 
     fn bind_shadow(&mut self, shadow: Option<(u64, u64)>, is_new: bool) -> bool {
         self.shadow = None;
+        self.is_shadowed = shadow.is_some();
         let Some((doorbells, event_idx)) = shadow else { return true };
         let (Ok(doorbells), Ok(events)) =
             (self.view.slice(doorbells, 4096), self.view.slice(event_idx, 4096))
@@ -556,6 +561,7 @@ impl Engine {
         self.cqs.clear();
         self.ios.clear();
         self.shadow = None;
+        self.is_shadowed = false;
         self.is_resetting = false;
         self.is_draining = false;
     }
@@ -697,20 +703,21 @@ impl Engine {
         }
     }
 
+    /// A doorbell as it was rung last; `None` if it is in guest memory that is not there now.
     #[inline]
-    fn doorbell(&self, qid: u16, is_cq: bool) -> u32 {
+    fn doorbell(&self, qid: u16, is_cq: bool) -> Option<u32> {
         match &self.shadow {
-            Some((doorbells, ..)) => {
-                doorbells.load_u32(shadow_at(qid, is_cq), Acquire).unwrap_or(0)
-            }
-            None => self.record.doorbell(qid, is_cq),
+            Some((doorbells, ..)) => doorbells.load_u32(shadow_at(qid, is_cq), Acquire).ok(),
+            // The others are old, and would be taken for news.
+            None if self.is_shadowed => None,
+            None => Some(self.record.doorbell(qid, is_cq)),
         }
     }
 
     /// Takes commands of a submission queue.
     fn take(&mut self, at: usize) -> bool {
         let sq = &self.sqs[at];
-        let tail = self.doorbell(sq.qid, false);
+        let Some(tail) = self.doorbell(sq.qid, false) else { return false };
         let sq = &mut self.sqs[at];
         let entries = u64::from(sq.entries);
         if (sq.fetched % entries) as u32 == tail {
@@ -1124,7 +1131,7 @@ impl Engine {
             return false;
         }
         let qid = self.cqs[at].qid;
-        let head = self.doorbell(qid, true);
+        let Some(head) = self.doorbell(qid, true) else { return false };
         let cq = &mut self.cqs[at];
         if !cq.see_head(head) && cq.bad_head != head {
             cq.bad_head = head;
@@ -1168,7 +1175,7 @@ impl Engine {
         let has_changed = self.interrupts.refresh();
         for at in 0..self.cqs.len() {
             let (qid, vector) = (self.cqs[at].qid, self.cqs[at].vector);
-            let head = if has_changed { self.doorbell(qid, true) } else { 0 };
+            let head = if has_changed { self.doorbell(qid, true) } else { None };
             let cq = &mut self.cqs[at];
             let Some(vector) = vector else {
                 cq.untold = 0;
@@ -1176,7 +1183,7 @@ impl Engine {
             };
             if has_changed {
                 // What nobody listened to is told now, if it has not been seen.
-                let _ = cq.see_head(head);
+                let _ = head.map(|head| cq.see_head(head));
                 cq.is_pending |= cq.head < cq.tail;
             }
             let is_due = cq.untold > 0
@@ -1241,7 +1248,7 @@ impl Engine {
             return false;
         }
         let can_take = |sq: &Sq| {
-            let tail = self.doorbell(sq.qid, false);
+            let Some(tail) = self.doorbell(sq.qid, false) else { return false };
             self.is_running
                 && !self.is_draining
                 && !sq.is_closing
@@ -1254,7 +1261,7 @@ impl Engine {
             if cq.backlog.is_empty() || cq.ring.is_none() {
                 return false;
             }
-            let head = self.doorbell(cq.qid, true);
+            let Some(head) = self.doorbell(cq.qid, true) else { return false };
             !cq.is_full() || head != (cq.head % u64::from(cq.entries)) as u32 && head != cq.bad_head
         };
         self.sqs.iter().any(can_take) || self.cqs.iter().any(can_post)

@@ -67,11 +67,18 @@ impl Features {
     /// Compliance with version 1 of the specification.
     pub const VERSION_1: Features = Features::bit(config::VIRTIO_F_VERSION_1);
 
+    /// VHOST_F_LOG_ALL: mark pages that are written. As the one before, it never reaches a driver.
+    pub const LOG_ALL: Features = Features::bit(26);
     /// Support for the packed virtqueue layout.
     pub const RING_PACKED: Features = Features::bit(config::VIRTIO_F_RING_PACKED);
 
     const fn bit(bit: u32) -> Features {
         Features(1 << bit)
+    }
+
+    /// Without the bits that are between frontend and device.
+    pub const fn for_driver(self) -> Features {
+        self.without(Features(Features::PROTOCOL_FEATURES.0 | Features::LOG_ALL.0))
     }
 
     /// Whether all bits of `other` are set.
@@ -123,10 +130,11 @@ pub struct Device {
     config: [u8; CONFIG_BYTES],
     limits: Limits,
     queues: u16,
+    block_bytes: u64,
 }
 
 /// What a request is checked against.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Length of the volume.
     pub capacity_bytes: u64,
@@ -162,6 +170,7 @@ impl Device {
 
         let mut features = Features::VERSION_1
             | Features::RING_PACKED
+            | Features::LOG_ALL
             | Features::INDIRECT_DESC
             | Features::EVENT_IDX
             | Features::PROTOCOL_FEATURES
@@ -183,13 +192,40 @@ impl Device {
             }
         }
 
-        let mut device =
-            Device { features, config: [0; CONFIG_BYTES], limits, queues: options.queues };
+        let mut device = Device {
+            features,
+            config: [0; CONFIG_BYTES],
+            limits,
+            queues: options.queues,
+            block_bytes,
+        };
         device.fill_config(geometry);
         device
     }
 
-    /// Every bit that may be negotiated, the one of vhost-user included.
+    /// The same device over a volume that has another size now. What was offered stays, and so does
+    /// the block size: a volume with another one is none that a driver could go on with.
+    pub fn resized(&self, geometry: &Geometry, options: &DeviceOptions) -> Option<Device> {
+        let block_bytes = u64::from(geometry.block_bytes.max(512));
+        if block_bytes != self.block_bytes {
+            return None;
+        }
+        let mut device = self.clone();
+        device.limits.capacity_bytes = geometry.blocks.saturating_mul(block_bytes);
+        device.limits.read_only = geometry.read_only || options.read_only;
+        let io_bytes_max = u64::from(geometry.io_bytes_max) / block_bytes * block_bytes;
+        device.limits.io_bytes_max = io_bytes_max.max(block_bytes);
+        device.config = [0; CONFIG_BYTES];
+        device.fill_config(geometry);
+        Some(device)
+    }
+
+    /// Whether a driver could not tell it from `other`.
+    pub fn is_alike(&self, other: &Device) -> bool {
+        self.config == other.config && self.limits == other.limits
+    }
+
+    /// Every bit that may be negotiated, those of vhost-user included.
     pub fn features(&self) -> Features {
         self.features
     }
@@ -367,7 +403,7 @@ pub(crate) mod tests {
         let all = Device::new(&geometry(), &identity(), &options()).features();
         assert!(all.has(Features::DISCARD | Features::WRITE_ZEROES | Features::VERSION_1));
         assert!(!all.has(Features::RO));
-        assert_eq!(all.0 & 1 << 26, 0, "VHOST_F_LOG_ALL is not offered");
+        assert_eq!(all.without(all.for_driver()).0, 1 << 26 | 1 << 30, "of vhost-user itself");
 
         let read_only = DeviceOptions { read_only: true, ..options() };
         let ro = Device::new(&geometry(), &identity(), &read_only).features();

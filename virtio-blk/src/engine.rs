@@ -17,6 +17,7 @@ use iobuf::{GuestSlice, GuestView};
 
 use crate::device::{Features, Limits, PARTS_MAX, SEG_MAX};
 use crate::queue::ring::Ring;
+use crate::queue::shared::DirtyLog;
 #[cfg(test)]
 use crate::queue::shared::cut;
 use crate::queue::split::RingAddress;
@@ -147,6 +148,7 @@ pub struct Engine {
     is_starved: bool,
     is_enabled: bool,
     leaves_aborted: bool,
+    log: Option<DirtyLog>,
     /// The ring is not in the current memory table.
     is_detached: bool,
     broken: Option<Broken>,
@@ -176,6 +178,7 @@ impl Engine {
             is_starved: false,
             is_enabled: false,
             leaves_aborted: false,
+            log: None,
             is_detached: false,
             broken: None,
             epoch: 0,
@@ -192,6 +195,19 @@ impl Engine {
     /// Every write from now on must be durable before it completes, or need not.
     pub fn set_write_through(&mut self, write_through: bool) {
         self.config.write_through = write_through;
+    }
+
+    /// The volume has another size: what requests are checked against from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.config.limits = limits;
+    }
+
+    /// Mark pages that are written from now on: data and status bytes in `data`, the device area in
+    /// `used`, where it begins at the address beside. Requests in flight are marked when they
+    /// complete, so as those that come later.
+    pub fn set_log(&mut self, data: Option<DirtyLog>, used: Option<(DirtyLog, u64)>) {
+        self.log = data;
+        self.ring.set_log(used);
     }
 
     /// The memory table has changed. `address` is where the ring is now; None, or an address that
@@ -453,11 +469,14 @@ impl Engine {
 
     /// Answer a request that needs no I/O.
     fn answer(&mut self, request: &Request, status: Status) -> Result<bool, Broken> {
-        put_status(&request.status, status)?;
+        put_status(&request.status, status, &self.log)?;
         let written = match status {
             Status::OK => request.written,
             _ => request.written_failed,
         };
+        if let Some(log) = &self.log {
+            request::mark(log, &self.chain.writable, u64::from(written));
+        }
         self.ring.push_used(self.chain.token, written)?;
         self.counters.others += 1;
         self.counters.errors += u64::from(status != Status::OK);
@@ -466,9 +485,19 @@ impl Engine {
 
     /// An I/O is back.
     fn on_io(&mut self, mut io: Box<Io>) {
-        io.data.clear();
         let index = io.tag as u16;
         let slot = &mut self.slots[usize::from(index)];
+        // Failed reads as well: some of it may have been written.
+        if let (Some(log), Op::Read, Some(status)) = (&self.log, io.op, &slot.status_byte) {
+            for segment in io.data.segments() {
+                let addr = status.view().guest_addr(segment.as_ptr(), segment.len());
+                debug_assert!(addr.is_some(), "a request's data and status are of one table");
+                if let Some(addr) = addr {
+                    log.mark(addr, segment.len() as u64);
+                }
+            }
+        }
+        io.data.clear();
         let status = io.result.map_or_else(Status::from, |()| Status::OK);
         slot.is_aborted |= io.result == Err(IoError::Aborted);
         if slot.status.is_none_or(|status| status == Status::OK) {
@@ -524,18 +553,21 @@ impl Engine {
         self.in_flight_old -= usize::from(slot.epoch != self.epoch);
         self.free_slots.push(index);
         if let Some(byte) = slot.status_byte.take() {
-            put_status(&byte, status)?;
+            put_status(&byte, status, &self.log)?;
         }
         self.ring.push_used(slot.token, if is_ok { slot.written } else { slot.written_failed })
     }
 }
 
-fn put_status(byte: &GuestSlice, status: Status) -> Result<(), Broken> {
+fn put_status(byte: &GuestSlice, status: Status, log: &Option<DirtyLog>) -> Result<(), Broken> {
     #[cfg(test)]
     if !cut::step() {
         return Ok(());
     }
     byte.write(0, &[status.0])?;
+    if let (Some(log), Some(addr)) = (log, byte.guest_addr()) {
+        log.mark(addr, 1);
+    }
     Ok(())
 }
 

@@ -46,10 +46,15 @@
 //! error: the next one finds what was taken and not answered, and does it again. The driver gets
 //! each request back once; the volume may see a write twice, before the driver has it back.
 //!
+//! # Migrated while a driver runs
+//!
+//! Between two machines a frontend has pages marked that the device writes, stops the rings when
+//! the rest is copied, and goes on at the other machine with the same volume. A page is marked after
+//! it is written and before the driver can know.
+//!
 //! # What this crate does not do
 //!
-//! No live migration (dirty log), no configuration change notices, no virtual IOMMU. Little-endian
-//! machines only.
+//! No virtual IOMMU, no in-band notifications, no postcopy migration. Little-endian machines only.
 //!
 //! Start reading at `engine`, then `vhost_user::session`.
 
@@ -241,8 +246,8 @@ pub fn serve(
             .filter(|index| usize::from(*index) % cores.len() == core)
             .map(|index| (index, Counters::default()))
             .collect();
-        // One message of a client at a time, with a command or two for each queue; then a reset,
-        // a snapshot and the end.
+        // One message of a client at a time, with a command or two for each queue; then a new size
+        // of the volume, a reset, a snapshot and the end.
         let bound = 2 * queues.len() + 8;
         let (commands, receiver) = reactor::channel(handle, bound);
         let events = Events { core, sender: event_sender.clone(), waker: waker.clone() };
@@ -285,6 +290,12 @@ impl DeviceHandle {
         let (sender, receiver) = mpsc::channel();
         self.request(Request::State(sender)).ok_or(NoAnswer)?;
         receiver.recv_timeout(STATE_TIMEOUT).map_err(|_| NoAnswer)
+    }
+
+    /// The volume has changed its size, or may have: look at it now. It is looked at anyway, twice a
+    /// second while a client is there. A driver that is running is told by an interrupt.
+    pub fn volume_changed(&self) {
+        self.request(Request::Look);
     }
 
     /// Disconnect the client, let requests in flight finish or abort them, remove the socket.

@@ -11,6 +11,7 @@ use iobuf::{BadAddress, GuestSlice, GuestView, SgList};
 use virtio_bindings::virtio_blk as blk;
 
 use crate::device::{Features, ID_BYTES, Limits, RANGES_MAX, SECTOR_BYTES};
+use crate::queue::shared::DirtyLog;
 use crate::queue::{Broken, Chain, Piece, bytes};
 
 /// Length of `type`, `reserved` and `sector`.
@@ -305,6 +306,13 @@ pub fn append(
         view.append(sg, addr, len)?;
     }
     Ok(())
+}
+
+/// The first `len` bytes of `pieces` have been written.
+pub fn mark(log: &DirtyLog, pieces: &[Piece], len: u64) {
+    for (addr, len) in cut(pieces, 0, len) {
+        log.mark(addr, len);
+    }
 }
 
 /// The parts of `pieces` that hold bytes `skip..skip + len`, as address and length.

@@ -1,7 +1,7 @@
 //! The whole device: a real socket, real cores, real eventfds, and a frontend that is not QEMU.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use zerocopy::IntoBytes;
 use super::*;
 use crate::testing::counting::allocations;
 use crate::testing::{Completed, DATA_MAX, DiskOptions, TestDisk, TestFrontend, TestMemory};
-use crate::vhost_user::wire::{self, Request, VringState};
+use crate::vhost_user::wire::{self, LogDescription, Request, VringState};
 
 const VOLUME_BYTES: u64 = 8 << 20;
 const SECTORS: u64 = VOLUME_BYTES / 512;
@@ -208,10 +208,7 @@ fn verified_io_on_two_queues_and_two_cores() {
         assert!(kicks > 0 && waits > 0, "both sides slept and were woken");
         let state = rig.state();
         assert!(state.client_connected);
-        assert_eq!(
-            state.features,
-            Some(disk.frontend.features.without(Features::PROTOCOL_FEATURES))
-        );
+        assert_eq!(state.features, Some(disk.frontend.features.for_driver()));
         assert_eq!((state.queues[0].core, state.queues[1].core), (0, 1));
         for queue in &state.queues {
             assert!(queue.is_running && queue.is_enabled && queue.in_flight == 0);
@@ -643,6 +640,122 @@ fn a_killed_device_with_packed_rings_is_replaced_without_an_error() {
     survives_being_killed(DiskOptions { without: Features::default(), ..options }, 7);
     let without = Features::EVENT_IDX | Features::INDIRECT_DESC;
     survives_being_killed(DiskOptions { without, size: 256, ..options }, 8);
+}
+
+/// Whatever the device writes while pages are marked, is marked; also what it began before.
+#[test]
+fn dirty_pages_are_marked() {
+    for without in [Features::RING_PACKED, Features::default()] {
+        marks_dirty_pages(without);
+    }
+}
+
+fn marks_dirty_pages(without: Features) {
+    let rig = Rig::new(1, 1);
+    let without = without | Features::LOG_ALL;
+    let mut disk = rig.connect(DiskOptions { without, ..options() });
+    disk.write(0, 0, &pattern(32768, 3));
+    let bitmap = TestMemory::new(1 << 20);
+    let told = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+
+    rig.fault.hold();
+    for i in 0..8 {
+        assert!(disk.submit(0, i, 0, 8 * i, &[], 4096 + 512 * i as usize));
+        assert!(disk.submit(0, 100 + i, 1, 200 + 16 * i, &pattern(8192, i), 0));
+    }
+    disk.kick();
+    rig.until("taken", |state| state.queues[0].in_flight == 16);
+    // GET_ID is answered at once, and so not before pages are marked.
+    let start = disk.memory.read(disk.memory.base(), disk.memory.len() as usize);
+
+    let base = LogDescription { mmap_size: bitmap.len(), mmap_offset: 0 };
+    let fd = bitmap.fd().as_fd();
+    disk.frontend.send(Request::SET_LOG_BASE, false, base.as_bytes(), &[fd]);
+    assert_eq!(disk.frontend.reply(Request::SET_LOG_BASE), 0u64.to_ne_bytes());
+    disk.frontend.tell(Request::SET_LOG_FD, &[], &[told.as_fd()]);
+    let features = disk.frontend.features | Features::LOG_ALL;
+    disk.frontend.tell(Request::SET_FEATURES, features.0.as_bytes(), &[]);
+    disk.log_ring(0, true);
+    assert_eq!(rig.state().features.unwrap().0 & Features::LOG_ALL.0, 0, "no driver's feature");
+    assert!(disk.submit(0, 300, 8, 0, &[], 20));
+    disk.kick();
+    rig.fault.release();
+    let mut done = 0;
+    while done < 17 {
+        done += disk.wait().len();
+    }
+    rustix::io::read(&told, &mut [0; 8]).expect("it was told of");
+
+    let end = disk.memory.read(disk.memory.base(), disk.memory.len() as usize);
+    let is_marked = |addr: u64| {
+        let page = addr / 4096;
+        bitmap.read(bitmap.base() + page / 8, 1)[0] >> (page % 8) & 1 == 1
+    };
+    let (mut dirty, mut marked) = (0, 0);
+    for (page, (before, after)) in start.chunks(4096).zip(end.chunks(4096)).enumerate() {
+        let addr = disk.memory.base() + page as u64 * 4096;
+        dirty += usize::from(before != after);
+        marked += usize::from(is_marked(addr));
+        // The last request was written by the driver after the start: its header is no mark's
+        // business.
+        let is_headers = after.starts_with(&8u32.to_le_bytes());
+        assert!(before == after || is_marked(addr) || is_headers, "page {page} is not marked");
+    }
+    // Eight reads of up to 8 KiB, 17 status bytes, an ID and the ring.
+    assert!((30..=40).contains(&dirty), "{dirty} pages were written");
+    assert!(marked <= dirty + 8, "{marked} pages are marked and {dirty} were written");
+
+    // No longer.
+    disk.frontend.tell(Request::SET_FEATURES, disk.frontend.features.0.as_bytes(), &[]);
+    disk.log_ring(0, false);
+    bitmap.write(bitmap.base(), &vec![0; 1 << 20]);
+    disk.read(0, 0, 4096);
+    assert!(bitmap.read(bitmap.base(), 1 << 20).iter().all(|byte| *byte == 0));
+}
+
+/// A volume that grows is told of, and used at once.
+#[test]
+fn a_driver_learns_of_a_new_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = std::fs::File::create(folder.path().join("volume")).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let spec = format!("file:{}", folder.path().join("volume").display());
+    let volume = spec.parse::<block::VolumeSpec>().unwrap();
+    let volume = volume.open(Identity::from_uuid([7; 16])).unwrap();
+    let cores = Cores::start(2);
+    let path = folder.path().join("disk.sock");
+    let config = DeviceConfig { queues: 2, ..DeviceConfig::new("disk", &path) };
+    let device = serve(config, Arc::clone(&volume), cores.handles.clone()).unwrap();
+    let mut disk = TestDisk::connect(&path, &DiskOptions { queues: 2, ..options() });
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    disk.frontend.tell(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
+    drop(theirs);
+    let capacity = |disk: &TestDisk| {
+        let config = [&[0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0][..], &[0; 8]].concat();
+        disk.frontend.send(Request::GET_CONFIG, false, &config, &[]);
+        u64::from_le_bytes(disk.frontend.reply(Request::GET_CONFIG)[12..].try_into().unwrap())
+    };
+    assert_eq!(capacity(&disk), 2048);
+    assert_eq!(disk.run(0, 1, 3000, &[1; 512], 0).status, 1);
+
+    for (mib, by_hand) in [(3, true), (5, false), (2, true)] {
+        file.set_len(mib << 20).unwrap();
+        volume.refresh().unwrap();
+        if by_hand {
+            device.volume_changed();
+        }
+        let mut notice = [0; 12];
+        (&ours).read_exact(&mut notice).expect("a notice");
+        assert_eq!(notice, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        let sectors = mib * 2048;
+        assert_eq!(capacity(&disk), sectors);
+        for queue in 0..2 {
+            disk.write(queue, sectors - 8, &pattern(4096, mib));
+            assert_eq!(disk.run(queue, 0, sectors, &[], 512).status, 1);
+        }
+    }
+    device.stop();
 }
 
 #[test]

@@ -17,8 +17,9 @@ use crate::device::Limits;
 use crate::engine::{Counters, Engine, EngineConfig};
 use crate::queue::Broken;
 use crate::queue::ring::Ring;
+use crate::queue::shared::DirtyLog;
 use crate::queue::split::{RingAddress, RingConfig};
-use crate::vhost_user::session::{Action, RingStart};
+use crate::vhost_user::session::{Action, Logging, RingStart};
 use crate::vhost_user::wire::VringAddr;
 use crate::{Features, QueueState};
 
@@ -30,6 +31,11 @@ pub(crate) enum Command {
     Do {
         op: u64,
         action: Action,
+        limits: Limits,
+    },
+    /// The volume has another size.
+    SetLimits {
+        op: u64,
         limits: Limits,
     },
     /// The client is gone: stop all queues.
@@ -120,6 +126,7 @@ struct Queue {
     is_broken_told: bool,
     stop: Option<Stop>,
     retry_at: Option<Duration>,
+    log: Option<(DirtyLog, Arc<OwnedFd>)>,
 }
 
 /// A changed memory table that waits for requests admitted under the old one.
@@ -203,6 +210,12 @@ impl CoreTask {
                     self.events.done(op, outcome);
                 }
             }
+            Command::SetLimits { op, limits } => {
+                for queue in &mut self.running.queues {
+                    queue.engine.set_limits(limits);
+                }
+                self.events.done(op, Ok(None));
+            }
             Command::Reset { op } => {
                 self.stop_all(now);
                 self.running.reset = Some(op);
@@ -271,6 +284,11 @@ impl CoreTask {
             Action::SetErr { index, err } => {
                 if let Some(queue) = self.queue(index) {
                     queue.err = err;
+                }
+            }
+            Action::SetLogging { index, logging } => {
+                if let Some(queue) = self.queue(index) {
+                    queue.set_logging(logging);
                 }
             }
             Action::SetWriteThrough(write_through) => {
@@ -410,7 +428,9 @@ impl Queue {
             is_broken_told: false,
             stop: None,
             retry_at: None,
+            log: None,
         };
+        queue.set_logging(start.logging);
         queue.set_enabled(true);
         // Whoever served the ring before may have gone between completing and telling.
         queue.signal_call();
@@ -433,6 +453,17 @@ impl Queue {
             self.engine.leave_aborted();
         }
         self.engine.set_enabled(false);
+    }
+
+    fn set_logging(&mut self, logging: Option<Logging>) {
+        let log = logging.as_ref().and_then(Logging::bitmap).map(DirtyLog::new);
+        let (Some(log), Some(logging)) = (log, logging) else {
+            self.log = None;
+            return self.engine.set_log(None, None);
+        };
+        self.log = logging.eventfd.map(|eventfd| (log.clone(), eventfd));
+        let used = logging.used.map(|addr| (log.clone(), addr));
+        self.engine.set_log(logging.data.then_some(log), used);
     }
 
     fn signal_call(&mut self) {
@@ -470,6 +501,11 @@ impl Queue {
         has_worked |= turn.has_worked;
         if turn.wants_call {
             self.signal_call();
+        }
+        if let Some((log, eventfd)) = &self.log
+            && log.take_marked()
+        {
+            signal(eventfd);
         }
         if let Some(broken) = self.engine.broken()
             && !self.is_broken_told

@@ -455,6 +455,11 @@ impl Handshake {
             .set_config(config(key)?)?
             .set_blinding(Blinding::SelfService)?
             .set_waker(Some(Waker::noop()))?;
+        if role == Role::Server {
+            // Buffers for small records: nothing but the handshake goes through them. A client has
+            // few handshakes, and its hello stays in one record.
+            connection.prefer_low_latency()?;
+        }
         let pipe = Pipe::new(connection, HANDSHAKE_BYTES_MAX)?;
         Ok(Handshake { role, pipe, chosen, offered: None, is_first: true, state: State::Running })
     }

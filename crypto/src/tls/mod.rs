@@ -14,7 +14,7 @@
 //! group X25519MLKEM768, or ML-KEM-1024 with the larger suite, where the peer has it.
 //!
 //! A handshake costs about 100 us plus key derivations: drive it outside the data path, or accept
-//! that pause. It holds about 30 KiB until it ends and reads at most [`HANDSHAKE_BYTES_MAX`]; time
+//! that pause. It holds about 50 KiB until it ends and reads at most [`HANDSHAKE_BYTES_MAX`]; time
 //! is the caller's to bound.
 
 mod aead;

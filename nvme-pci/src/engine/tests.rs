@@ -431,6 +431,16 @@ fn shadow_doorbells_replace_the_others_and_ask_for_a_ring_when_idle() {
     assert!(!needs_event(word(&rig, event_idx + 8), 2, 1));
     rig.settle();
     assert_eq!(rig.pop().unwrap().cid.get(), 3);
+
+    // Their memory goes, that of the queues stays: the other doorbells are old news.
+    let without = GuestMemory::new(vec![region(0x8000, 0), region(MEMORY - CQ, CQ)]).unwrap();
+    rig.engine.set_memory(without.view());
+    assert!(!rig.turn() && !rig.engine.has_work());
+    rig.engine.set_memory(rig.memory.view());
+    rig.push(4, &command(NvmOpcode::READ, 1, 1, DATA, 0));
+    rig.write(shadow + 8, &3u32.to_le_bytes());
+    rig.settle();
+    assert_eq!(rig.pop().unwrap().cid.get(), 4);
 }
 
 #[test]

@@ -12,4 +12,5 @@ mod hostile;
 mod io;
 mod loss;
 mod model;
+mod paths;
 mod rig;

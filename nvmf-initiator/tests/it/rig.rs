@@ -283,6 +283,16 @@ impl Rig {
         }
     }
 
+    /// Closes all paths in order.
+    pub fn finish_all(mut self) {
+        self.until("all paths", |volume| volume.state().paths.iter().all(|path| path.is_live));
+        let shutdowns = self.fake.seen.get().shutdowns;
+        self.volume.shutdown();
+        self.until("the end", |volume| volume.wait_stopped(Duration::ZERO));
+        let paths = self.state().paths.len() as u64;
+        assert_eq!(self.fake.seen.get().shutdowns, shutdowns + paths);
+    }
+
     /// Closes everything in order: nothing is left over and the controller was shut down.
     pub fn finish(mut self) {
         self.until_live();

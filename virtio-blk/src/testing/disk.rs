@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use zerocopy::IntoBytes;
+
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::driver::{Buffer, TestMemory};
 use super::frontend::TestFrontend;
 use super::ring::TestRing;
 use crate::device::Features;
-use crate::vhost_user::wire::InflightDescription;
+use crate::vhost_user::wire::{InflightDescription, Request};
 
 /// Longest data of one request.
 pub const DATA_MAX: usize = 64 << 10;
@@ -154,6 +156,14 @@ impl TestDisk {
             // All that QEMU knows after a crash.
             self.start(index, self.queues[index].ring.base_after_crash());
         }
+    }
+
+    /// Have writes to a queue's device area marked as dirty, or no longer.
+    pub fn log_ring(&self, index: usize, is_logged: bool) {
+        let ring = self.queues[index].ring.address();
+        let log = is_logged.then_some(ring.used);
+        let address = self.frontend.ring_address(index as u32, &self.memory, &ring, log);
+        self.frontend.tell(Request::SET_VRING_ADDR, address.as_bytes(), &[]);
     }
 
     /// Start a queue from an available index on.

@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::driver::TestMemory;
 use super::ring::TestRing;
 use crate::device::Features;
+use crate::queue::split::RingAddress;
 use crate::vhost_user::session::ProtocolFeatures;
 use crate::vhost_user::wire::{
     self, HEADER_BYTES, InflightDescription, Request, VringAddr, VringState,
@@ -140,6 +141,26 @@ impl TestFrontend {
         self.tell(Request::ADD_MEM_REG, &payload, &[memory.fd().as_fd()]);
     }
 
+    /// A ring's place in the frontend's addresses, and where its device area is in a log.
+    pub fn ring_address(
+        &self,
+        index: u32,
+        memory: &TestMemory,
+        ring: &RingAddress,
+        log: Option<u64>,
+    ) -> VringAddr {
+        let region = memory.region();
+        let user = |addr: u64| addr - region.guest_addr + region.user_addr;
+        VringAddr {
+            index,
+            flags: if log.is_some() { wire::VRING_LOG } else { 0 },
+            descriptor: user(ring.descriptor),
+            used: user(ring.used),
+            available: user(ring.available),
+            log: log.unwrap_or(0),
+        }
+    }
+
     /// Set up and enable a ring from available index `base` on. Without `kick` the device polls.
     pub fn start_ring(
         &self,
@@ -151,17 +172,7 @@ impl TestFrontend {
         call: BorrowedFd<'_>,
     ) {
         let state = |num: u32| VringState { index, num };
-        let ring = queue.address();
-        let region = memory.region();
-        let user = |addr: u64| addr - region.guest_addr + region.user_addr;
-        let address = VringAddr {
-            index,
-            flags: 0,
-            descriptor: user(ring.descriptor),
-            used: user(ring.used),
-            available: user(ring.available),
-            log: 0,
-        };
+        let address = self.ring_address(index, memory, &queue.address(), None);
         self.tell(Request::SET_VRING_NUM, state(u32::from(queue.size())).as_bytes(), &[]);
         self.tell(Request::SET_VRING_ADDR, address.as_bytes(), &[]);
         self.tell(Request::SET_VRING_BASE, state(base).as_bytes(), &[]);

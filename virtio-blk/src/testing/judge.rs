@@ -58,6 +58,7 @@ impl Judge {
                 Action::SetKick { index, .. }
                 | Action::SetCall { index, .. }
                 | Action::SetErr { index, .. }
+                | Action::SetLogging { index, .. }
                 | Action::SetEnabled { index, .. } => {
                     assert!(self.running[usize::from(index)], "ring {index} does not run");
                 }
@@ -73,7 +74,8 @@ impl Judge {
             return self.session.on_done(Err("it cannot start".to_owned()));
         }
         let reply = self.session.on_done(Ok(base))?;
-        assert_eq!(reply.is_some(), is_acked || request == Request::GET_VRING_BASE, "{request}");
+        let is_answered = [Request::GET_VRING_BASE, Request::SET_LOG_BASE].contains(&request);
+        assert_eq!(reply.is_some(), is_acked || is_answered, "{request}");
         Ok(reply)
     }
 }

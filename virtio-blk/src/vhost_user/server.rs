@@ -25,6 +25,7 @@ use tracing::{info, warn};
 
 use super::session::{Action, Refusal, Session, Step};
 use super::socket::{Connection, ConnectionError, Received};
+use super::wire;
 use crate::device::{Device, DeviceOptions};
 use crate::worker::{Command, Event};
 use crate::{DeviceConfig, DeviceState, QueueState};
@@ -33,6 +34,8 @@ use crate::{DeviceConfig, DeviceState, QueueState};
 const MESSAGES_PER_TURN: usize = 32;
 /// Pause after a connection could not be accepted, for want of file descriptors for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// How often the volume is looked at while a client is there.
+const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// Log lines that clients can cause in one [`LOG_PERIOD`].
 const LOG_LINES: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
@@ -40,6 +43,8 @@ const LOG_PERIOD: Duration = Duration::from_secs(10);
 /// From the device's owner.
 pub(crate) enum Request {
     State(mpsc::Sender<DeviceState>),
+    /// The volume may have changed.
+    Look,
     Stop,
 }
 
@@ -48,6 +53,8 @@ struct Client {
     session: Session,
     /// Some core may have something of it.
     has_acted: bool,
+    /// For requests of ours.
+    backend: Option<Connection>,
 }
 
 /// Commands that were sent for one purpose.
@@ -94,6 +101,9 @@ pub(crate) struct Server {
     message: Option<Outstanding>,
     /// The cores are taking back what the last client had.
     reset: Option<Outstanding>,
+    /// The cores are told of the volume's new size.
+    resize: Option<Outstanding>,
+    look_at: Option<Instant>,
     snapshot: Option<Snapshot>,
     askers: VecDeque<mpsc::Sender<DeviceState>>,
     next_op: u64,
@@ -120,6 +130,8 @@ impl Server {
             client: None,
             message: None,
             reset: None,
+            resize: None,
+            look_at: None,
             snapshot: None,
             askers: VecDeque::new(),
             next_op: 0,
@@ -140,6 +152,7 @@ impl Server {
                 self.on_request(request);
             }
             self.start_snapshot();
+            self.look();
             if self.is_stopping && self.cores.iter().all(|core| core.is_gone) {
                 return;
             }
@@ -169,9 +182,9 @@ impl Server {
         if let Some(client) = &self.client {
             fds.push(PollFd::from_borrowed_fd(client.connection.as_fd(), client_flags));
         }
-        let timeout = self.accept_after.map(|at| Timespec {
-            tv_sec: 0,
-            tv_nsec: (at - now).min(ACCEPT_PAUSE).as_nanos() as i64,
+        let timeout = [self.accept_after, self.look_at].into_iter().flatten().min().map(|at| {
+            let left = at.saturating_duration_since(now).min(LOOK_PERIOD);
+            Timespec { tv_sec: 0, tv_nsec: left.as_nanos() as i64 }
         });
         if poll(&mut fds, timeout.as_ref()).is_err() {
             // EINTR: look at everything again. There is no other reason with valid arguments.
@@ -190,6 +203,60 @@ impl Server {
         }
     }
 
+    /// Whether the volume has another size than the client knows.
+    fn look(&mut self) {
+        if self.client.is_none() || self.is_stopping || self.resize.is_some() {
+            self.look_at = None;
+            return;
+        }
+        let now = Instant::now();
+        if self.look_at.is_some_and(|at| at > now) {
+            return;
+        }
+        self.look_at = Some(now + LOOK_PERIOD);
+        let options = device_options(&self.config);
+        let Some(device) = self.device.resized(&self.volume.geometry(), &options) else {
+            if self.log.allows() {
+                let device = &self.config.name;
+                warn!(%device, "the volume has another block size now: it is not passed on");
+            }
+            return;
+        };
+        if device.is_alike(&self.device) {
+            return;
+        }
+        let bytes = device.limits().capacity_bytes;
+        info!(device = %self.config.name, bytes, "the volume has changed");
+        self.device = Arc::new(device);
+        // First the cores, so that no request beyond the old end is refused.
+        let op = self.next_op();
+        let mut resize = Outstanding { op, cores: Vec::new(), outcome: Ok(None) };
+        let limits = *self.device.limits();
+        for (index, core) in self.cores.iter().enumerate().filter(|(_, core)| !core.is_gone) {
+            if core.commands.send(Command::SetLimits { op, limits }).is_ok() {
+                resize.cores.push(index);
+            }
+        }
+        self.resize = Some(resize);
+        self.finish_resize();
+    }
+
+    /// The cores know: tell the client.
+    fn finish_resize(&mut self) {
+        if self.resize.take_if(|resize| resize.cores.is_empty()).is_none() {
+            return;
+        }
+        let Some(client) = &mut self.client else { return };
+        client.session.set_device(Arc::clone(&self.device));
+        let Some(backend) = &mut client.backend else { return };
+        // A notice that does not fit into the socket stands there already, many times.
+        let is_sent = backend.flush().is_ok()
+            && (backend.has_output() || backend.send(&wire::config_change()).is_ok());
+        if !is_sent {
+            client.backend = None;
+        }
+    }
+
     fn accept(&mut self) {
         match self.listener.accept() {
             Ok(None) => {}
@@ -198,7 +265,7 @@ impl Server {
                 self.device = Arc::new(describe(&self.config, &*self.volume));
                 let session = Session::new(Arc::clone(&self.device), self.config.queue_size_max);
                 let connection = Connection::new(socket);
-                self.client = Some(Client { connection, session, has_acted: false });
+                self.client = Some(Client { connection, session, has_acted: false, backend: None });
                 if self.log_clients.allows() {
                     info!(device = %self.config.name, "vhost-user client connected");
                 }
@@ -227,7 +294,12 @@ impl Server {
                 Ok(Received::Empty) => return,
                 Ok(Received::Closed) => return self.end_client(None),
                 Ok(Received::Message(message)) => match client.session.on_message(message) {
-                    Ok(step) => self.follow(step),
+                    Ok(step) => {
+                        if let Some(socket) = client.session.take_backend() {
+                            client.backend = Some(Connection::new(socket));
+                        }
+                        self.follow(step);
+                    }
                     Err(refusal) => return self.end_client(Some(&refusal)),
                 },
                 Err(error) => return self.end_client(Some(&error)),
@@ -281,6 +353,7 @@ impl Server {
             }
             Action::Stop { index }
             | Action::SetEnabled { index, .. }
+            | Action::SetLogging { index, .. }
             | Action::SetKick { index, .. }
             | Action::SetCall { index, .. }
             | Action::SetErr { index, .. } => {
@@ -311,7 +384,9 @@ impl Server {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Done { core, op, outcome } => {
-                for outstanding in [&mut self.message, &mut self.reset].into_iter().flatten() {
+                for outstanding in
+                    [&mut self.message, &mut self.reset, &mut self.resize].into_iter().flatten()
+                {
                     if outstanding.op == op {
                         outstanding.take(core, &outcome);
                     }
@@ -333,7 +408,9 @@ impl Server {
             }
             Event::Gone { core } => {
                 self.cores[core].is_gone = true;
-                for outstanding in [&mut self.message, &mut self.reset].into_iter().flatten() {
+                for outstanding in
+                    [&mut self.message, &mut self.reset, &mut self.resize].into_iter().flatten()
+                {
                     outstanding.lose(core);
                 }
                 if let Some(snapshot) = &mut self.snapshot {
@@ -342,6 +419,7 @@ impl Server {
             }
         }
         self.conclude_message();
+        self.finish_resize();
         self.reset.take_if(|reset| reset.cores.is_empty());
         self.finish_snapshot();
     }
@@ -402,6 +480,7 @@ impl Server {
     fn on_request(&mut self, request: Request) {
         match request {
             Request::State(asker) => self.askers.push_back(asker),
+            Request::Look => self.look_at = None,
             Request::Stop if self.is_stopping => {}
             Request::Stop => {
                 info!(device = %self.config.name, "virtio-blk device stops");
@@ -471,12 +550,15 @@ impl EndReason for ConnectionError {}
 impl EndReason for Refusal {}
 
 fn describe(config: &DeviceConfig, volume: &dyn Volume) -> Device {
-    let options = DeviceOptions {
+    Device::new(&volume.geometry(), &volume.identity(), &device_options(config))
+}
+
+fn device_options(config: &DeviceConfig) -> DeviceOptions {
+    DeviceOptions {
         queues: config.queues,
         serial: config.serial.clone(),
         read_only: config.read_only,
-    };
-    Device::new(&volume.geometry(), &volume.identity(), &options)
+    }
 }
 
 /// A client can fail as often as it likes; the log must not fill with it.

@@ -17,12 +17,15 @@ use iobuf::{BadMemory, GuestMemory, GuestRegion, GuestSlice};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 
 use super::wire::{
-    self, Command, InflightDescription, Malformed, MemoryRegion, Message, Request, VringAddr,
-    VringFd,
+    self, Command, InflightDescription, LogDescription, Malformed, MemoryRegion, Message, Request,
+    VringAddr, VringFd,
 };
 use crate::device::{CONFIG_BYTES_MAX, CONFIG_WRITEBACK_OFFSET, Device, Features};
 use crate::queue::QUEUE_SIZE_MAX;
 use crate::queue::inflight::InflightLayout;
+
+/// `VHOST_SET_CONFIG_TYPE_MIGRATION`: what is restored after a migration, not what a driver wrote.
+const CONFIG_FLAG_MIGRATION: u32 = 1;
 
 /// Most memory regions, the answer to GET_MAX_MEM_SLOTS.
 pub const MEM_SLOTS_MAX: usize = 256;
@@ -34,8 +37,12 @@ pub struct ProtocolFeatures(pub u64);
 impl ProtocolFeatures {
     /// More than one ring.
     pub const MQ: ProtocolFeatures = ProtocolFeatures(1 << 0);
+    /// Dirty pages are marked in shared memory.
+    pub const LOG_SHMFD: ProtocolFeatures = ProtocolFeatures(1 << 1);
     /// Messages can be acknowledged.
     pub const REPLY_ACK: ProtocolFeatures = ProtocolFeatures(1 << 3);
+    /// The backend can send requests of its own.
+    pub const BACKEND_REQ: ProtocolFeatures = ProtocolFeatures(1 << 5);
     /// Configuration space is the backend's.
     pub const CONFIG: ProtocolFeatures = ProtocolFeatures(1 << 9);
     /// Requests in flight are recorded in memory that outlives the device.
@@ -44,10 +51,15 @@ impl ProtocolFeatures {
     pub const RESET_DEVICE: ProtocolFeatures = ProtocolFeatures(1 << 13);
     /// Memory regions come and go one at a time.
     pub const CONFIGURE_MEM_SLOTS: ProtocolFeatures = ProtocolFeatures(1 << 15);
+    /// The backend keeps the virtio device status.
+    pub const STATUS: ProtocolFeatures = ProtocolFeatures(1 << 16);
 
     /// All that are offered.
     pub const OFFERED: ProtocolFeatures = ProtocolFeatures(
         ProtocolFeatures::MQ.0
+            | ProtocolFeatures::LOG_SHMFD.0
+            | ProtocolFeatures::BACKEND_REQ.0
+            | ProtocolFeatures::STATUS.0
             | ProtocolFeatures::REPLY_ACK.0
             | ProtocolFeatures::CONFIG.0
             | ProtocolFeatures::INFLIGHT_SHMFD.0
@@ -107,6 +119,34 @@ pub enum Action {
     },
     /// Every write must be durable before it completes, or need not.
     SetWriteThrough(bool),
+    /// Mark dirty pages, or mark them elsewhere, or no longer.
+    SetLogging {
+        /// Ring number.
+        index: u16,
+        /// Where and what.
+        logging: Option<Logging>,
+    },
+}
+
+/// What of a ring's writes is marked as dirty, and where.
+#[derive(Clone, Debug)]
+pub struct Logging {
+    /// The log.
+    memory: GuestMemory,
+    len: u64,
+    /// Mark data and status bytes.
+    pub data: bool,
+    /// Mark writes to the device area, which begins at this address.
+    pub used: Option<u64>,
+    /// Eventfd to tell that something was marked.
+    pub eventfd: Option<Arc<OwnedFd>>,
+}
+
+impl Logging {
+    /// The bitmap, for the calling core.
+    pub fn bitmap(&self) -> Option<GuestSlice> {
+        self.memory.view().slice(0, self.len).ok()
+    }
 }
 
 /// All about a ring that starts.
@@ -126,6 +166,8 @@ pub struct RingStart {
     pub features: Features,
     /// Every write must be durable before it completes.
     pub write_through: bool,
+    /// Dirty pages are to be marked.
+    pub logging: Option<Logging>,
     /// Memory table.
     pub memory: GuestMemory,
     /// Eventfd of the driver's notifications; None: poll.
@@ -197,6 +239,9 @@ pub enum Refusal {
     /// Ring pointers lead nowhere.
     #[error("ring {0} does not lie in the memory that was shared")]
     RingAddress(u16),
+    /// No device status.
+    #[error("device status {0:#x} has more than 8 bits")]
+    Status(u64),
     /// Neither 0 nor 1.
     #[error("SET_VRING_ENABLE to {0}")]
     Enable(u32),
@@ -255,6 +300,15 @@ pub enum Refusal {
         /// Length of the memory.
         bytes: u64,
     },
+    /// The log of dirty pages.
+    #[error("log of dirty pages of {bytes} bytes: {error}")]
+    Log {
+        /// Length.
+        bytes: u64,
+        /// What the kernel or the check said.
+        #[source]
+        error: io::Error,
+    },
     /// No memory for requests in flight.
     #[error("memory for requests in flight: {0}")]
     InflightMemory(#[source] io::Error),
@@ -301,6 +355,8 @@ struct Ring {
 enum Finish {
     /// With an acknowledgement or not at all.
     Ack,
+    /// In any case.
+    Done,
     VringBase(u16),
 }
 
@@ -326,6 +382,12 @@ pub struct Session {
     regions: Vec<Arc<GuestRegion>>,
     memory: GuestMemory,
     inflight: Option<Inflight>,
+    log: Option<(GuestMemory, u64)>,
+    log_fd: Option<Arc<OwnedFd>>,
+    /// Socket for requests of ours that the driver has not taken yet.
+    backend: Option<OwnedFd>,
+    /// Virtio device status.
+    status: u8,
     rings: Vec<Ring>,
     pending: Option<Pending>,
 }
@@ -334,6 +396,8 @@ pub struct Session {
 enum Reply {
     /// An acknowledgement when everything is done, if one is wanted.
     Ack,
+    /// The same, wanted or not.
+    Done,
     /// The ring's index when everything is done.
     VringBase(u16),
     U64(u64),
@@ -354,6 +418,10 @@ impl Session {
             regions: Vec::new(),
             memory: GuestMemory::default(),
             inflight: None,
+            log: None,
+            log_fd: None,
+            backend: None,
+            status: 0,
             rings,
             pending: None,
         }
@@ -361,12 +429,23 @@ impl Session {
 
     /// Negotiated features, without those of vhost-user itself. None before they are set.
     pub fn features(&self) -> Option<Features> {
-        self.features.map(|features| features.without(Features::PROTOCOL_FEATURES))
+        self.features.map(Features::for_driver)
     }
 
     /// Negotiated protocol features.
     pub fn protocol(&self) -> ProtocolFeatures {
         self.protocol
+    }
+
+    /// The device has changed: its configuration space is another from now on. What was negotiated
+    /// stays.
+    pub fn set_device(&mut self, device: Arc<Device>) {
+        self.device = device;
+    }
+
+    /// The socket for requests of ours, if another one has come.
+    pub fn take_backend(&mut self) -> Option<OwnedFd> {
+        self.backend.take()
     }
 
     /// Whether actions are outstanding.
@@ -393,6 +472,7 @@ impl Session {
         };
         let finish = match reply {
             Reply::Ack => Finish::Ack,
+            Reply::Done => Finish::Done,
             Reply::VringBase(index) => Finish::VringBase(index),
             Reply::U64(value) => {
                 let reply = Some(wire::reply_u64(request, value));
@@ -447,6 +527,7 @@ impl Session {
                 let base = self.rings[usize::from(index)].base;
                 Some(wire::reply_vring_base(u32::from(index), base))
             }
+            Finish::Done => Some(wire::reply_u64(pending.request, 0)),
             Finish::Ack => pending.ack.then(|| wire::reply_u64(pending.request, 0)),
         }
     }
@@ -455,7 +536,7 @@ impl Session {
         let request = message.request;
         match message.parse()? {
             Command::GetFeatures => Ok(Reply::U64(self.device.features().0)),
-            Command::SetFeatures(bits) => self.set_features(Features(bits)),
+            Command::SetFeatures(bits) => self.set_features(Features(bits), actions),
             // There is one owner anyway: who is connected.
             Command::SetOwner => Ok(Reply::Ack),
             // "It is recommended that back-ends either ignore this message, or use it to disable
@@ -504,6 +585,45 @@ impl Session {
                 self.set_regions(regions, true, actions)
             }
 
+            Command::SetLogBase(LogDescription { mmap_size, mmap_offset }, fd) => {
+                self.require(ProtocolFeatures::LOG_SHMFD, request)?;
+                let region = GuestRegion::map(fd.as_fd(), mmap_offset, mmap_size, 0, 0)
+                    .map_err(|error| Refusal::Log { bytes: mmap_size, error })?;
+                self.log = Some((GuestMemory::new(vec![region])?, mmap_size));
+                self.update_logging(actions);
+                Ok(Reply::Done)
+            }
+            Command::SetLogFd(fd) => {
+                self.log_fd = signal_fd(Some(fd), request, 0)?;
+                self.update_logging(actions);
+                Ok(Reply::Ack)
+            }
+            Command::SetBackendReqFd(fd) => {
+                self.require(ProtocolFeatures::BACKEND_REQ, request)?;
+                self.backend = Some(fd);
+                Ok(Reply::Ack)
+            }
+            Command::SetStatus(status) => {
+                self.require(ProtocolFeatures::STATUS, request)?;
+                self.status = u8::try_from(status).map_err(|_| Refusal::Status(status))?;
+                if self.status == 0 {
+                    // A frontend also says so when it only pauses, with rings that are stopped
+                    // already; RESET_DEVICE tells of the driver's reset. So nothing that a driver
+                    // chose is forgotten here.
+                    for (index, ring) in (0..).zip(&mut self.rings) {
+                        ring.kick = Kick::Unset;
+                        if std::mem::take(&mut ring.is_running) {
+                            actions.push(Action::Stop { index });
+                        }
+                    }
+                }
+                Ok(Reply::Ack)
+            }
+            Command::GetStatus => {
+                self.require(ProtocolFeatures::STATUS, request)?;
+                Ok(Reply::U64(u64::from(self.status)))
+            }
+
             Command::SetVringNum(state) => {
                 let (size, max) = (state.num, self.queue_size_max);
                 let ring = self.stopped_ring(state.index, request)?;
@@ -514,7 +634,16 @@ impl Session {
                 Ok(Reply::Ack)
             }
             Command::SetVringAddr(address) => {
-                if self.ring(address.index)?.1.address == Some(address) {
+                let (index, ring) = self.ring(address.index)?;
+                let is_same_place = |old: &VringAddr| {
+                    VringAddr { flags: address.flags, log: address.log, ..*old } == address
+                };
+                if ring.is_running && ring.address.as_ref().is_some_and(is_same_place) {
+                    let is_changed = ring.address.replace(address) != Some(address);
+                    if is_changed {
+                        let logging = self.logging(index);
+                        actions.push(Action::SetLogging { index, logging });
+                    }
                     return Ok(Reply::Ack);
                 }
                 self.stopped_ring(address.index, request)?.address = Some(address);
@@ -588,8 +717,18 @@ impl Session {
                     false => Err(refused),
                 }
             }
-            Command::SetConfig { offset, bytes, .. } => {
+            Command::SetConfig { offset, flags, mut bytes } => {
                 self.require(ProtocolFeatures::CONFIG, request)?;
+                let mut offset = offset as usize;
+                if flags == CONFIG_FLAG_MIGRATION {
+                    // The whole space as it was at the source: what is not a driver's choice follows
+                    // from the volume.
+                    let at = CONFIG_WRITEBACK_OFFSET.checked_sub(offset);
+                    let Some(byte) = at.and_then(|at| bytes.get(at).copied()) else {
+                        return Ok(Reply::Ack);
+                    };
+                    (offset, bytes) = (CONFIG_WRITEBACK_OFFSET, vec![byte]);
+                }
                 let has_field =
                     self.features.is_some_and(|features| features.has(Features::CONFIG_WCE));
                 let writeback = match bytes.as_slice() {
@@ -597,8 +736,8 @@ impl Session {
                     [1] => Some(true),
                     _ => None,
                 };
-                if !has_field || offset as usize != CONFIG_WRITEBACK_OFFSET || writeback.is_none() {
-                    let size = bytes.len() as u32;
+                if !has_field || offset != CONFIG_WRITEBACK_OFFSET || writeback.is_none() {
+                    let (offset, size) = (offset as u32, bytes.len() as u32);
                     return Err(Refusal::Config { request, offset, size });
                 }
                 self.writeback = writeback;
@@ -643,6 +782,7 @@ impl Session {
                 self.require(ProtocolFeatures::RESET_DEVICE, request)?;
                 self.features = None;
                 self.writeback = None;
+                self.status = 0;
                 for (index, ring) in (0..).zip(&mut self.rings) {
                     if ring.is_running {
                         actions.push(Action::Stop { index });
@@ -679,7 +819,27 @@ impl Session {
         }
     }
 
-    fn set_features(&mut self, features: Features) -> Result<Reply, Refusal> {
+    /// What is to be marked of a ring's writes, and where.
+    fn logging(&self, index: u16) -> Option<Logging> {
+        let (memory, len) = self.log.clone()?;
+        let address = self.rings[usize::from(index)].address?;
+        let data = self.features.is_some_and(|features| features.has(Features::LOG_ALL));
+        let used = (address.flags & wire::VRING_LOG != 0).then_some(address.log);
+        let eventfd = self.log_fd.clone();
+        (data || used.is_some()).then_some(Logging { memory, len, data, used, eventfd })
+    }
+
+    fn update_logging(&self, actions: &mut Vec<Action>) {
+        for index in (0..self.device.queues()).filter(|i| self.rings[usize::from(*i)].is_running) {
+            actions.push(Action::SetLogging { index, logging: self.logging(index) });
+        }
+    }
+
+    fn set_features(
+        &mut self,
+        features: Features,
+        actions: &mut Vec<Action>,
+    ) -> Result<Reply, Refusal> {
         let unknown = features.without(self.device.features());
         if unknown != Features::default() {
             return Err(Refusal::Features(unknown.0));
@@ -687,11 +847,16 @@ impl Session {
         if self.features == Some(features) {
             return Ok(Reply::Ack);
         }
+        let old = self.features.replace(features);
         if let Some(index) = self.rings.iter().position(|ring| ring.is_running) {
-            let (request, index) = (Request::SET_FEATURES, index as u16);
-            return Err(Refusal::Running { request, index });
+            // Marking begins and ends while rings run; nothing else does.
+            if old.map(Features::for_driver) != Some(features.for_driver()) {
+                self.features = old;
+                let (request, index) = (Request::SET_FEATURES, index as u16);
+                return Err(Refusal::Running { request, index });
+            }
+            self.update_logging(actions);
         }
-        self.features = Some(features);
         Ok(Reply::Ack)
     }
 
@@ -736,7 +901,9 @@ impl Session {
         let write_through = self.write_through();
         let all_enabled = !features.has(Features::PROTOCOL_FEATURES);
         let mut starting = Vec::new();
-        for (index, ring) in (0..).zip(&mut self.rings) {
+        for index in 0..self.device.queues() {
+            let logging = self.logging(index);
+            let ring = &mut self.rings[usize::from(index)];
             let (true, Some(address)) = (ring.size > 0, ring.address) else { continue };
             if ring.is_running || !(ring.is_enabled || all_enabled) {
                 continue;
@@ -754,8 +921,9 @@ impl Session {
                 address,
                 base: ring.base,
                 inflight: self.inflight.clone(),
-                features: features.without(Features::PROTOCOL_FEATURES),
+                features: features.for_driver(),
                 write_through,
+                logging,
                 memory: self.memory.clone(),
                 kick,
                 call: ring.call.clone(),
@@ -797,7 +965,10 @@ fn refuse(request: Request, ack: bool, refusal: Refusal) -> Result<Vec<u8>, Refu
         | Request::GET_QUEUE_NUM
         | Request::GET_VRING_BASE
         | Request::GET_MAX_MEM_SLOTS
-        | Request::GET_INFLIGHT_FD => Err(refusal),
+        | Request::GET_INFLIGHT_FD
+        | Request::GET_STATUS
+        // Whatever is answered, QEMU takes it that pages are marked from now on.
+        | Request::SET_LOG_BASE => Err(refusal),
         _ if ack => Ok(wire::reply_u64(request, 1)),
         _ => Err(refusal),
     }

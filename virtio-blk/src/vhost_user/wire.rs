@@ -162,6 +162,21 @@ struct ConfigHeader {
 
 const _: () = assert!(size_of::<ConfigHeader>() == CONFIG_HEADER_BYTES);
 
+/// `VHOST_VRING_F_LOG` in [`VringAddr::flags`].
+pub const VRING_LOG: u32 = 1;
+
+/// Where SET_LOG_BASE has the log of dirty pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LogDescription {
+    /// Its length.
+    pub mmap_size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+}
+
+const _: () = assert!(size_of::<LogDescription>() == 16);
+
 /// What GET_INFLIGHT_FD and SET_INFLIGHT_FD say of the memory that records requests in flight.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -341,6 +356,16 @@ pub enum Command {
     ResetOwner,
     /// Replace all memory regions.
     SetMemTable(Vec<(MemoryRegion, OwnedFd)>),
+    /// Mark dirty pages there.
+    SetLogBase(LogDescription, OwnedFd),
+    /// Eventfd to tell that pages were marked.
+    SetLogFd(OwnedFd),
+    /// Socket for requests of ours.
+    SetBackendReqFd(OwnedFd),
+    /// Virtio device status.
+    SetStatus(u64),
+    /// Ask for it.
+    GetStatus,
     /// Size of a ring.
     SetVringNum(VringState),
     /// Place of a ring.
@@ -451,7 +476,11 @@ impl Message {
         let fds_allowed = match request {
             Request::SET_MEM_TABLE => FDS_MAX,
             Request::SET_VRING_KICK | Request::SET_VRING_CALL | Request::SET_VRING_ERR => 1,
-            Request::ADD_MEM_REG | Request::SET_INFLIGHT_FD => 1,
+            Request::ADD_MEM_REG
+            | Request::SET_INFLIGHT_FD
+            | Request::SET_LOG_BASE
+            | Request::SET_LOG_FD
+            | Request::SET_BACKEND_REQ_FD => 1,
             // "The back-end SHOULD close the passed descriptor" (VHOST_USER_REM_MEM_REG).
             Request::REM_MEM_REG => 1,
             _ => 0,
@@ -460,15 +489,11 @@ impl Message {
             return Err(wrong_fds);
         }
 
-        let empty = |command| match payload.is_empty() {
-            true => Ok(command),
-            false => Err(Malformed::Length { request, len: payload.len() }),
-        };
         match request {
-            Request::GET_FEATURES => empty(Command::GetFeatures),
+            Request::GET_FEATURES => empty(request, payload, Command::GetFeatures),
             Request::SET_FEATURES => Ok(Command::SetFeatures(fixed(payload, length)?)),
-            Request::SET_OWNER => empty(Command::SetOwner),
-            Request::RESET_OWNER => empty(Command::ResetOwner),
+            Request::SET_OWNER => empty(request, payload, Command::SetOwner),
+            Request::RESET_OWNER => empty(request, payload, Command::ResetOwner),
             Request::SET_MEM_TABLE => {
                 let regions = memory_table(payload).ok_or(length)?;
                 if regions.len() != count {
@@ -476,6 +501,20 @@ impl Message {
                 }
                 Ok(Command::SetMemTable(regions.into_iter().zip(fds).collect()))
             }
+            Request::SET_LOG_BASE => {
+                let description = fixed(payload, length)?;
+                Ok(Command::SetLogBase(description, fds.pop().ok_or(wrong_fds)?))
+            }
+            Request::SET_LOG_FD => {
+                let fd = fds.pop().ok_or(wrong_fds)?;
+                empty(request, payload, ()).map(|()| Command::SetLogFd(fd))
+            }
+            Request::SET_BACKEND_REQ_FD => {
+                let fd = fds.pop().ok_or(wrong_fds)?;
+                empty(request, payload, ()).map(|()| Command::SetBackendReqFd(fd))
+            }
+            Request::SET_STATUS => Ok(Command::SetStatus(fixed(payload, length)?)),
+            Request::GET_STATUS => empty(request, payload, Command::GetStatus),
             Request::SET_VRING_NUM => Ok(Command::SetVringNum(fixed(payload, length)?)),
             Request::SET_VRING_ADDR => Ok(Command::SetVringAddr(fixed(payload, length)?)),
             Request::SET_VRING_BASE => Ok(Command::SetVringBase(fixed(payload, length)?)),
@@ -497,11 +536,11 @@ impl Message {
                     _ => Command::SetVringErr(vring),
                 })
             }
-            Request::GET_PROTOCOL_FEATURES => empty(Command::GetProtocolFeatures),
+            Request::GET_PROTOCOL_FEATURES => empty(request, payload, Command::GetProtocolFeatures),
             Request::SET_PROTOCOL_FEATURES => {
                 Ok(Command::SetProtocolFeatures(fixed(payload, length)?))
             }
-            Request::GET_QUEUE_NUM => empty(Command::GetQueueNum),
+            Request::GET_QUEUE_NUM => empty(request, payload, Command::GetQueueNum),
             Request::SET_VRING_ENABLE => Ok(Command::SetVringEnable(fixed(payload, length)?)),
             Request::GET_CONFIG => {
                 let (header, bytes) = config(payload).ok_or(length)?;
@@ -522,8 +561,8 @@ impl Message {
                 let description = inflight(payload).ok_or(length)?;
                 Ok(Command::SetInflightFd(description, fds.pop().ok_or(wrong_fds)?))
             }
-            Request::RESET_DEVICE => empty(Command::ResetDevice),
-            Request::GET_MAX_MEM_SLOTS => empty(Command::GetMaxMemSlots),
+            Request::RESET_DEVICE => empty(request, payload, Command::ResetDevice),
+            Request::GET_MAX_MEM_SLOTS => empty(request, payload, Command::GetMaxMemSlots),
             Request::ADD_MEM_REG => {
                 let region = single_region(payload).ok_or(length)?;
                 Ok(Command::AddMemReg(region, fds.pop().ok_or(wrong_fds)?))
@@ -531,6 +570,13 @@ impl Message {
             Request::REM_MEM_REG => Ok(Command::RemMemReg(single_region(payload).ok_or(length)?)),
             _ => Ok(Command::Unknown(request)),
         }
+    }
+}
+
+fn empty<T>(request: Request, payload: &[u8], command: T) -> Result<T, Malformed> {
+    match payload.is_empty() {
+        true => Ok(command),
+        false => Err(Malformed::Length { request, len: payload.len() }),
     }
 }
 
@@ -599,6 +645,12 @@ pub fn reply_config(offset: u32, bytes: &[u8]) -> Vec<u8> {
 pub fn reply_inflight(description: &InflightDescription, len: usize) -> Vec<u8> {
     let bytes = description.as_bytes();
     reply(Request::GET_INFLIGHT_FD, &bytes[..len.min(bytes.len())])
+}
+
+/// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, a request of ours. No answer is asked for.
+pub fn config_change() -> Vec<u8> {
+    const CONFIG_CHANGE_MSG: Request = Request(2);
+    message(CONFIG_CHANGE_MSG, VERSION, &[])
 }
 
 fn message(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {

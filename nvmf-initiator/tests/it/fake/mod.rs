@@ -184,12 +184,17 @@ impl Fake {
     }
 
     fn listen(self: &Rc<Fake>, core: &Core) {
+        self.listen_at(self.addr, core);
+    }
+
+    /// Another way to the same subsystem.
+    pub fn listen_at(self: &Rc<Fake>, addr: SocketAddr, core: &Core) {
         let (fake, handle) = (Rc::clone(self), core.handle());
         let accept = move |socket| {
             fake.arrivals.borrow_mut().push(socket);
             handle.wake();
         };
-        self.world.listen(self.addr, Box::new(accept));
+        self.world.listen(addr, Box::new(accept));
     }
 
     /// The target is gone: connections end, new ones are refused.
