@@ -24,7 +24,7 @@ use crate::record::{CqRecord, RecordView, SqRecord};
 pub(crate) const DEPTH: u32 = 256;
 /// How often a core that cannot be woken by doorbells looks at them when nothing happens: at first,
 /// and at last.
-const LOOK: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(2)];
+const LOOK: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)];
 
 /// A namespace and its volume.
 #[derive(Clone)]
