@@ -12,7 +12,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::Release;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -27,6 +26,7 @@ use nvme::subsys::SubsystemInfo;
 use nvme::xfer::{Copying, walk};
 use reactor::CoreHandle;
 
+use crate::admin::{ADMIN_SLOTS, Admin, AdminSlot, has_cqe, phase, write_cqe};
 use crate::dirty::DirtyLog;
 use crate::engine::{Counters, Notice};
 use crate::function::{
@@ -34,17 +34,16 @@ use crate::function::{
 };
 use crate::msix::{Interrupts, VECTORS, Vectors, signal};
 use crate::pci;
-use crate::record::{
-    CqRecord, DOORBELLS_AT, DOORBELLS_BYTES, QUEUES_MAX, Record, RecordView, SqRecord,
-};
+use crate::record::{CqRecord, DOORBELLS_AT, DOORBELLS_BYTES, QUEUES_MAX, Record, SqRecord};
+use crate::saved::{part, restore_queues, save_queues};
 use crate::vfio_user::server::ClientState;
 use crate::worker::{Action, Attached, Command, CoreState, Event};
 use crate::{AttachError, DeviceState, Doorbells, NamespaceState, QueueState};
 
+/// What a saved device begins with.
+const SAVED_MAGIC: &[u8] = b"penstock nvme 1\0";
 /// Bytes of BAR0: a page of registers and one of doorbells.
 const BAR0_BYTES: u64 = 0x2000;
-/// Commands of the admin queue at a time.
-const ADMIN_SLOTS: u16 = 64;
 /// Commands taken from the admin queue before the client is looked at again.
 const ADMIN_TURN: usize = 64;
 
@@ -120,30 +119,6 @@ struct Core {
     is_gone: bool,
     /// Completion queues placed there.
     queues: usize,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum AdminSlot {
-    #[default]
-    Free,
-    /// Held, or waits for the cores.
-    Busy,
-    /// To be posted.
-    Done { status: Status, result: u64 },
-}
-
-/// The admin queue.
-#[derive(Debug, Default)]
-struct Admin {
-    queues: Option<AdminQueues>,
-    fetched: u64,
-    tail: u64,
-    head: u64,
-    slots: Vec<AdminSlot>,
-    sqes: Vec<Sqe>,
-    backlog: VecDeque<u16>,
-    is_pending: bool,
-    bad_tail: Option<u32>,
 }
 
 /// What a device is made of.
@@ -1048,52 +1023,6 @@ impl Core {
     }
 }
 
-impl Admin {
-    fn new(queues: AdminQueues) -> Admin {
-        Admin {
-            queues: Some(queues),
-            slots: vec![AdminSlot::Free; usize::from(ADMIN_SLOTS)],
-            sqes: vec![Sqe::default(); usize::from(ADMIN_SLOTS)],
-            ..Admin::default()
-        }
-    }
-
-    fn see_head(&mut self, index: u32) {
-        let Some(queues) = self.queues else { return };
-        let entries = u64::from(queues.cq_entries);
-        let step = (u64::from(index) + entries - self.head % entries) % entries;
-        if index < queues.cq_entries && self.head + step <= self.tail {
-            self.head += step;
-        }
-    }
-}
-
-fn phase(position: u64, entries: u32) -> u16 {
-    ((position / u64::from(entries) + 1) & 1) as u16
-}
-
-/// Writes a completion of the admin queue: its last dword, with the phase, after the rest.
-fn write_cqe(
-    view: &std::rc::Rc<iobuf::GuestView>,
-    queues: &AdminQueues,
-    position: u64,
-    bytes: &[u8; 16],
-) {
-    let at = queues.cq_address + position % u64::from(queues.cq_entries) * 16;
-    let [head @ .., a, b, c, d] = *bytes;
-    if let Ok(entry) = view.slice(at, 16) {
-        let _ = entry.write(0, &head);
-        let _ = entry.store_u32(12, u32::from_le_bytes([a, b, c, d]), Release);
-    }
-}
-
-fn has_cqe(view: &std::rc::Rc<iobuf::GuestView>, queues: &AdminQueues, position: u64) -> bool {
-    let at = queues.cq_address + position % u64::from(queues.cq_entries) * 16;
-    let mut bytes = [0; 2];
-    view.read(at + 14, &mut bytes).is_ok()
-        && u16::from_le_bytes(bytes) & 1 == phase(position, queues.cq_entries)
-}
-
 fn sum(states: &[CoreState]) -> Counters {
     let mut sum = Counters::default();
     states.iter().for_each(|state| sum.add(&state.counters));
@@ -1334,108 +1263,4 @@ impl Drop for Device {
             self.send(core, Command::Leave);
         }
     }
-}
-
-const SAVED_MAGIC: &[u8] = b"penstock nvme 1\0";
-
-fn part(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (len, rest) = bytes.split_first_chunk::<4>()?;
-    rest.split_at_checked(u32::from_le_bytes(*len) as usize)
-}
-
-/// The queues of a record, with doorbells and commands that were taken, as a list of numbers and
-/// entries.
-fn save_queues(record: &RecordView) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut put = |values: &[u64]| {
-        values.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
-    };
-    let (shadow, event_idx) = record.shadow().unwrap_or((u64::MAX, u64::MAX));
-    put(&[shadow, event_idx]);
-    for qid in 0..QUEUES_MAX {
-        if let Some(cq) = record.cq(qid) {
-            let vector = cq.vector.map_or(u64::MAX, u64::from);
-            let (entries, kind) = (u64::from(cq.entries), u64::from(cq.is_contiguous));
-            let head = u64::from(record.doorbell(qid, true));
-            put(&[1, u64::from(qid), cq.address, entries, kind, vector, cq.tail, head]);
-        }
-    }
-    for qid in 0..QUEUES_MAX {
-        if let Some(sq) = record.sq(qid) {
-            let (entries, kind) = (u64::from(sq.entries), u64::from(sq.is_contiguous));
-            let tail = u64::from(record.doorbell(qid, false));
-            let cqid = u64::from(sq.cqid);
-            put(&[2, u64::from(qid), sq.address, entries, kind, cqid, sq.fetched, tail]);
-        }
-        for slot in 0..crate::record::ENTRIES_MAX {
-            // Completed ones are in the completion queue: the device is stopped.
-            if let Some(saved) = record.slot(qid, slot).filter(|saved| saved.post == 0) {
-                let words = saved.sqe.as_chunks::<8>().0;
-                let mut values = vec![3, u64::from(qid), u64::from(slot), saved.seq];
-                values.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
-                put(&values);
-            }
-        }
-    }
-    out
-}
-
-fn restore_queues(record: &RecordView, bytes: &[u8]) -> Option<()> {
-    let (words, rest) = bytes.as_chunks::<8>();
-    if !rest.is_empty() {
-        return None;
-    }
-    let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    let [shadow, event_idx, ref rest @ ..] = words[..] else { return None };
-    if shadow != u64::MAX {
-        record.set_shadow(Some((shadow, event_idx)));
-    }
-    let mut rest = rest;
-    while let [kind, qid, more @ ..] = rest {
-        let qid = u16::try_from(*qid).ok().filter(|qid| *qid < QUEUES_MAX)?;
-        rest = match *kind {
-            1 | 2 => {
-                let [address, entries, contiguous, other, count, doorbell, more @ ..] = more else {
-                    return None;
-                };
-                let entries = u16::try_from(*entries).ok().filter(|entries| *entries >= 2)?;
-                let is_contiguous = *contiguous != 0;
-                if *kind == 1 {
-                    let vector = match *other {
-                        u64::MAX => None,
-                        vector => Some(u16::try_from(vector).ok()?),
-                    };
-                    let (address, tail) = (*address, *count);
-                    let cq = CqRecord { address, entries, is_contiguous, vector, tail };
-                    record.set_cq(qid, Some(&cq));
-                } else {
-                    let cqid = u16::try_from(*other).ok().filter(|cqid| *cqid < QUEUES_MAX)?;
-                    let (address, fetched) = (*address, *count);
-                    let sq = SqRecord { address, entries, is_contiguous, cqid, fetched };
-                    record.set_sq(qid, Some(&sq));
-                }
-                record.ring(qid, *kind == 1, u32::try_from(*doorbell).ok()?);
-                more
-            }
-            3 => {
-                let [slot, seq, more @ ..] = more else { return None };
-                let (sqe, more) = more.split_first_chunk::<8>()?;
-                let slot = u16::try_from(*slot).ok()?;
-                let sq = record.sq(qid)?;
-                if slot >= crate::record::ENTRIES_MAX || *seq == 0 || *seq > sq.fetched {
-                    return None;
-                }
-                let mut bytes = [0; 64];
-                for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(sqe) {
-                    *to = word.to_le_bytes();
-                }
-                let fetched = sq.fetched;
-                record.take(qid, slot, &bytes, *seq);
-                record.set_fetched(qid, fetched);
-                more
-            }
-            _ => return None,
-        };
-    }
-    Some(())
 }

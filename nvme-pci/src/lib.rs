@@ -55,6 +55,7 @@ use nvme::xfer::Transport;
 use reactor::CoreHandle;
 use reactor::unix::{Listener, Waker};
 
+mod admin;
 pub mod device;
 pub mod dirty;
 pub mod engine;
@@ -63,6 +64,7 @@ pub mod msix;
 pub mod pci;
 pub mod queue;
 pub mod record;
+mod saved;
 mod status;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
