@@ -273,6 +273,11 @@ impl Device {
             Event::Done { core, op, outcome } => self.answered(core, op, outcome, None),
             Event::State { core, op, state } => self.answered(core, op, Ok(()), Some(state)),
             Event::Admin => self.run_admin(),
+            Event::Changed => {
+                if let Err(error) = self.refresh() {
+                    tracing::warn!(device = %self.name, %error, "a volume has become impossible");
+                }
+            }
             Event::Notice(Notice::BadDoorbell) => {
                 self.controller.doorbell_error(false);
                 self.run_admin();

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use block::{Volume, VolumeSpec};
@@ -222,6 +223,52 @@ fn namespaces_come_grow_and_go_while_it_runs() {
     assert!(!host.run(1, &read).status().is_success());
     assert_eq!(device.detach(2), Err(AttachError::NotAttached(2)));
     device.stop();
+    cores.stop();
+}
+
+/// A volume that tells when it has grown.
+struct Growing {
+    inner: Arc<dyn Volume>,
+    blocks: AtomicU64,
+}
+
+impl Volume for Growing {
+    fn geometry(&self) -> Geometry {
+        Geometry { blocks: self.blocks.load(Ordering::SeqCst), ..self.inner.geometry() }
+    }
+
+    fn identity(&self) -> Identity {
+        self.inner.identity()
+    }
+
+    fn open(&self, local: &reactor::Local, depth: u32) -> io::Result<Box<dyn block::Channel>> {
+        self.inner.open(local, depth)
+    }
+
+    fn generation(&self) -> u64 {
+        self.blocks.load(Ordering::SeqCst)
+    }
+}
+
+#[test]
+fn a_volume_that_grows_by_itself_is_told_of() {
+    let cores = Cores::start(1);
+    let volume = Arc::new(Growing { inner: ram(8, 1), blocks: AtomicU64::new(2048) });
+    let volumes: Vec<(u32, Arc<dyn Volume>)> = vec![(1, volume.clone())];
+    let mut host = TestHost::new(direct(&cores, volumes, None), MEMORY, 4);
+    host.plug_in();
+    host.enable(32);
+    host.create_queues(1, 16);
+    host.admin(&TestHost::<Direct>::admin_sqe(AdminOpcode::SET_FEATURES, 0x0b, 1 << 8));
+    let last = transfer(NvmOpcode::READ, 1, 4095, 1, DATA);
+    assert!(!host.run(1, &last).status().is_success());
+    host.push(0, &TestHost::<Direct>::admin_sqe(AdminOpcode::ASYNC_EVENT_REQUEST, 0, 0));
+    host.kick(0);
+    volume.blocks.store(4096, Ordering::SeqCst);
+    let changed = event::dw0(event::TYPE_NOTICE, event::NOTICE_NAMESPACE_ATTRIBUTE, 4);
+    assert_eq!(host.complete(0).dw0(), changed);
+    assert!(host.run(1, &last).status().is_success());
+    drop(host);
     cores.stop();
 }
 

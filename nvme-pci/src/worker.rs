@@ -26,6 +26,9 @@ pub(crate) const DEPTH: u32 = 256;
 /// and at last.
 const LOOK: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)];
 
+/// How often the volumes are asked whether they have changed by themselves.
+const VOLUMES_EVERY: Duration = Duration::from_millis(200);
+
 /// A namespace and its volume.
 #[derive(Clone)]
 pub(crate) struct Attached {
@@ -102,6 +105,8 @@ pub(crate) enum Event {
     },
     /// The admin queue's doorbell was rung.
     Admin,
+    /// A volume has another geometry.
+    Changed,
     Notice(Notice),
     /// The task has ended; nothing more comes from it.
     Gone {
@@ -177,6 +182,10 @@ pub(crate) struct Running {
     is_leaving: bool,
     admin_tail: u32,
     admin_head: u32,
+    /// Volumes to be watched, and how often each had changed when it was looked at last: on the
+    /// first core.
+    volumes: Vec<(Arc<dyn Volume>, u64)>,
+    volumes_at: Duration,
     /// When to look at doorbells again.
     look_at: Duration,
     look_every: Duration,
@@ -198,6 +207,10 @@ impl Task for CoreTask {
             self.events.send(Event::Notice(notice));
         }
         has_worked |= self.look_at_admin();
+        if now >= self.running.volumes_at {
+            self.running.volumes_at = now + VOLUMES_EVERY;
+            self.look_at_volumes();
+        }
         has_worked |= self.settle(now);
         if self.doorbells == Doorbells::Mapped {
             let running = &mut self.running;
@@ -230,7 +243,9 @@ impl Task for CoreTask {
         let look =
             (self.doorbells == Doorbells::Mapped && has_queues).then_some(self.running.look_at);
         let waiting = self.running.waiting.iter().map(|waiting| waiting.abort_at);
-        self.engine.deadline().into_iter().chain(look).chain(waiting).min()
+        let running = &self.running;
+        let volumes = (!running.volumes.is_empty()).then_some(running.volumes_at);
+        self.engine.deadline().into_iter().chain(look).chain(volumes).chain(waiting).min()
     }
 }
 
@@ -292,6 +307,17 @@ impl CoreTask {
                 }
             }
             Action::SetNamespaces { subsys, attached } => {
+                if self.admin.is_some() {
+                    // A new one is looked at once more: it may have changed since it was described.
+                    let volumes = &mut self.running.volumes;
+                    let watched = |one: &Attached| {
+                        let same =
+                            |(known, _): &&(Arc<dyn Volume>, u64)| Arc::ptr_eq(known, &one.volume);
+                        let seen = volumes.iter().find(same).map_or(0, |(_, seen)| *seen);
+                        (Arc::clone(&one.volume), seen)
+                    };
+                    *volumes = attached.iter().map(watched).collect::<Vec<_>>();
+                }
                 let local = &self.local;
                 let mut failed = false;
                 engine.set_namespaces(subsys, |nsid| {
@@ -326,6 +352,18 @@ impl CoreTask {
             // Nobody waits for the answer: an op of its own kind is not needed.
             let abort_at = now + self.grace;
             self.running.waiting.push(Waiting { op: u64::MAX, until: Until::Reset, abort_at });
+        }
+    }
+
+    fn look_at_volumes(&mut self) {
+        let mut has_changed = false;
+        for (volume, seen) in &mut self.running.volumes {
+            let generation = volume.generation();
+            has_changed |= generation != *seen;
+            *seen = generation;
+        }
+        if has_changed {
+            self.events.send(Event::Changed);
         }
     }
 
