@@ -117,6 +117,13 @@ impl Disk {
         self.submit(io);
     }
 
+    pub fn compare(&self, tag: u64, offset: u64, bytes: &[u8]) {
+        let mut io = Box::new(Io { tag, ..Io::new(Op::Compare, offset, bytes.len() as u64) });
+        self.local.pool().alloc(bytes.len(), &mut io.data).unwrap();
+        io.data.copy_from_slice(0, bytes).unwrap();
+        self.submit(io);
+    }
+
     pub fn op(&self, tag: u64, op: Op, offset: u64, len: u64) {
         self.submit(Box::new(Io { tag, ..Io::new(op, offset, len) }));
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use iobuf::SgList;
-use nvme::ctrl::io::{DSM_RANGE_LEN, IoCommand, decode, dsm_range};
+use nvme::ctrl::io::{COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand, copy_range, decode, dsm_range};
 use nvme::ctrl::{
     AdminOutcome, Controller, ControllerConfig, ControllerKind, Instance, admit_admin,
 };
@@ -716,7 +716,25 @@ impl FakeTask {
                     }
                 }
             }
-            IoCommand::Flush { .. } | IoCommand::Advisory { .. } => {}
+            IoCommand::Compare { offset, len, .. } => {
+                if disk[offset as usize..][..len as usize] != command.data[..] {
+                    return respond(connection, slot, Status::COMPARE_FAILURE.dnr(), 0);
+                }
+            }
+            IoCommand::Copy { offset, ranges, .. } => {
+                let namespace = subsys.namespaces().first().unwrap();
+                let mut to = offset as usize;
+                for range in command.data.chunks(COPY_RANGE_LEN as usize).take(ranges.into()) {
+                    match copy_range(range.try_into().unwrap(), namespace) {
+                        Ok((from, len)) => {
+                            disk.copy_within(from as usize..(from + len) as usize, to);
+                            to += len as usize;
+                        }
+                        Err(status) => return respond(connection, slot, status, 0),
+                    }
+                }
+            }
+            IoCommand::Flush { .. } | IoCommand::Advisory { .. } | IoCommand::Verify { .. } => {}
             // The initiator sends no others.
             _ => {
                 return respond(connection, slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0);
