@@ -18,6 +18,7 @@
 
 mod change;
 mod keys;
+mod device;
 mod status;
 
 pub use change::{
@@ -25,6 +26,7 @@ pub use change::{
     SetHosts, SetReferrals, SetWriteProtect,
 };
 pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
+pub use device::{Device, DeviceCounters, DeviceNamespace, DevicePath, DeviceQueue};
 pub use status::{
     AnaEntry, AnaState, Association, Counters, Limit, Origin, Port, PortKind, Power, Referral,
     Refusal, Status, Subsystem, Volume,
@@ -55,6 +57,8 @@ pub mod path {
     pub const VOLUMES: &str = "/v1/volumes";
     /// GET: list of [`Subsystem`](crate::Subsystem). POST: [`AddSubsystem`](crate::AddSubsystem).
     pub const SUBSYSTEMS: &str = "/v1/subsystems";
+    /// GET, of an emulator: list of [`Device`](crate::Device). `/v1/devices/{name}`: one of them.
+    pub const DEVICES: &str = "/v1/devices";
     /// PUT: [`SetAna`](crate::SetAna).
     pub const ANA: &str = "/v1/ana";
     /// POST: [`DisconnectHost`](crate::DisconnectHost).

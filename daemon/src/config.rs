@@ -22,10 +22,13 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvmf_target::{AuthPolicy, Tls};
+
+use crate::identity::HostIdentity;
 
 pub(crate) use check::{is_name, parse_nqn};
 pub(crate) use fabric::{
@@ -59,6 +62,20 @@ pub struct Config {
     pub emulator_cores: Option<u16>,
     /// Unix socket of the management API; `None`: there is none.
     pub api: Option<PathBuf>,
+    /// What a process that only emulates devices gives up after its start.
+    pub containment: Containment,
+}
+
+/// What an emulator gives up after its start, so that a guest that takes it over gains little.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Containment {
+    /// Nothing.
+    #[default]
+    Off,
+    /// What the kernel has the means for; what it lacks is said in the log.
+    On,
+    /// Everything, or it does not start.
+    Require,
 }
 
 /// One volume, served as one namespace.
@@ -174,8 +191,12 @@ pub struct DeviceConfig {
     pub connect: SocketAddr,
     /// The subsystem the namespace is in.
     pub subnqn: Nqn,
-    /// The namespace.
-    pub nsid: u32,
+    /// The namespaces: one of a virtio-blk device.
+    pub nsids: Vec<u32>,
+    /// Who the device is to the target; `None`: this process's host.
+    pub host: Option<HostIdentity>,
+    /// How long I/O is held without a path to the target before it fails; `None`: for ever.
+    pub ctrl_loss_timeout: Option<Duration>,
     /// Request queues of the device.
     pub queues: u16,
     /// Whether writes are refused.
@@ -321,8 +342,18 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 7] =
-    ["type", "socket", "connect", "subnqn", "nsid", "queues", "read_only"];
+const DEVICE_KEYS: [&str; 10] = [
+    "type",
+    "socket",
+    "connect",
+    "subnqn",
+    "nsid",
+    "queues",
+    "read_only",
+    "hostnqn",
+    "hostid",
+    "ctrl_loss_tmo",
+];
 
 /// Configuration as given, not yet checked.
 ///
@@ -338,6 +369,8 @@ pub struct Draft {
     subnqn: Option<Setting>,
     cores: Option<Setting>,
     emulator_cores: Option<Setting>,
+    containment: Option<Setting>,
+    emulator_api: Option<Setting>,
     queue_entries_max: Option<Setting>,
     io_queues_max: Option<Setting>,
     api: Option<Setting>,
@@ -350,6 +383,8 @@ pub struct Draft {
     auth_hashes: Vec<Setting>,
     auth_groups: Vec<Setting>,
     has_target: bool,
+    /// Only devices are run: such a process is contained unless the operator says otherwise.
+    is_emulator: bool,
 }
 
 /// Keys and their values.
@@ -602,6 +637,16 @@ impl Draft {
         self.emulator_cores = Some(Setting::flag("--cores", cores));
     }
 
+    /// `--api PATH` of an emulator.
+    pub fn set_emulator_api(&mut self, path: impl Into<String>) {
+        self.emulator_api = Some(Setting::flag("--api", path));
+    }
+
+    /// `--containment off|on|require`.
+    pub fn set_containment(&mut self, mode: impl Into<String>) {
+        self.containment = Some(Setting::flag("--containment", mode));
+    }
+
     /// `--queue-entries-max N`.
     pub fn set_queue_entries_max(&mut self, entries: impl Into<String>) {
         self.queue_entries_max = Some(Setting::flag("--queue-entries-max", entries));
@@ -629,6 +674,9 @@ impl Draft {
         *self = Draft {
             data_dir: self.data_dir.take(),
             emulator_cores: self.emulator_cores.take(),
+            containment: self.containment.take(),
+            api: self.emulator_api.take(),
+            is_emulator: true,
             devices,
             ..Draft::default()
         };

@@ -14,13 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::sync::Semaphore;
 
-use crate::manage::Manager;
+pub(crate) use routes::{devices, router};
 
 /// Connections served at a time; more wait in the socket's queue, which has room for as many.
 const CONNECTIONS_MAX: usize = 32;
@@ -101,12 +102,11 @@ impl Drop for Socket {
     }
 }
 
-/// Serves `manager` at `socket`. Must be called inside a tokio runtime.
-pub(crate) fn serve(mut socket: Socket, manager: Arc<Manager>) -> anyhow::Result<Server> {
+/// Serves a router at `socket`. Must be called inside a tokio runtime.
+pub(crate) fn serve(mut socket: Socket, router: Router) -> anyhow::Result<Server> {
     let listener = tokio::net::UnixListener::from_std(socket.listener.try_clone()?)?;
     // From here on the server takes the path away.
     let path = std::mem::take(&mut socket.path);
-    let router = routes::router(manager);
     let task = tokio::spawn(async move {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let mut complained = false;

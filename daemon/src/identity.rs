@@ -12,7 +12,7 @@ use uuid::Uuid;
 const NAMESPACE: Uuid = Uuid::from_u128(0x7b0f_6d2e_94a1_4c57_8e3d_2f60_c5a9_1b84);
 
 /// The NQN form that needs no registered domain: a UUID.
-const UUID_NQN: &str = "nqn.2014-08.org.nvmexpress:uuid:";
+pub(crate) const UUID_NQN: &str = "nqn.2014-08.org.nvmexpress:uuid:";
 
 /// A subsystem or host name and the identifier that goes with it.
 #[derive(Debug, Clone, PartialEq, Eq)]

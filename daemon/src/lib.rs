@@ -20,7 +20,9 @@
 pub mod bench;
 mod caretaker;
 pub mod config;
+mod contain;
 pub mod cores;
+mod devices;
 pub mod discover;
 mod flush;
 mod http;
@@ -37,6 +39,7 @@ pub mod size;
 pub mod state;
 pub mod up;
 
-pub use config::{Config, ConfigError, Draft};
+pub use config::{Config, ConfigError, Containment, Draft};
+pub use contain::probe::Attempt;
 pub use keys::OfflineKeys;
 pub use run::{Daemon, Served};

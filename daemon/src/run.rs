@@ -5,33 +5,28 @@
 //! Stop: listeners closed, devices drained, associations shut down, target cores finished, volumes
 //! flushed.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use block::{Geometry, Identity, Volume};
-use nvmf_initiator::{RemoteConfig, RemoteVolume};
-use reactor::CoreHandle;
+use block::{Geometry, Identity};
+use reactor::unix::Listener;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::config::{Config, DeviceConfig};
+use crate::contain::{self, Needs};
 use crate::cores::{self, Cores};
-use crate::http;
+use crate::devices::{self, Book, RunningDevice};
+use crate::http::{self, Server};
 use crate::identity::{HostIdentity, SubsystemIdentity};
 use crate::listen;
 use crate::manage::serial_text;
 use crate::serve::{self, Hidden, RunningTarget};
 use crate::state::State;
-
-/// How long a device waits for its association to say goodbye.
-const FAREWELL: Duration = Duration::from_secs(3);
-/// How often a thread that waits for a target looks whether it should end.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// One volume as it is served.
 #[derive(Debug, Clone)]
@@ -48,22 +43,6 @@ pub struct Served {
     pub geometry: Geometry,
 }
 
-/// A device on its way to being served, or served.
-struct RunningDevice {
-    name: String,
-    remote: Arc<RemoteVolume>,
-    state: Arc<DeviceState>,
-    /// Waits for the target, then serves the socket; ends when that is done or no longer wanted.
-    starter: Option<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct DeviceState {
-    stop: AtomicBool,
-    handle: Mutex<Option<virtio_blk::DeviceHandle>>,
-    failed: Mutex<Option<String>>,
-}
-
 struct RunningEmulator {
     cores: Cores,
     next_core: usize,
@@ -76,6 +55,9 @@ pub struct Daemon {
     emulator_cores: Option<u16>,
     target: Option<RunningTarget>,
     emulator: Option<RunningEmulator>,
+    devices: Arc<Book>,
+    /// The emulator's own; a target has one as well.
+    api: Option<Server>,
     failures: mpsc::UnboundedReceiver<String>,
     failed: mpsc::UnboundedSender<String>,
     /// Without a target nobody else keeps the lock on the data directory.
@@ -103,9 +85,9 @@ impl Daemon {
             Some(target) => Some(listen::bind_all(target)?),
             None => None,
         };
-        let api = match (&config.target, &config.api) {
-            (Some(_), Some(path)) => Some(http::bind(path)?),
-            _ => None,
+        let mut api = match &config.api {
+            Some(path) => Some(http::bind(path)?),
+            None => None,
         };
         let host = state.host();
         let (failed, failures) = mpsc::unbounded_channel();
@@ -116,7 +98,7 @@ impl Daemon {
                 config: &config,
                 settings,
                 bound,
-                api,
+                api: api.take(),
                 state,
                 host: &host.nqn,
                 hidden,
@@ -134,12 +116,40 @@ impl Daemon {
             emulator_cores: config.emulator_cores,
             target,
             emulator: None,
+            devices: Arc::default(),
+            api: None,
             failures,
             failed,
             _state: left,
         };
+        // Sockets first: a process that is contained makes none.
+        let mut listening = Vec::with_capacity(config.devices.len());
+        let mut needs = Needs { connect_ports: Some(BTreeSet::new()), ..Needs::default() };
+        if let (None, Some(path)) = (&daemon.target, &config.api) {
+            needs.socket(path);
+        }
         for device in config.devices {
-            daemon.add_device(device)?;
+            needs.socket(&device.socket);
+            needs.connect_ports.iter_mut().for_each(|ports| {
+                ports.insert(device.connect.port());
+            });
+            let listener = devices::listen_for(&device)?;
+            listening.push((device, listener));
+        }
+        let contained = match &daemon.target {
+            None => contain::enter(config.containment, &needs)?,
+            // It opens what it is told to at run time.
+            Some(_) => None,
+        };
+        for (device, listener) in listening {
+            daemon.add_device_on(device, listener)?;
+        }
+        if let Some(socket) = api {
+            let router = http::devices(daemon.devices.clone());
+            daemon.api = Some(http::serve(socket, router).context("management API")?);
+        }
+        if let Some(contained) = contained {
+            contained.close()?;
         }
         Ok(daemon)
     }
@@ -226,14 +236,22 @@ impl Daemon {
         for addr in self.discovery_addresses() {
             tracing::info!(%addr, "listening for discovery");
         }
+        if let Some(api) = &self.api {
+            tracing::info!(socket = %api.path().display(), "management API");
+        }
         if self.emulator.is_some() {
             tracing::info!(hostnqn = %self.host.nqn, "host");
         }
     }
 
-    /// Begins to emulate a device. Its socket appears when the target has answered.
+    /// Begins to emulate a device. Its socket is there at once; who connects to it is served as soon
+    /// as the target has answered.
     pub fn add_device(&mut self, config: DeviceConfig) -> anyhow::Result<()> {
-        check_socket(&config)?;
+        let listener = devices::listen_for(&config)?;
+        self.add_device_on(config, listener)
+    }
+
+    fn add_device_on(&mut self, config: DeviceConfig, listener: Listener) -> anyhow::Result<()> {
         if self.emulator.is_none() {
             let roles = 1 + usize::from(self.target.is_some());
             let count = self.emulator_cores.unwrap_or_else(|| cores::default_count(roles));
@@ -241,12 +259,22 @@ impl Daemon {
             let cores = Cores::start("emulator", count, &cores::emulator_config(), ended)?;
             self.emulator = Some(RunningEmulator { cores, next_core: 0, devices: Vec::new() });
         }
-        let host = self.host.clone();
         let failed = self.failed.clone();
         let Some(emulator) = &mut self.emulator else { bail!("no core for the device") };
-        let device = emulator.start_device(config, host, failed)?;
+        let first = emulator.next_core % emulator.cores.handles().len();
+        emulator.next_core = emulator.next_core.wrapping_add(1);
+        let cores = (&emulator.cores, first);
+        let device =
+            RunningDevice::start(config, listener, &self.host, cores, &self.devices, failed)?;
         emulator.devices.push(device);
         Ok(())
+    }
+
+    /// Tries from inside what a guest that took this process over would try. Blocks.
+    pub fn try_to_break_out(&self) -> Vec<contain::probe::Attempt> {
+        let Some(emulator) = &self.emulator else { return Vec::new() };
+        let dir = emulator.devices.first().and_then(|device| device.entry.config.socket.parent());
+        contain::probe::attempts(&emulator.cores, dir.unwrap_or(Path::new(".")))
     }
 
     /// Waits until device `name` is served. Blocks; for set-up only.
@@ -256,18 +284,15 @@ impl Daemon {
             .emulator
             .iter()
             .flat_map(|emulator| &emulator.devices)
-            .find(|device| device.name == name)
+            .find(|device| device.entry.config.name == name)
             .ok_or_else(|| anyhow!("there is no device {name:?}"))?;
         loop {
-            if let Some(problem) = lock(&device.state.failed).clone() {
-                bail!("{problem}");
-            }
-            if lock(&device.state.handle).is_some() {
+            if device.entry.is_served()? {
                 return Ok(());
             }
             let left = timeout.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                let reason = device.remote.state().last_error.clone();
+                let reason = device.entry.last_error();
                 bail!(
                     "device {name:?} is not ready after {} s{}",
                     timeout.as_secs(),
@@ -281,7 +306,8 @@ impl Daemon {
     /// Takes device `name` away again: drained, its socket gone.
     pub(crate) fn remove_device(&mut self, name: &str) {
         if let Some(emulator) = &mut self.emulator
-            && let Some(index) = emulator.devices.iter().position(|device| device.name == name)
+            && let Some(index) =
+                emulator.devices.iter().position(|device| device.entry.config.name == name)
         {
             emulator.devices.remove(index).stop();
         }
@@ -298,12 +324,13 @@ impl Daemon {
     /// Stops in order. Blocks until everything is drained; call it off the runtime's thread.
     pub fn stop(mut self) -> anyhow::Result<()> {
         let mut problems = Vec::new();
+        self.api = None;
         if let Some(target) = &mut self.target {
             target.close();
         }
         if let Some(emulator) = self.emulator.take() {
             for device in &emulator.devices {
-                device.state.stop.store(true, Ordering::Relaxed);
+                device.entry.give_up();
             }
             // Each may wait for its disk and its target: all at once.
             std::thread::scope(|scope| {
@@ -330,125 +357,4 @@ pub(crate) fn ended(
         // Nobody listens any more once the process stops in order.
         let _ = failed.send(format!("core {name} ended by itself; this is a defect"));
     }
-}
-
-/// Finds what would make serving the socket fail, before the target is asked for anything.
-fn check_socket(config: &DeviceConfig) -> anyhow::Result<()> {
-    let dir = config.socket.parent().filter(|dir| !dir.as_os_str().is_empty());
-    let dir = dir.unwrap_or(Path::new("."));
-    if !dir.is_dir() {
-        bail!(
-            "device {:?}: socket {}: {} is no directory; create it, or choose another path",
-            config.name,
-            config.socket.display(),
-            dir.display()
-        );
-    }
-    Ok(())
-}
-
-impl RunningEmulator {
-    fn start_device(
-        &mut self,
-        config: DeviceConfig,
-        host: HostIdentity,
-        failed: mpsc::UnboundedSender<String>,
-    ) -> anyhow::Result<RunningDevice> {
-        let remote = RemoteConfig {
-            // Each ring of the device opens a channel, which is an I/O queue.
-            queues: config.queues,
-            ..RemoteConfig::new(
-                config.connect,
-                config.subnqn.clone(),
-                config.nsid,
-                (host.nqn, host.id),
-            )
-        };
-        remote.check().with_context(|| format!("device {:?}", config.name))?;
-
-        let count = self.cores.handles().len();
-        let first = self.next_core % count;
-        self.next_core = self.next_core.wrapping_add(1);
-        // Devices take turns with the cores, so that small ones do not all share the first.
-        let handles: Vec<_> =
-            (0..count).map(|index| self.cores.handles()[(first + index) % count].clone()).collect();
-        let volume = self.cores.on(first, move |spawner| {
-            let (volume, task) = RemoteVolume::start(remote, spawner.local())?;
-            spawner.spawn(task);
-            Ok::<_, nvmf_initiator::ConfigError>(volume)
-        })?;
-        let volume = volume.with_context(|| format!("device {:?}", config.name))?;
-
-        let state = Arc::new(DeviceState::default());
-        let name = config.name.clone();
-        let starter = std::thread::Builder::new().name(format!("start-{name}")).spawn({
-            let (volume, state) = (volume.clone(), state.clone());
-            move || serve_when_ready(config, &volume, handles, &state, &failed)
-        })?;
-        Ok(RunningDevice { name, remote: volume, state, starter: Some(starter) })
-    }
-}
-
-/// Waits for the target, then serves the device's socket.
-fn serve_when_ready(
-    config: DeviceConfig,
-    volume: &Arc<RemoteVolume>,
-    cores: Vec<CoreHandle>,
-    state: &DeviceState,
-    failed: &mpsc::UnboundedSender<String>,
-) {
-    // The initiator logs what keeps it from the target; nothing to add here.
-    while volume.wait_ready(LOOK).is_err() {
-        if state.stop.load(Ordering::Relaxed) {
-            return;
-        }
-    }
-    let serial = serial_text(&volume.identity().serial);
-    let device = virtio_blk::DeviceConfig {
-        queues: config.queues,
-        serial,
-        read_only: config.read_only,
-        ..virtio_blk::DeviceConfig::new(&config.name, &config.socket)
-    };
-    match virtio_blk::serve(device, volume.clone(), cores) {
-        Ok(handle) => {
-            tracing::info!(device = %config.name, socket = %config.socket.display(), "device ready");
-            *lock(&state.handle) = Some(handle);
-        }
-        Err(error) => {
-            let problem = format!("device {:?}: {:#}", config.name, anyhow!(error));
-            *lock(&state.failed) = Some(problem.clone());
-            // Nobody listens any more once the process stops in order.
-            let _ = failed.send(problem);
-        }
-    }
-}
-
-impl Drop for RunningDevice {
-    fn drop(&mut self) {
-        self.state.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-impl RunningDevice {
-    /// Drains the device, takes its socket away and says goodbye to the target. Blocks.
-    fn stop(mut self) {
-        self.state.stop.store(true, Ordering::Relaxed);
-        if let Some(starter) = self.starter.take() {
-            // A panic in it has been reported by the panic hook; there is no device then.
-            let _ = starter.join();
-        }
-        if let Some(handle) = lock(&self.state.handle).take() {
-            handle.stop();
-        }
-        self.remote.shutdown();
-        if !self.remote.wait_stopped(FAREWELL) {
-            tracing::warn!(device = %self.name, "the target gave no answer to the goodbye");
-        }
-    }
-}
-
-/// A panic elsewhere cannot leave these values half changed, so a poisoned lock is used on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

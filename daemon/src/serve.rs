@@ -181,7 +181,9 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
         tasks.push(listen::accept(listener, target.clone(), port.id).context("accepting")?);
     }
     let api = match api {
-        Some(socket) => Some(http::serve(socket, manager.clone()).context("management API")?),
+        Some(socket) => {
+            Some(http::serve(socket, http::router(manager.clone())).context("management API")?)
+        }
         None => None,
     };
     Ok(RunningTarget {

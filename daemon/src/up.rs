@@ -330,7 +330,9 @@ fn device(name: &str, socket: &Path, connect: SocketAddr, subnqn: &Nqn, nsid: u3
         socket: socket.to_owned(),
         connect,
         subnqn: subnqn.clone(),
-        nsid,
+        nsids: vec![nsid],
+        host: None,
+        ctrl_loss_timeout: None,
         queues: DEVICE_QUEUES,
         read_only: false,
     }

@@ -232,10 +232,22 @@ pub fn serve(
     cores: Vec<CoreHandle>,
 ) -> Result<DeviceHandle, ServeError> {
     config.check()?;
+    let listener = Listener::new(&config.socket, config.socket_mode)?;
+    serve_on(listener, config, volume, cores)
+}
+
+/// Serve `volume` on a socket that is listened on already: by a process that may not make one any
+/// more. The socket's path and mode in `config` are not looked at.
+pub fn serve_on(
+    listener: Listener,
+    config: DeviceConfig,
+    volume: Arc<dyn Volume>,
+    cores: Vec<CoreHandle>,
+) -> Result<DeviceHandle, ServeError> {
+    config.check()?;
     if cores.is_empty() {
         return Err(ServeError::NoCores);
     }
-    let listener = Listener::new(&config.socket, config.socket_mode)?;
     let waker = Waker::new().map_err(ServeError::Start)?;
     let (event_sender, events) = mpsc::channel();
     let (requests, request_receiver) = mpsc::channel();

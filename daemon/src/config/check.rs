@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nvme::spec::Nqn;
+use uuid::Uuid;
 
 use super::{
-    Config, ConfigError, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
+    Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
     IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, fabric,
 };
+use crate::identity::{HostIdentity, UUID_NQN};
 
 /// Names become file names, log fields and NQN suffixes.
 const NAME_LEN_MAX: usize = 64;
@@ -22,6 +25,8 @@ const QUEUE_ENTRIES: std::ops::RangeInclusive<u64> = 2..=4096;
 const NSID_MAX: u64 = 65_536;
 /// `sockaddr_un` holds 108 bytes with the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
+/// A day: who waits for longer waits for ever.
+const CTRL_LOSS_S_MAX: u64 = 86_400;
 /// Volumes of one target; devices of one emulator.
 const OBJECTS_MAX: usize = 4096;
 
@@ -144,7 +149,21 @@ impl Draft {
             devices,
             emulator_cores: optional(&self.emulator_cores, 1..=CORES_MAX)?,
             api,
+            containment: match (&self.containment, self.is_emulator) {
+                (Some(setting), _) => containment(setting)?,
+                (None, true) => Containment::On,
+                (None, false) => Containment::Off,
+            },
         })
+    }
+}
+
+fn containment(setting: &Setting) -> Result<Containment, ConfigError> {
+    match setting.text.as_str() {
+        "off" => Ok(Containment::Off),
+        "on" => Ok(Containment::On),
+        "require" => Ok(Containment::Require),
+        _ => Err(setting.refuse("allowed: off, on or require")),
     }
 }
 
@@ -261,6 +280,12 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
     }
     let subnqn = own_nqn(needed("subnqn", "NQN")?)?;
     let nsid = number(needed("nsid", "N")?, 1..=u64::from(u32::MAX) - 1)? as u32;
+    let host = host(draft)?;
+    let ctrl_loss_timeout = match draft.keys.get("ctrl_loss_tmo") {
+        Some(setting) if setting.text == "off" => None,
+        Some(setting) => Some(Duration::from_secs(number(setting, 1..=CTRL_LOSS_S_MAX)?)),
+        None => None,
+    };
     let queues = match draft.keys.get("queues") {
         Some(setting) => number(setting, 1..=QUEUES_MAX)? as u16,
         None => DEVICE_QUEUES,
@@ -273,7 +298,47 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
             _ => return Err(setting.refuse("allowed: true or false")),
         },
     };
-    Ok(DeviceConfig { name, kind, socket, connect: addr, subnqn, nsid, queues, read_only })
+    Ok(DeviceConfig {
+        name,
+        kind,
+        socket,
+        connect: addr,
+        subnqn,
+        nsids: vec![nsid],
+        host,
+        ctrl_loss_timeout,
+        queues,
+        read_only,
+    })
+}
+
+/// Who the device is to the target, if it is somebody of its own.
+fn host(draft: &DeviceDraft) -> Result<Option<HostIdentity>, ConfigError> {
+    let (hostnqn, hostid) = (draft.keys.get("hostnqn"), draft.keys.get("hostid"));
+    let Some(hostnqn) = hostnqn else {
+        return match hostid {
+            Some(setting) => Err(setting.refuse("belongs to a host NQN; add hostnqn=NQN")),
+            None => Ok(None),
+        };
+    };
+    let nqn = own_nqn(hostnqn)?;
+    let id = match hostid {
+        Some(setting) => {
+            Uuid::try_parse(&setting.text).ok().filter(|id| !id.is_nil()).ok_or_else(|| {
+                setting.refuse("allowed: a UUID that is not zero, such as the one in hostnqn")
+            })?
+        }
+        // What the NQN form made of a UUID says itself.
+        None => nqn
+            .as_str()
+            .strip_prefix(UUID_NQN)
+            .and_then(|text| Uuid::try_parse(text).ok())
+            .filter(|id| !id.is_nil())
+            .ok_or_else(|| {
+                hostnqn.refuse("holds no UUID to identify the host by; add hostid=UUID")
+            })?,
+    };
+    Ok(Some(HostIdentity { nqn, id: *id.as_bytes() }))
 }
 
 pub(super) fn address(setting: &Setting, text: &str) -> Result<SocketAddr, ConfigError> {

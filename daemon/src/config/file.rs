@@ -64,6 +64,8 @@ struct RawTarget {
 #[serde(deny_unknown_fields)]
 struct RawEmulator {
     cores: Option<Spanned<i64>>,
+    containment: Option<Spanned<String>>,
+    api: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -150,6 +152,9 @@ struct RawDevice {
     nsid: Option<Spanned<i64>>,
     queues: Option<Spanned<i64>>,
     read_only: Option<Spanned<bool>>,
+    hostnqn: Option<Spanned<String>>,
+    hostid: Option<Spanned<String>>,
+    ctrl_loss_tmo: Option<Spanned<String>>,
 }
 
 /// Turns byte ranges of the file into places.
@@ -201,11 +206,13 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
 
     let mut draft = Draft {
         data_dir: raw.data.map(|data| source.setting("data.dir", &data.dir)),
-        emulator_cores: raw
-            .emulator
-            .and_then(|emulator| source.optional("emulator.cores", &emulator.cores)),
         ..Draft::default()
     };
+    if let Some(emulator) = raw.emulator {
+        draft.emulator_cores = source.optional("emulator.cores", &emulator.cores);
+        draft.containment = source.optional("emulator.containment", &emulator.containment);
+        draft.emulator_api = source.optional("emulator.api", &emulator.api);
+    }
     if let Some(target) = raw.target {
         draft.has_target = true;
         draft.listen =
@@ -297,6 +304,9 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("nsid", source.optional("device.nsid", &device.nsid));
         add("queues", source.optional("device.queues", &device.queues));
         add("read_only", source.optional("device.read_only", &device.read_only));
+        add("hostnqn", source.optional("device.hostnqn", &device.hostnqn));
+        add("hostid", source.optional("device.hostid", &device.hostid));
+        add("ctrl_loss_tmo", source.optional("device.ctrl_loss_tmo", &device.ctrl_loss_tmo));
         draft.devices.push(DeviceDraft { name: source.setting("device.name", &device.name), keys });
     }
     Ok(draft)

@@ -66,7 +66,7 @@ fn a_whole_file() {
     assert_eq!((device.name.as_str(), device.kind), ("disk0", DeviceKind::VirtioBlk));
     assert_eq!(device.socket, Path::new("/run/disk0.sock"));
     assert_eq!(device.connect, "192.0.2.7:4420".parse().unwrap());
-    assert_eq!((device.nsid, device.queues, device.read_only), (3, 4, true));
+    assert_eq!((device.nsids.as_slice(), device.queues, device.read_only), (&[3][..], 4, true));
 }
 
 #[test]
@@ -327,4 +327,49 @@ fn two_devices_do_not_share_a_socket_or_a_name() {
     draft.add_device(&device("a", "/run/b")).unwrap();
     let message = draft.check().unwrap_err().to_string();
     assert!(message.contains("is the name of another device"), "{message}");
+}
+
+#[test]
+fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
+    const DEVICE: &str = "d=virtio-blk,connect=192.0.2.7:1,nsid=1,socket=/run/d";
+    let check = |more: &str| {
+        let mut draft = Draft::new();
+        draft.add_device(&format!("{DEVICE},subnqn={NQN}{more}")).unwrap();
+        draft.keep_devices();
+        draft.check()
+    };
+    let plain = check("").unwrap();
+    assert_eq!(plain.containment, Containment::On);
+    assert_eq!((&plain.devices[0].host, plain.devices[0].ctrl_loss_timeout), (&None, None));
+
+    let uuid = "6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11";
+    let own = check(&format!(",hostnqn={NQN},ctrl_loss_tmo=30")).unwrap();
+    let host = own.devices[0].host.as_ref().unwrap();
+    assert_eq!(uuid::Uuid::from_bytes(host.id).to_string(), uuid);
+    assert_eq!(own.devices[0].ctrl_loss_timeout, Some(Duration::from_secs(30)));
+
+    let named = format!(",hostnqn=nqn.2014-08.com.example:h,hostid={uuid}");
+    assert!(check(&named).unwrap().devices[0].host.is_some());
+    for (more, expected) in [
+        (",hostnqn=nqn.2014-08.com.example:h", "holds no UUID to identify the host by"),
+        (",hostid=00000000-0000-0000-0000-000000000001", "belongs to a host NQN"),
+        (",ctrl_loss_tmo=0", "allowed: a whole number from 1 to 86400"),
+    ] {
+        let message = check(more).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+
+    let mut draft = Draft::from_toml(
+        Path::new("penstock.toml"),
+        &WHOLE.replace("cores = 1", "cores = 1\ncontainment = \"require\"\napi = \"/run/e\""),
+    )
+    .unwrap();
+    draft.keep_devices();
+    let config = draft.check().unwrap();
+    assert_eq!(config.containment, Containment::Require);
+    assert_eq!(config.api.as_deref(), Some(Path::new("/run/e")));
+    let mut draft = Draft::new();
+    draft.set_containment("perhaps");
+    draft.add_device(&format!("{DEVICE},subnqn={NQN}")).unwrap();
+    assert!(draft.check().unwrap_err().to_string().contains("allowed: off, on or require"));
 }

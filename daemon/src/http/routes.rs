@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
+use crate::devices::Book;
 use crate::manage::{Gate, Manager};
 
 /// How long the body of a request may take.
@@ -39,7 +40,26 @@ struct Parameters {
     host: Option<String>,
 }
 
-pub(super) fn router(manager: Arc<Manager>) -> Router {
+/// What an emulator answers: its devices, which nobody changes at run time.
+pub(crate) fn devices(book: Arc<Book>) -> Router {
+    Router::new()
+        .route(api::path::DEVICES, get(list_devices))
+        .route("/v1/devices/{name}", get(device))
+        .fallback(no_path)
+        .method_not_allowed_fallback(no_method)
+        .with_state(book)
+}
+
+async fn list_devices(State(book): State<Arc<Book>>) -> Answer {
+    blocking(move || Ok(book.list())).await
+}
+
+async fn device(State(book): State<Arc<Book>>, path: Name) -> Answer {
+    let name = name(path)?;
+    blocking(move || book.device(&name)).await
+}
+
+pub(crate) fn router(manager: Arc<Manager>) -> Router {
     let app = App { manager, changing: Arc::new(Mutex::new(())) };
     Router::new()
         .route(api::path::STATUS, get(status))
@@ -184,7 +204,13 @@ async fn ask<T: Serialize + Send + 'static>(
     question: impl FnOnce(&Manager) -> Result<T, Problem> + Send + 'static,
 ) -> Answer {
     let manager = app.manager;
-    let answer = tokio::task::spawn_blocking(move || question(&manager)).await;
+    blocking(move || question(&manager)).await
+}
+
+async fn blocking<T: Serialize + Send + 'static>(
+    question: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Answer {
+    let answer = tokio::task::spawn_blocking(question).await;
     let value = answer.map_err(|error| refuse(Code::Failed, error.to_string(), ""))??;
     Ok(json(StatusCode::OK, &value))
 }

@@ -51,6 +51,9 @@ pub(crate) enum Command {
     /// Attach, detach, resize, mask, protect and list volumes of a running target
     #[command(after_help = manage::VOLUME_AFTER)]
     Volume(manage::VolumeArgs),
+    /// Show the devices of a running emulator: guests, queues, paths, I/O in flight
+    #[command(after_help = manage::DEVICE_AFTER)]
+    Device(manage::DeviceArgs),
     /// Add, remove, open and list subsystems of a running target
     #[command(after_help = manage::SUBSYSTEM_AFTER)]
     Subsystem(manage::SubsystemArgs),
@@ -195,6 +198,9 @@ needs the configuration file):
   nsid=N              the namespace
   queues=N            request queues, 1 to 64 [default: 2]
   read_only=true      refuse writes [default: false]
+  hostnqn=NQN         who the device is to the target [default: this machine]
+  hostid=UUID         host identifier that goes with it [default: the UUID in hostnqn]
+  ctrl_loss_tmo=S     fail I/O after S seconds without the target [default: off, it is held]
 
 Examples:
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
@@ -215,6 +221,17 @@ pub(crate) struct EmulateArgs {
     /// Threads the devices run on [default: one for each CPU, up to 4]
     #[arg(long, value_name = "N")]
     pub(crate) cores: Option<String>,
+    /// What the process gives up after its start, so that a guest that breaks out of its device
+    /// finds nothing: on (as far as the kernel has the means), require (or do not start), off
+    /// [default: on]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) containment: Option<String>,
+    /// Socket of the management API, for `penstock device` [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api: Option<String>,
+    /// Try from inside what a guest that broke out would try, say what was refused, and end
+    #[arg(long)]
+    pub(crate) check_containment: bool,
     /// Configuration file (TOML); flags add devices and replace single values
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

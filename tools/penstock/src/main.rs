@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Command::Emulate(args) => serve::emulate(&args),
         Command::Status(args) => manage::status(&args),
         Command::Volume(args) => manage::volume(&args),
+        Command::Device(args) => manage::device(&args),
         Command::Subsystem(args) => manage::subsystem(&args),
         Command::Ana(args) => manage::ana(&args),
         Command::Host(args) => manage::host(&args),

@@ -74,11 +74,34 @@ pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
     if let Some(cores) = &args.cores {
         draft.set_emulator_cores(cores);
     }
+    if let Some(mode) = &args.containment {
+        draft.set_containment(mode);
+    }
+    if let Some(api) = &args.api {
+        draft.set_emulator_api(api);
+    }
     let left_out = draft.keep_devices();
     if left_out != 0 {
         tracing::info!(volumes = left_out, "volumes in the file are for `penstock target`");
     }
-    run(draft.check()?)
+    let config = draft.check()?;
+    if args.check_containment { check_containment(config) } else { run(config) }
+}
+
+fn check_containment(config: Config) -> anyhow::Result<ExitCode> {
+    signals::runtime()?.block_on(async {
+        let daemon = Daemon::start(config)?;
+        let attempts = daemon.try_to_break_out();
+        for attempt in &attempts {
+            match &attempt.refused {
+                Some(reason) => println!("refused  {}: {reason}", attempt.what),
+                None => println!("GRANTED  {}", attempt.what),
+            }
+        }
+        let is_contained = attempts.iter().all(|attempt| attempt.refused.is_some());
+        daemon.stop()?;
+        Ok(if is_contained { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
 }
 
 fn draft(config: &Option<PathBuf>) -> anyhow::Result<Draft> {

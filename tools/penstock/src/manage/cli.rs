@@ -51,6 +51,32 @@ pub(crate) struct StatusArgs {
     pub(crate) connection: Connection,
 }
 
+pub(crate) const DEVICE_AFTER: &str = "Examples:
+  penstock device list --api /run/emulate.sock
+  penstock device show db0 --api /run/emulate.sock --json";
+
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgs {
+    #[command(subcommand)]
+    pub(crate) action: DeviceAction,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceAction {
+    /// List the devices of an emulator
+    List {
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Show one device in full
+    Show {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
 pub(crate) const VOLUME_AFTER: &str = "A change has happened when the command ends: no I/O of \
 before can land any more.
 

@@ -10,16 +10,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use api::{
-    AddReferral, AddSubsystem, AnaState, AttachVolume, DisconnectHost, Done, MoveVolume, Referral,
-    ResizeVolume, SetAna, SetHosts, SetWriteProtect, Status, Subsystem, Volume,
+    AddReferral, AddSubsystem, AnaState, AttachVolume, Device, DisconnectHost, Done, MoveVolume,
+    Referral, ResizeVolume, SetAna, SetHosts, SetWriteProtect, Status, Subsystem, Volume,
 };
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::cli::{
-    AnaAction, AnaArgs, Connection, HostAction, HostArgs, ReferralAction, ReferralArgs, State,
-    StatusArgs, SubsystemAction, SubsystemArgs, VolumeAction, VolumeArgs,
+    AnaAction, AnaArgs, Connection, DeviceAction, DeviceArgs, HostAction, HostArgs, ReferralAction,
+    ReferralArgs, State, StatusArgs, SubsystemAction, SubsystemArgs, VolumeAction, VolumeArgs,
 };
 use self::client::{Ask, segment};
 
@@ -27,6 +27,18 @@ pub(crate) use self::key::{KEY_AFTER, KeyArgs, run as key};
 
 pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     show(&args.connection, api::path::STATUS, text::status)
+}
+
+pub(crate) fn device(args: &DeviceArgs) -> anyhow::Result<ExitCode> {
+    match &args.action {
+        DeviceAction::List { connection } => {
+            show(connection, api::path::DEVICES, |devices: &Vec<Device>| text::devices(devices))
+        }
+        DeviceAction::Show { name, connection } => {
+            let path = format!("{}/{}", api::path::DEVICES, segment(name));
+            show(connection, &path, text::device)
+        }
+    }
 }
 
 pub(crate) fn volume(args: &VolumeArgs) -> anyhow::Result<ExitCode> {

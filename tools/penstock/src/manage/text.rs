@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use api::{Association, Done, Key, KeyKind, Referral, Refusal, Status, Subsystem, Volume};
+use api::{
+    Association, Device, Done, Key, KeyKind, Referral, Refusal, Status, Subsystem, Volume,
+};
 
 /// Columns under their headings, as wide as what is in them.
 fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
@@ -60,6 +62,96 @@ pub(super) fn volumes(volumes: &[Volume]) -> String {
     let headings =
         ["VOLUME", "SUBSYSTEM", "NSID", "SIZE", "BLOCK", "STATE", "ANA GROUP", "HOSTS", "SPEC"];
     table(&headings, &volumes.iter().map(row).collect::<Vec<_>>())
+}
+
+fn device_state(device: &Device) -> &'static str {
+    match device {
+        Device { problem: Some(_), .. } => "failed",
+        Device { is_served: false, .. } => "waits for its target",
+        Device { guest_attached: true, .. } => "attached",
+        _ => "ready",
+    }
+}
+
+pub(super) fn devices(devices: &[Device]) -> String {
+    let row = |device: &Device| {
+        let nsids = device.namespaces.iter().map(|ns| ns.nsid.to_string()).collect::<Vec<_>>();
+        let bytes = device.namespaces.iter().map(|ns| ns.size_bytes).sum();
+        let paths = || device.namespaces.iter().flat_map(|ns| &ns.paths);
+        let live = paths().filter(|path| path.state == "live").count();
+        vec![
+            device.name.clone(),
+            device.kind.clone(),
+            device_state(device).to_owned(),
+            daemon::size::show(bytes),
+            nsids.join(","),
+            format!("{live} of {}", paths().count()),
+            device.queues.len().to_string(),
+            device.in_flight.to_string(),
+            device.counters.reads_total.to_string(),
+            device.counters.writes_total.to_string(),
+            device.counters.errors_total.to_string(),
+            device.socket.clone(),
+        ]
+    };
+    let headings = [
+        "DEVICE",
+        "TYPE",
+        "STATE",
+        "SIZE",
+        "NSID",
+        "PATHS",
+        "QUEUES",
+        "IN FLIGHT",
+        "READS",
+        "WRITES",
+        "ERRORS",
+        "SOCKET",
+    ];
+    table(&headings, &devices.iter().map(row).collect::<Vec<_>>())
+}
+
+pub(super) fn device(device: &Device) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, value: String| text.push_str(&format!("{key:<11}{value}\n"));
+    line("device", format!("{}: {}, {}", device.name, device.kind, device_state(device)));
+    line("socket", device.socket.clone());
+    if let Some(problem) = &device.problem {
+        line("problem", problem.clone());
+    }
+    for ns in &device.namespaces {
+        let size = daemon::size::show(ns.size_bytes);
+        line(
+            "namespace",
+            format!("{} of {}: {size}, UUID {}, serial {}", ns.nsid, ns.subnqn, ns.uuid, ns.serial),
+        );
+        for path in &ns.paths {
+            let error = path.last_error.as_deref().map(|e| format!(": {e}")).unwrap_or_default();
+            let (addr, state, losses) = (&path.addr, &path.state, path.losses);
+            line("path", format!("{addr}: {state}, lost {losses} times{error}"));
+        }
+    }
+    for queue in &device.queues {
+        let broken = queue.broken.as_deref().map(|b| format!(", broken: {b}")).unwrap_or_default();
+        let (core, entries, flying) = (queue.core, queue.entries, queue.in_flight);
+        line(
+            "queue",
+            format!("{}: {entries} entries, core {core}, {flying} in flight{broken}", queue.index),
+        );
+    }
+    let sum = &device.counters;
+    line("reads", format!("{}, {}", sum.reads_total, daemon::size::show(sum.read_bytes_total)));
+    line(
+        "writes",
+        format!("{}, {}", sum.writes_total, daemon::size::show(sum.written_bytes_total)),
+    );
+    line("others", sum.others_total.to_string());
+    line("errors", sum.errors_total.to_string());
+    line("interrupts", sum.interrupts_total.to_string());
+    if let (Some(mean), Some(max)) = (sum.latency_mean_ns, sum.latency_max_ns) {
+        line("latency", format!("{} us mean, {} us at most", mean / 1000, max / 1000));
+    }
+    text
 }
 
 pub(super) fn subsystems(subsystems: &[Subsystem]) -> String {

@@ -1,0 +1,105 @@
+//! What an emulator's devices are doing.
+
+use serde::{Deserialize, Serialize};
+
+/// One emulated device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// What the machine sees: `virtio-blk` or `nvme`.
+    pub kind: String,
+    /// Socket the machine connects to.
+    pub socket: String,
+    /// The target has answered, and whoever connects to the socket is served.
+    pub is_served: bool,
+    /// A machine is connected.
+    pub guest_attached: bool,
+    /// What is behind it, in the order of the namespaces.
+    pub namespaces: Vec<DeviceNamespace>,
+    /// Queues that a driver has started.
+    pub queues: Vec<DeviceQueue>,
+    /// Requests taken and not answered.
+    pub in_flight: u64,
+    /// Since the device was started.
+    pub counters: DeviceCounters,
+    /// Why it cannot be served or is not ready, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A remote namespace behind a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNamespace {
+    /// Namespace ID at the target.
+    pub nsid: u32,
+    /// Its subsystem.
+    pub subnqn: String,
+    /// Who it is, on every face.
+    pub uuid: String,
+    /// Serial number.
+    pub serial: String,
+    /// Size, 0 before the target has answered.
+    pub size_bytes: u64,
+    /// Logical block size.
+    pub block_bytes: u32,
+    /// Ways to the target.
+    pub paths: Vec<DevicePath>,
+}
+
+/// A way to the target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicePath {
+    /// Where the target listens.
+    pub addr: String,
+    /// `live`, or what it waits for.
+    pub state: String,
+    /// Times that it was set up.
+    pub associations: u64,
+    /// Times that it was lost.
+    pub losses: u64,
+    /// Why it was lost, or could not be set up, last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// A queue of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceQueue {
+    /// Its number.
+    pub index: u16,
+    /// The core it is on.
+    pub core: usize,
+    /// Entries.
+    pub entries: u32,
+    /// Requests taken and not answered.
+    pub in_flight: u64,
+    /// Why it waits for a reset by its driver, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
+}
+
+/// What a device has done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCounters {
+    /// Reads completed, errors included.
+    pub reads_total: u64,
+    /// Writes completed, errors included.
+    pub writes_total: u64,
+    /// Everything else that was completed.
+    pub others_total: u64,
+    /// Bytes of successful reads.
+    pub read_bytes_total: u64,
+    /// Bytes of successful writes.
+    pub written_bytes_total: u64,
+    /// Requests that did not succeed.
+    pub errors_total: u64,
+    /// Interrupts, or calls.
+    pub interrupts_total: u64,
+    /// Mean time of a request, in nanoseconds, where the device measures it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_mean_ns: Option<u64>,
+    /// The longest, in nanoseconds, where the device measures it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_max_ns: Option<u64>,
+}

@@ -1,0 +1,325 @@
+//! Emulated devices: each waits for its target, is served, is reported, and goes.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use api::{Code, Problem};
+use block::Volume;
+use nvmf_initiator::{Phase, RemoteConfig, RemoteVolume};
+use reactor::CoreHandle;
+use reactor::unix::Listener;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use crate::config::{DeviceConfig, DeviceKind};
+use crate::cores::Cores;
+use crate::identity::HostIdentity;
+use crate::manage::serial_text;
+
+/// How long a device waits for its association to say goodbye.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// Who may write to a device's socket may use the device: owner and group.
+const SOCKET_MODE: u32 = 0o660;
+/// How often a thread that waits for a target looks whether it should end.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// The devices of a process, for whoever asks what they are doing.
+#[derive(Default)]
+pub(crate) struct Book(Mutex<Vec<Arc<Entry>>>);
+
+/// A device on its way to being served, or served.
+pub(crate) struct Entry {
+    pub(crate) config: DeviceConfig,
+    remotes: Vec<(u32, Arc<RemoteVolume>)>,
+    stop: AtomicBool,
+    handle: Mutex<Option<Handle>>,
+    failed: Mutex<Option<String>>,
+}
+
+/// A device that is served.
+enum Handle {
+    VirtioBlk(virtio_blk::DeviceHandle),
+}
+
+/// A device, and the thread that brings it into service.
+pub(crate) struct RunningDevice {
+    pub(crate) entry: Arc<Entry>,
+    book: Arc<Book>,
+    /// Waits for the target, then serves the socket; ends when that is done or no longer wanted.
+    starter: Option<JoinHandle<()>>,
+}
+
+/// The device's socket, before the target is asked for anything.
+pub(crate) fn listen_for(config: &DeviceConfig) -> anyhow::Result<Listener> {
+    let dir = config.socket.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let dir = dir.unwrap_or(Path::new("."));
+    if !dir.is_dir() {
+        bail!(
+            "device {:?}: socket {}: {} is no directory; create it, or choose another path",
+            config.name,
+            config.socket.display(),
+            dir.display()
+        );
+    }
+    Listener::new(&config.socket, SOCKET_MODE).with_context(|| format!("device {:?}", config.name))
+}
+
+impl RunningDevice {
+    /// Begins to reach the target; core `first` of `cores` drives the association.
+    pub(crate) fn start(
+        config: DeviceConfig,
+        listener: Listener,
+        host: &HostIdentity,
+        (cores, first): (&Cores, usize),
+        book: &Arc<Book>,
+        failed: mpsc::UnboundedSender<String>,
+    ) -> anyhow::Result<RunningDevice> {
+        let host = config.host.as_ref().unwrap_or(host);
+        let mut remotes = Vec::with_capacity(config.nsids.len());
+        for nsid in &config.nsids {
+            let remote = RemoteConfig {
+                // Each ring of the device opens a channel, which is an I/O queue.
+                queues: config.queues,
+                ctrl_loss_timeout: config.ctrl_loss_timeout,
+                ..RemoteConfig::new(
+                    config.connect,
+                    config.subnqn.clone(),
+                    *nsid,
+                    (host.nqn.clone(), host.id),
+                )
+            };
+            remote.check().with_context(|| format!("device {:?}", config.name))?;
+            let volume = cores.on(first, move |spawner| {
+                let (volume, task) = RemoteVolume::start(remote, spawner.local())?;
+                spawner.spawn(task);
+                Ok::<_, nvmf_initiator::ConfigError>(volume)
+            })?;
+            remotes.push((*nsid, volume.with_context(|| format!("device {:?}", config.name))?));
+        }
+
+        let count = cores.handles().len();
+        // Devices take turns with the cores, so that small ones do not all share the first.
+        let handles: Vec<_> =
+            (0..count).map(|index| cores.handles()[(first + index) % count].clone()).collect();
+        let name = format!("start-{}", config.name);
+        let entry = Arc::new(Entry {
+            config,
+            remotes,
+            stop: AtomicBool::new(false),
+            handle: Mutex::new(None),
+            failed: Mutex::new(None),
+        });
+        let starter = std::thread::Builder::new().name(name).spawn({
+            let entry = entry.clone();
+            move || entry.serve_when_ready(listener, handles, &failed)
+        })?;
+        lock(&book.0).push(entry.clone());
+        Ok(RunningDevice { entry, book: book.clone(), starter: Some(starter) })
+    }
+
+    /// Drains the device, takes its socket away and says goodbye to the target. Blocks.
+    pub(crate) fn stop(mut self) {
+        self.entry.stop.store(true, Ordering::Relaxed);
+        if let Some(starter) = self.starter.take() {
+            // A panic in it has been reported by the panic hook; there is no device then.
+            let _ = starter.join();
+        }
+        match lock(&self.entry.handle).take() {
+            Some(Handle::VirtioBlk(handle)) => handle.stop(),
+            None => {}
+        }
+        for (_, remote) in &self.entry.remotes {
+            remote.shutdown();
+        }
+        for (nsid, remote) in &self.entry.remotes {
+            if !remote.wait_stopped(FAREWELL) {
+                let device = &self.entry.config.name;
+                tracing::warn!(%device, nsid, "the target gave no answer to the goodbye");
+            }
+        }
+    }
+}
+
+impl Drop for RunningDevice {
+    fn drop(&mut self) {
+        self.entry.stop.store(true, Ordering::Relaxed);
+        lock(&self.book.0).retain(|other| !Arc::ptr_eq(other, &self.entry));
+    }
+}
+
+impl Entry {
+    /// Tells the thread that waits for the target that nobody waits for it.
+    pub(crate) fn give_up(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is served; an error says why it never will be.
+    pub(crate) fn is_served(&self) -> anyhow::Result<bool> {
+        if let Some(problem) = lock(&self.failed).clone() {
+            bail!("{problem}");
+        }
+        Ok(lock(&self.handle).is_some())
+    }
+
+    /// What keeps it from its target.
+    pub(crate) fn last_error(&self) -> Option<String> {
+        self.remotes.iter().find_map(|(_, remote)| remote.state().last_error.clone())
+    }
+
+    /// Waits for the target, then serves the device's socket.
+    fn serve_when_ready(
+        &self,
+        listener: Listener,
+        cores: Vec<CoreHandle>,
+        failed: &mpsc::UnboundedSender<String>,
+    ) {
+        for (_, remote) in &self.remotes {
+            // The initiator logs what keeps it from the target; nothing to add here.
+            while remote.wait_ready(LOOK).is_err() {
+                if self.stop.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        }
+        let config = &self.config;
+        match self.serve(listener, cores) {
+            Ok(handle) => {
+                let socket = config.socket.display();
+                tracing::info!(device = %config.name, kind = %config.kind, %socket, "device ready");
+                *lock(&self.handle) = Some(handle);
+            }
+            Err(error) => {
+                let problem = format!("device {:?}: {error:#}", config.name);
+                *lock(&self.failed) = Some(problem.clone());
+                // Nobody listens any more once the process stops in order.
+                let _ = failed.send(problem);
+            }
+        }
+    }
+
+    fn serve(&self, listener: Listener, cores: Vec<CoreHandle>) -> anyhow::Result<Handle> {
+        let config = &self.config;
+        let (_, volume) = self.remotes.first().ok_or_else(|| anyhow!("no namespace"))?;
+        let serial = serial_text(&volume.identity().serial);
+        match config.kind {
+            DeviceKind::VirtioBlk => {
+                let device = virtio_blk::DeviceConfig {
+                    queues: config.queues,
+                    serial,
+                    read_only: config.read_only,
+                    ..virtio_blk::DeviceConfig::new(&config.name, &config.socket)
+                };
+                let handle = virtio_blk::serve_on(listener, device, volume.clone(), cores)?;
+                Ok(Handle::VirtioBlk(handle))
+            }
+        }
+    }
+
+    fn report(&self) -> api::Device {
+        let config = &self.config;
+        let mut device = api::Device {
+            name: config.name.clone(),
+            kind: config.kind.to_string(),
+            socket: config.socket.display().to_string(),
+            is_served: false,
+            guest_attached: false,
+            namespaces: self.remotes.iter().map(|remote| self.namespace(remote)).collect(),
+            queues: Vec::new(),
+            in_flight: 0,
+            counters: api::DeviceCounters::default(),
+            problem: lock(&self.failed).clone(),
+        };
+        match &*lock(&self.handle) {
+            None => {}
+            Some(Handle::VirtioBlk(handle)) => {
+                device.is_served = true;
+                match handle.state() {
+                    Ok(state) => virtio(&mut device, &state),
+                    Err(error) => device.problem = Some(error.to_string()),
+                }
+            }
+        }
+        device.in_flight = device.queues.iter().map(|queue| queue.in_flight).sum();
+        device
+    }
+
+    fn namespace(&self, (nsid, remote): &(u32, Arc<RemoteVolume>)) -> api::DeviceNamespace {
+        let state = remote.state();
+        let path = api::DevicePath {
+            addr: self.config.connect.to_string(),
+            state: match state.phase {
+                Phase::Connecting => "connecting",
+                Phase::Live => "live",
+                Phase::Gone => "gone",
+                Phase::Stopped { .. } => "stopped",
+            }
+            .to_owned(),
+            associations: state.generation,
+            losses: state.losses,
+            last_error: state.last_error.clone(),
+        };
+        api::DeviceNamespace {
+            nsid: *nsid,
+            subnqn: self.config.subnqn.to_string(),
+            uuid: Uuid::from_bytes(state.identity.uuid).to_string(),
+            serial: serial_text(&state.identity.serial),
+            size_bytes: state.geometry.bytes(),
+            block_bytes: state.geometry.block_bytes,
+            paths: vec![path],
+        }
+    }
+}
+
+fn virtio(device: &mut api::Device, state: &virtio_blk::DeviceState) {
+    device.guest_attached = state.client_connected;
+    let started = state.queues.iter().filter(|queue| queue.is_running);
+    device.queues = started
+        .map(|queue| api::DeviceQueue {
+            index: queue.index,
+            core: queue.core,
+            entries: queue.size.into(),
+            in_flight: queue.in_flight as u64,
+            broken: queue.broken.map(|broken| broken.to_string()),
+        })
+        .collect();
+    let sum = &mut device.counters;
+    for virtio_blk::QueueState { counters, .. } in &state.queues {
+        sum.reads_total += counters.reads;
+        sum.writes_total += counters.writes;
+        sum.others_total +=
+            counters.flushes + counters.discards + counters.write_zeroes + counters.others;
+        sum.read_bytes_total += counters.read_bytes;
+        sum.written_bytes_total += counters.written_bytes;
+        sum.errors_total += counters.errors;
+        sum.interrupts_total += counters.calls;
+    }
+}
+
+impl Book {
+    /// All devices, in the order they were added.
+    pub(crate) fn list(&self) -> Vec<api::Device> {
+        // Asking waits for cores; nobody else has to wait with it.
+        let entries = lock(&self.0).clone();
+        entries.iter().map(|entry| entry.report()).collect()
+    }
+
+    /// One of them.
+    pub(crate) fn device(&self, name: &str) -> Result<api::Device, Problem> {
+        let entries = lock(&self.0).clone();
+        let found = entries.iter().find(|entry| entry.config.name == name);
+        found.map(|entry| entry.report()).ok_or_else(|| Problem {
+            error: Code::NotFound,
+            what: format!("there is no device {name:?}"),
+            allowed: "the names that /v1/devices lists".to_owned(),
+        })
+    }
+}
+
+/// A panic elsewhere cannot leave these values half changed, so a poisoned lock is used on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
