@@ -40,6 +40,8 @@ pub(super) struct Job<'a> {
     pub(super) machine: Option<Vec<String>>,
     /// QEMU arguments that add devices.
     pub(super) devices: Vec<String>,
+    /// Whether a reset by the guest starts it again.
+    pub(super) is_reset: bool,
     /// The guest is given up after this time.
     pub(super) limit: Duration,
 }
@@ -58,6 +60,7 @@ impl<'a> Job<'a> {
             kernel_words,
             machine: None,
             devices,
+            is_reset: false,
             limit,
         }
     }
@@ -90,19 +93,30 @@ impl<'a> Job<'a> {
     }
 
     /// Adds a disk served by a vhost-user-blk server.
-    pub(super) fn vhost_user_blk(mut self, socket: &Path) -> Self {
+    pub(super) fn vhost_user_blk(self, socket: &Path) -> Self {
+        self.vhost_user_blk_with(socket, "")
+    }
+
+    /// The same with more options of the device, each after a comma.
+    pub(super) fn vhost_user_blk_with(mut self, socket: &Path, more: &str) -> Self {
         let id = format!("vhost{}", self.devices.len());
-        self.devices.extend(vhost_user_blk(&id, socket, ""));
+        self.devices.extend(vhost_user_blk(&id, socket, more));
+        self
+    }
+
+    /// A reset by the guest starts it again, from the kernel on, and does not end it.
+    pub(super) fn resets(mut self) -> Self {
+        self.is_reset = true;
         self
     }
 }
 
-/// QEMU arguments for a disk served by a vhost-user-blk server; `more` are options of the device,
-/// each after a comma.
+/// QEMU arguments for a disk served by a vhost-user-blk server, which may go and come again; `more`
+/// are options of the device, each after a comma.
 pub(super) fn vhost_user_blk(id: &str, socket: &Path, more: &str) -> [String; 4] {
     [
         "-chardev".to_owned(),
-        format!("socket,id={id},path={}", quoted(socket)),
+        format!("socket,id={id},path={},reconnect-ms=200", quoted(socket)),
         "-device".to_owned(),
         format!("vhost-user-blk-pci,chardev={id},num-queues={CPUS}{more}"),
     ]
@@ -133,6 +147,9 @@ impl Guest {
         append_job(&initrd, scripts, job).context("cannot pack the guest's job")?;
 
         let mut qemu = machine(tree, folder, job.machine.as_deref());
+        if !job.is_reset {
+            qemu.arg("-no-reboot");
+        }
         qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(&initrd);
         let words = format!("console=ttyS0 quiet panic=-1 {}", job.kernel_words);
         qemu.args(["-append", words.trim_end()]);
@@ -169,7 +186,7 @@ impl Guest {
             qemu.args(["-drive", &format!("{flash},unit=0,readonly=on,file={code}")]);
             qemu.args(["-drive", &format!("{flash},unit=1,file={}", quoted(&variables))]);
         }
-        qemu.args(["-nic", "none"]).args(devices);
+        qemu.args(["-no-reboot", "-nic", "none"]).args(devices);
         let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
         Ok(Self { qemu, folder: folder.to_owned(), limit })
     }
@@ -231,6 +248,11 @@ impl Guest {
         }
     }
 
+    /// Ends the machine without a word, as a crash of its host's software would.
+    pub(super) fn kill(mut self) -> Result<()> {
+        self.qemu.kill()
+    }
+
     fn end_of_console(&self) -> String {
         exec::tail(&self.folder.join("console.log"), 20)
     }
@@ -249,7 +271,7 @@ fn machine(tree: &Tree, folder: &Path, words: Option<&[String]>) -> Command {
     for below in ["usr/share/qemu", "usr/share/seabios"] {
         qemu.arg("-L").arg(tree.path(below));
     }
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     match words {
         Some(words) => qemu.args(words),
         // A server of a device maps the guest's memory, so it has to be shared.

@@ -117,6 +117,13 @@ impl Service {
         Ok(())
     }
 
+    /// The one process that this one has started, if it has.
+    pub(super) fn only_child(&self) -> Option<u32> {
+        let pid = self.child.id();
+        let path = format!("/proc/{pid}/task/{pid}/children");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+
     /// SIGINT, as Ctrl-C on a terminal.
     pub(super) fn interrupt(&mut self) -> Result<()> {
         let pid = self.child.id().to_string();

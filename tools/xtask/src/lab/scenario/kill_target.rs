@@ -1,4 +1,9 @@
-//! The target dies without a word while fio verifies, and comes back: no host notices.
+//! Something dies without a word while fio verifies, and comes back: no host notices.
+//!
+//! The target, twice, under a kernel host and under a virtio disk; the emulator, twice, under a
+//! virtio disk with either kind of ring; the guest itself, whose disk the next one has.
+
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -6,7 +11,8 @@ use super::super::Scene;
 use super::super::guest::{Guest, Job};
 use super::super::service::Service;
 use super::super::tree::Kernel;
-use super::{HOST_ADDRESS, SUBNQN, Target, emulator, file_volume, fio_verified};
+use super::{HOST_ADDRESS, SUBNQN, Target, emulator, emulator_with, file_volume, fio_verified};
+use crate::exec;
 use crate::report::Outcome;
 
 const SIZE_MIB: u64 = 128;
@@ -21,7 +27,7 @@ pub(super) fn kernel(scene: &Scene<'_>) -> Result<Outcome> {
     let port = target.port.to_string();
     let job = Job::new(SCRIPT).network().args(&["nvme", HOST_ADDRESS, &port, SUBNQN]);
     let guest = scene.boot("guest", Kernel::Backports, &job)?;
-    outages(scene, &target, service, guest, |progress| progress.state != "live")?;
+    outages(service, || target.start(scene), guest, |progress| progress.state != "live")?;
     std::fs::remove_file(image)?;
     Ok(Outcome::Passed)
 }
@@ -35,19 +41,91 @@ pub(super) fn virtio(scene: &Scene<'_>) -> Result<Outcome> {
     let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
     let guest = scene.boot("guest", Kernel::Stable, &job)?;
     // The guest's disk has no state that would tell; that its I/O stands still has to do.
-    outages(scene, &target, service, guest, |_| true)?;
+    outages(service, || target.start(scene), guest, |_| true)?;
     device.must_run()?;
     drop(device);
     std::fs::remove_file(image)?;
     Ok(Outcome::Passed)
 }
 
-/// Kills and restarts the target twice, each time when the guest's I/O is under way, and each time
+/// The emulator dies: what was in flight is in the guest's memory, and its successor goes on.
+pub(super) fn emulator_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    for (name, more) in [("split", ""), ("packed", ",packed=on")] {
+        let (volume, image) = file_volume(scene, name, SIZE_MIB);
+        let target = Target::new(scene, &[volume])?;
+        let mut service = target.start(scene)?;
+        let socket = scene.socket(name);
+        let device = emulator(scene, &socket, &target, 1)?;
+        let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk_with(&socket, more);
+        let guest = scene.boot(name, Kernel::Stable, &job)?;
+        outages(device, || emulator(scene, &socket, &target, 1), guest, |_| true)?;
+        service.must_run()?;
+        drop(service);
+        std::fs::remove_file(image)?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// The worker of a supervised emulator dies: nobody has to start it again.
+pub(super) fn worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
+    let target = Target::new(scene, &[volume])?;
+    let mut service = target.start(scene)?;
+    let socket = scene.socket("disk.sock");
+    let mut device = emulator_with(scene, &socket, &target, 1, &["--supervise"])?;
+    let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
+    let mut guest = scene.boot("guest", Kernel::Stable, &job)?;
+    let mut goal = KILL_AFTER_IOS;
+    for round in ["first", "second", "third"] {
+        guest.wait_until(&format!("I/O before the {round} death"), |console| {
+            last(console).is_some_and(|progress| progress.ios >= goal)
+        })?;
+        let worker = device.only_child().context("the supervisor has no worker")?;
+        let pid = worker.to_string();
+        exec::run(Command::new("sh").args(["-c", "kill -KILL \"$1\"", "sh", &pid]))?;
+        goal = last(&guest.console()).map_or(goal, |progress| progress.ios) + KILL_AFTER_IOS;
+    }
+    let results = guest.finish()?;
+    fio_verified(&results, 1)?;
+    device.must_run()?;
+    service.must_run()?;
+    drop((device, service));
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// The guest resets itself in mid-I/O, then one dies in mid-I/O: the device serves the next driver.
+pub(super) fn guest_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
+    let target = Target::new(scene, &[volume])?;
+    let mut service = target.start(scene)?;
+    let socket = scene.socket("disk.sock");
+    let mut device = emulator(scene, &socket, &target, 1)?;
+    let job = Job::new("guest-reset.sh").vhost_user_blk(&socket).resets();
+    let results = scene.boot("reset", Kernel::Stable, &job)?.finish()?;
+    fio_verified(&results, 1)?;
+
+    let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
+    let mut guest = scene.boot("killed", Kernel::Stable, &job)?;
+    guest.wait_until("I/O before its end", |console| {
+        last(console).is_some_and(|progress| progress.ios >= KILL_AFTER_IOS)
+    })?;
+    guest.kill()?;
+    let job = Job::new("guest-reset.sh").args(&["again"]).vhost_user_blk(&socket);
+    let results = scene.boot("next", Kernel::Stable, &job)?.finish()?;
+    fio_verified(&results, 1)?;
+    device.must_run()?;
+    service.must_run()?;
+    drop((device, service));
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// Kills and restarts a service twice, each time when the guest's I/O is under way, and each time
 /// not before the guest's I/O stands still and `is_cut` says that the guest knows.
 fn outages(
-    scene: &Scene<'_>,
-    target: &Target,
     mut service: Service,
+    start: impl Fn() -> Result<Service>,
     mut guest: Guest,
     is_cut: impl Fn(&Progress) -> bool,
 ) -> Result<()> {
@@ -60,7 +138,7 @@ fn outages(
         let seen = all(&guest.console()).len();
         println!("{round} outage at {} I/Os", last(&guest.console()).map_or(0, |p| p.ios));
         guest.wait_until(&format!("standstill in the {round} outage"), |console| {
-            // A line may have been under way when the target died: count from the one after it.
+            // A line may have been under way when the service died: count from the one after it.
             let lines = all(console);
             match lines.get(seen + 1..) {
                 Some([.., before, now]) => before.ios == now.ios && is_cut(now),
@@ -68,7 +146,7 @@ fn outages(
             }
         })?;
         ensure!(!guest.console().contains("fio is done"), "fio ended in the {round} outage");
-        service = target.start(scene)?;
+        service = start()?;
         let standstill = last(&guest.console()).context("no progress line")?.ios;
         goal = standstill + KILL_AFTER_IOS;
     }

@@ -115,6 +115,24 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: kill_target::virtio,
     },
     Scenario {
+        name: "kill-emulator",
+        shows: "the emulator is killed twice during fio verify, with split and with packed rings",
+        needs_penstock: true,
+        run: kill_target::emulator_dies,
+    },
+    Scenario {
+        name: "kill-worker",
+        shows: "the worker of a supervised emulator is killed three times during fio verify",
+        needs_penstock: true,
+        run: kill_target::worker_dies,
+    },
+    Scenario {
+        name: "kill-guest",
+        shows: "a guest resets in mid-I/O, another one dies: the virtio disk serves the next",
+        needs_penstock: true,
+        run: kill_target::guest_dies,
+    },
+    Scenario {
         name: "fio-jobs",
         shows: "fio-jobs/ on both disks of a guest, and natively through libblkio",
         needs_penstock: true,
@@ -170,8 +188,19 @@ impl Target {
 
 /// Starts an emulator with one virtio-blk disk that is the namespace `nsid` of the target.
 fn emulator(scene: &Scene<'_>, socket: &Path, target: &Target, nsid: u32) -> Result<Service> {
+    emulator_with(scene, socket, target, nsid, &[])
+}
+
+/// The same with more arguments.
+fn emulator_with(
+    scene: &Scene<'_>,
+    socket: &Path,
+    target: &Target,
+    nsid: u32,
+    more: &[&str],
+) -> Result<Service> {
     let mut command = scene.penstock();
-    command.args(["emulate", "--device"]).arg(format!(
+    command.arg("emulate").args(more).arg("--device").arg(format!(
         "disk{nsid}=virtio-blk,socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsid},queues=2",
         socket.display(),
         target.port,
