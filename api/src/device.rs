@@ -54,6 +54,9 @@ pub struct DevicePath {
     pub addr: String,
     /// `live`, or what it waits for.
     pub state: String,
+    /// ANA state of the namespace by it, where the target reports one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ana: Option<String>,
     /// Times that it was set up.
     pub associations: u64,
     /// Times that it was lost.

@@ -17,16 +17,16 @@
 #![forbid(unsafe_code)]
 
 mod change;
-mod keys;
 mod device;
+mod keys;
 mod status;
 
 pub use change::{
     AddReferral, AddSubsystem, AttachVolume, DisconnectHost, MoveVolume, ResizeVolume, SetAna,
     SetHosts, SetReferrals, SetWriteProtect,
 };
-pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use device::{Device, DeviceCounters, DeviceNamespace, DevicePath, DeviceQueue};
+pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use status::{
     AnaEntry, AnaState, Association, Counters, Limit, Origin, Port, PortKind, Power, Referral,
     Refusal, Status, Subsystem, Volume,

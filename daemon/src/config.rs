@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvmf_initiator::PathPolicy;
 use nvmf_target::{AuthPolicy, Tls};
 
 use crate::identity::HostIdentity;
@@ -40,6 +41,8 @@ pub use fabric::{AnaConfig, AnaSetting, LimitsConfig, ReferralConfig, SubsystemC
 pub const QUEUES_MAX: u64 = 64;
 /// The largest number of I/O queues of one association.
 pub const IO_QUEUES_MAX: u64 = 128;
+/// Most namespaces, and most ways to the target, of one device.
+pub const WAYS_MAX: usize = 16;
 /// The default number of request queues of a virtio-blk device.
 pub const DEVICE_QUEUES: u16 = 2;
 /// The port of NVMe/TCP I/O controllers (IANA).
@@ -168,12 +171,15 @@ impl fmt::Display for Listen {
 pub enum DeviceKind {
     /// A virtio block device served over vhost-user.
     VirtioBlk,
+    /// An NVMe controller served over vfio-user.
+    Nvme,
 }
 
 impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DeviceKind::VirtioBlk => f.write_str("virtio-blk"),
+            DeviceKind::Nvme => f.write_str("nvme"),
         }
     }
 }
@@ -185,10 +191,13 @@ pub struct DeviceConfig {
     pub name: String,
     /// What the machine sees.
     pub kind: DeviceKind,
-    /// The vhost-user socket the machine connects to.
+    /// The socket the machine connects to: vhost-user of a virtio-blk device, vfio-user of an NVMe
+    /// controller.
     pub socket: PathBuf,
-    /// The target.
-    pub connect: SocketAddr,
+    /// The target, by one or several ways.
+    pub connect: Vec<SocketAddr>,
+    /// Which of them an I/O takes.
+    pub policy: PathPolicy,
     /// The subsystem the namespace is in.
     pub subnqn: Nqn,
     /// The namespaces: one of a virtio-blk device.
@@ -342,7 +351,7 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 10] = [
+const DEVICE_KEYS: [&str; 11] = [
     "type",
     "socket",
     "connect",
@@ -353,6 +362,7 @@ const DEVICE_KEYS: [&str; 10] = [
     "hostnqn",
     "hostid",
     "ctrl_loss_tmo",
+    "iopolicy",
 ];
 
 /// Configuration as given, not yet checked.

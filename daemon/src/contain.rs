@@ -179,7 +179,7 @@ mod tests {
         needs.socket(Path::new("/run/a/disk.sock"));
         needs.socket(Path::new("/run/a/other.sock"));
         let dirs: Vec<_> = needs.socket_dirs.iter().collect();
-        assert_eq!(dirs, [Path::new("."), Path::new("/run/a")]);
+        assert_eq!(dirs, [Path::new("/run/a"), Path::new(".")]);
     }
 
     #[test]

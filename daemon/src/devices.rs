@@ -1,5 +1,6 @@
 //! Emulated devices: each waits for its target, is served, is reported, and goes.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
 use block::Volume;
-use nvmf_initiator::{Phase, RemoteConfig, RemoteVolume};
+use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
+use nvmf_initiator::{PathConfig, PathState, Phase, RemoteConfig, RemoteVolume};
 use reactor::CoreHandle;
 use reactor::unix::Listener;
 use tokio::sync::mpsc;
@@ -19,6 +21,7 @@ use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
 use crate::identity::HostIdentity;
 use crate::manage::serial_text;
+use crate::supervise::Legacy;
 
 /// How long a device waits for its association to say goodbye.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -43,7 +46,22 @@ pub(crate) struct Entry {
 /// A device that is served.
 enum Handle {
     VirtioBlk(virtio_blk::DeviceHandle),
+    Nvme(nvme_pci::DeviceHandle),
 }
+
+/// Where a device is served.
+pub(crate) enum Place {
+    /// At a socket of this process's.
+    Own(Listener),
+    /// At one that a supervisor keeps, with what else it keeps.
+    Kept(Legacy),
+}
+
+/// What is kept of an NVMe device beside its client's: the journal of the connection, doorbells and
+/// queues. Keys that the journal does not use.
+const JOURNAL_KEY: u64 = u64::MAX - 16;
+const DOORBELLS_KEY: u64 = u64::MAX - 17;
+const QUEUES_KEY: u64 = u64::MAX - 18;
 
 /// A device, and the thread that brings it into service.
 pub(crate) struct RunningDevice {
@@ -72,7 +90,7 @@ impl RunningDevice {
     /// Begins to reach the target; core `first` of `cores` drives the association.
     pub(crate) fn start(
         config: DeviceConfig,
-        listener: Listener,
+        place: Place,
         host: &HostIdentity,
         (cores, first): (&Cores, usize),
         book: &Arc<Book>,
@@ -80,13 +98,22 @@ impl RunningDevice {
     ) -> anyhow::Result<RunningDevice> {
         let host = config.host.as_ref().unwrap_or(host);
         let mut remotes = Vec::with_capacity(config.nsids.len());
+        let paths: Vec<PathConfig> = config.connect.iter().map(|addr| (*addr).into()).collect();
+        let first_path = *config.connect.first().context("no address of a target")?;
+        let queues = match config.kind {
+            // Each ring of the device opens a channel, which is an I/O queue.
+            DeviceKind::VirtioBlk => config.queues,
+            // Each core opens one, and for a change of namespaces one more.
+            DeviceKind::Nvme => (2 * cores.handles().len()).clamp(1, 1024) as u16,
+        };
         for nsid in &config.nsids {
             let remote = RemoteConfig {
-                // Each ring of the device opens a channel, which is an I/O queue.
-                queues: config.queues,
+                queues,
+                paths: paths.clone(),
+                policy: config.policy,
                 ctrl_loss_timeout: config.ctrl_loss_timeout,
                 ..RemoteConfig::new(
-                    config.connect,
+                    first_path,
                     config.subnqn.clone(),
                     *nsid,
                     (host.nqn.clone(), host.id),
@@ -115,7 +142,7 @@ impl RunningDevice {
         });
         let starter = std::thread::Builder::new().name(name).spawn({
             let entry = entry.clone();
-            move || entry.serve_when_ready(listener, handles, &failed)
+            move || entry.serve_when_ready(place, handles, &failed)
         })?;
         lock(&book.0).push(entry.clone());
         Ok(RunningDevice { entry, book: book.clone(), starter: Some(starter) })
@@ -130,6 +157,7 @@ impl RunningDevice {
         }
         match lock(&self.entry.handle).take() {
             Some(Handle::VirtioBlk(handle)) => handle.stop(),
+            Some(Handle::Nvme(handle)) => handle.stop(),
             None => {}
         }
         for (_, remote) in &self.entry.remotes {
@@ -173,7 +201,7 @@ impl Entry {
     /// Waits for the target, then serves the device's socket.
     fn serve_when_ready(
         &self,
-        listener: Listener,
+        place: Place,
         cores: Vec<CoreHandle>,
         failed: &mpsc::UnboundedSender<String>,
     ) {
@@ -186,7 +214,7 @@ impl Entry {
             }
         }
         let config = &self.config;
-        match self.serve(listener, cores) {
+        match self.serve(place, cores) {
             Ok(handle) => {
                 let socket = config.socket.display();
                 tracing::info!(device = %config.name, kind = %config.kind, %socket, "device ready");
@@ -201,7 +229,7 @@ impl Entry {
         }
     }
 
-    fn serve(&self, listener: Listener, cores: Vec<CoreHandle>) -> anyhow::Result<Handle> {
+    fn serve(&self, place: Place, cores: Vec<CoreHandle>) -> anyhow::Result<Handle> {
         let config = &self.config;
         let (_, volume) = self.remotes.first().ok_or_else(|| anyhow!("no namespace"))?;
         let serial = serial_text(&volume.identity().serial);
@@ -213,8 +241,33 @@ impl Entry {
                     read_only: config.read_only,
                     ..virtio_blk::DeviceConfig::new(&config.name, &config.socket)
                 };
+                let listener = match place {
+                    Place::Own(listener) => listener,
+                    // Its clients connect again, and bring what a predecessor left.
+                    Place::Kept(Legacy { listener, .. }) => listener,
+                };
                 let handle = virtio_blk::serve_on(listener, device, volume.clone(), cores)?;
                 Ok(Handle::VirtioBlk(handle))
+            }
+            DeviceKind::Nvme => {
+                let device = nvme_pci::DeviceConfig {
+                    queues: config.queues,
+                    serial: serial.trim_end().to_owned(),
+                    ..nvme_pci::DeviceConfig::new(&config.name, &config.socket)
+                };
+                let volumes: Vec<(u32, Arc<dyn Volume>)> = self
+                    .remotes
+                    .iter()
+                    .map(|(nsid, remote)| (*nsid, remote.clone() as Arc<dyn Volume>))
+                    .collect();
+                match place {
+                    Place::Own(listener) => {
+                        Ok(Handle::Nvme(nvme_pci::serve_on(listener, device, volumes, &cores)?))
+                    }
+                    Place::Kept(legacy) => {
+                        Ok(Handle::Nvme(serve_kept(device, volumes, &cores, legacy)?))
+                    }
+                }
             }
         }
     }
@@ -235,6 +288,13 @@ impl Entry {
         };
         match &*lock(&self.handle) {
             None => {}
+            Some(Handle::Nvme(handle)) => {
+                device.is_served = true;
+                match handle.state() {
+                    Ok(state) => nvme(&mut device, &state),
+                    Err(error) => device.problem = Some(error.to_string()),
+                }
+            }
             Some(Handle::VirtioBlk(handle)) => {
                 device.is_served = true;
                 match handle.state() {
@@ -249,18 +309,18 @@ impl Entry {
 
     fn namespace(&self, (nsid, remote): &(u32, Arc<RemoteVolume>)) -> api::DeviceNamespace {
         let state = remote.state();
-        let path = api::DevicePath {
-            addr: self.config.connect.to_string(),
-            state: match state.phase {
-                Phase::Connecting => "connecting",
-                Phase::Live => "live",
-                Phase::Gone => "gone",
-                Phase::Stopped { .. } => "stopped",
+        let path = |path: &PathState| api::DevicePath {
+            addr: path.addr.to_string(),
+            state: match (state.phase, path.is_live) {
+                (Phase::Stopped { .. }, _) => "stopped",
+                (_, true) => "live",
+                (_, false) => "connecting",
             }
             .to_owned(),
-            associations: state.generation,
-            losses: state.losses,
-            last_error: state.last_error.clone(),
+            ana: path.ana.map(|ana| format!("{ana:?}")),
+            associations: path.generation,
+            losses: path.losses,
+            last_error: path.last_error.clone(),
         };
         api::DeviceNamespace {
             nsid: *nsid,
@@ -269,9 +329,71 @@ impl Entry {
             serial: serial_text(&state.identity.serial),
             size_bytes: state.geometry.bytes(),
             block_bytes: state.geometry.block_bytes,
-            paths: vec![path],
+            paths: state.paths.iter().map(path).collect(),
         }
     }
+}
+
+/// Serves an NVMe device that outlives this process, with what its predecessor left, if there was
+/// one.
+fn serve_kept(
+    config: nvme_pci::DeviceConfig,
+    volumes: Vec<(u32, Arc<dyn Volume>)>,
+    cores: &[CoreHandle],
+    legacy: Legacy,
+) -> anyhow::Result<nvme_pci::DeviceHandle> {
+    let Legacy { listener, mut keeper, mut files } = legacy;
+    let state = match files.remove(&JOURNAL_KEY) {
+        Some(state) => state,
+        None => {
+            let state =
+                rustix::fs::memfd_create("penstock-journal", rustix::fs::MemfdFlags::CLOEXEC)?;
+            keeper.keep(JOURNAL_KEY, state.as_fd())?;
+            state
+        }
+    };
+    let left = match (files.remove(&DOORBELLS_KEY), files.remove(&QUEUES_KEY)) {
+        (Some(doorbells), Some(queues)) => Some(nvme_pci::Files { doorbells, queues }),
+        _ => None,
+    };
+    let is_new = left.is_none();
+    let journal = Journal::new(state, Box::new(keeper.clone()), files).context("journal")?;
+    let kept = nvme_pci::Kept { listener, journal, files: left };
+    let handle = nvme_pci::serve_kept(config, volumes, cores, kept)?;
+    if is_new {
+        let (doorbells, queues) = handle.files();
+        keeper.keep(DOORBELLS_KEY, doorbells)?;
+        keeper.keep(QUEUES_KEY, queues)?;
+    }
+    Ok(handle)
+}
+
+fn nvme(device: &mut api::Device, state: &nvme_pci::DeviceState) {
+    device.guest_attached = state.client_connected;
+    device.queues = state
+        .queues
+        .iter()
+        .map(|queue| api::DeviceQueue {
+            index: queue.qid,
+            core: queue.core,
+            entries: queue.entries,
+            in_flight: queue.in_flight as u64,
+            broken: None,
+        })
+        .collect();
+    let counters = &state.counters;
+    let count = counters.reads + counters.writes + counters.others;
+    device.counters = api::DeviceCounters {
+        reads_total: counters.reads,
+        writes_total: counters.writes,
+        others_total: counters.others,
+        read_bytes_total: counters.read_bytes,
+        written_bytes_total: counters.written_bytes,
+        errors_total: counters.errors,
+        interrupts_total: counters.interrupts,
+        latency_mean_ns: (counters.latency.as_nanos() as u64).checked_div(count),
+        latency_max_ns: (count > 0).then_some(counters.latency_max.as_nanos() as u64),
+    };
 }
 
 fn virtio(device: &mut api::Device, state: &virtio_blk::DeviceState) {

@@ -37,6 +37,7 @@ pub mod selfcheck;
 mod serve;
 pub mod size;
 pub mod state;
+pub mod supervise;
 pub mod up;
 
 pub use config::{Config, ConfigError, Containment, Draft};

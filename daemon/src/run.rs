@@ -13,20 +13,20 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use block::{Geometry, Identity};
-use reactor::unix::Listener;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::config::{Config, DeviceConfig};
 use crate::contain::{self, Needs};
 use crate::cores::{self, Cores};
-use crate::devices::{self, Book, RunningDevice};
+use crate::devices::{self, Book, Place, RunningDevice};
 use crate::http::{self, Server};
 use crate::identity::{HostIdentity, SubsystemIdentity};
 use crate::listen;
 use crate::manage::serial_text;
 use crate::serve::{self, Hidden, RunningTarget};
 use crate::state::State;
+use crate::supervise::Inherited;
 
 /// One volume as it is served.
 #[derive(Debug, Clone)]
@@ -71,7 +71,16 @@ impl Daemon {
             Some(dir) => State::open(dir)?,
             None => State::fleeting(),
         };
-        Daemon::start_with(config, state, None)
+        Daemon::start_with(config, state, None, None)
+    }
+
+    /// The same as a worker of a supervisor, with the sockets it keeps.
+    pub fn start_supervised(config: Config, inherited: Inherited) -> anyhow::Result<Daemon> {
+        let state = match &config.data_dir {
+            Some(dir) => State::open(dir)?,
+            None => State::fleeting(),
+        };
+        Daemon::start_with(config, state, None, Some(inherited))
     }
 
     /// Starts with a state that is already open, and a hidden subsystem beside the others.
@@ -79,6 +88,7 @@ impl Daemon {
         config: Config,
         mut state: State,
         hidden: Option<Hidden>,
+        inherited: Option<Inherited>,
     ) -> anyhow::Result<Daemon> {
         // A port or socket in use is found before anything is touched.
         let bound = match &config.target {
@@ -128,21 +138,32 @@ impl Daemon {
         if let (None, Some(path)) = (&daemon.target, &config.api) {
             needs.socket(path);
         }
+        let is_supervised = inherited.is_some();
+        let mut legacies = inherited.into_iter().flat_map(|inherited| inherited.devices);
         for device in config.devices {
-            needs.socket(&device.socket);
+            // Those of a supervisor are its own to take away.
+            if !is_supervised {
+                needs.socket(&device.socket);
+            }
             needs.connect_ports.iter_mut().for_each(|ports| {
-                ports.insert(device.connect.port());
+                ports.extend(device.connect.iter().map(SocketAddr::port));
             });
-            let listener = devices::listen_for(&device)?;
-            listening.push((device, listener));
+            let place = match legacies.next() {
+                Some(legacy) => Place::Kept(legacy),
+                None if is_supervised => {
+                    bail!("device {:?}: the supervisor has no socket for it", device.name)
+                }
+                None => Place::Own(devices::listen_for(&device)?),
+            };
+            listening.push((device, place));
         }
         let contained = match &daemon.target {
             None => contain::enter(config.containment, &needs)?,
             // It opens what it is told to at run time.
             Some(_) => None,
         };
-        for (device, listener) in listening {
-            daemon.add_device_on(device, listener)?;
+        for (device, place) in listening {
+            daemon.add_device_on(device, place)?;
         }
         if let Some(socket) = api {
             let router = http::devices(daemon.devices.clone());
@@ -247,11 +268,11 @@ impl Daemon {
     /// Begins to emulate a device. Its socket is there at once; who connects to it is served as soon
     /// as the target has answered.
     pub fn add_device(&mut self, config: DeviceConfig) -> anyhow::Result<()> {
-        let listener = devices::listen_for(&config)?;
-        self.add_device_on(config, listener)
+        let place = Place::Own(devices::listen_for(&config)?);
+        self.add_device_on(config, place)
     }
 
-    fn add_device_on(&mut self, config: DeviceConfig, listener: Listener) -> anyhow::Result<()> {
+    fn add_device_on(&mut self, config: DeviceConfig, place: Place) -> anyhow::Result<()> {
         if self.emulator.is_none() {
             let roles = 1 + usize::from(self.target.is_some());
             let count = self.emulator_cores.unwrap_or_else(|| cores::default_count(roles));
@@ -264,8 +285,7 @@ impl Daemon {
         let first = emulator.next_core % emulator.cores.handles().len();
         emulator.next_core = emulator.next_core.wrapping_add(1);
         let cores = (&emulator.cores, first);
-        let device =
-            RunningDevice::start(config, listener, &self.host, cores, &self.devices, failed)?;
+        let device = RunningDevice::start(config, place, &self.host, cores, &self.devices, failed)?;
         emulator.devices.push(device);
         Ok(())
     }

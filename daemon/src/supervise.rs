@@ -19,18 +19,19 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use nvme_pci::vfio_user::journal::FdKeeper;
 use reactor::unix::Listener;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal};
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -149,8 +150,8 @@ pub struct Inherited {
 /// What there is of one device.
 pub(crate) struct Legacy {
     pub(crate) listener: Listener,
+    pub(crate) keeper: Keeper,
     /// What a predecessor had kept, by key.
-    #[expect(dead_code, reason = "devices whose clients do not connect again are to come")]
     pub(crate) files: BTreeMap<u64, OwnedFd>,
 }
 
@@ -173,16 +174,37 @@ impl Inherited {
                 (message, _) => bail!("the supervisor says {message:?}"),
             }
         }
+        let link = Arc::new(link);
         let devices = listeners.into_iter().map(|(device, listener)| Legacy {
             listener,
+            keeper: Keeper { link: link.clone(), device },
             files: files.remove(&device).unwrap_or_default(),
         });
-        Ok(Inherited { devices: devices.collect(), link: Arc::new(link) })
+        Ok(Inherited { devices: devices.collect(), link })
     }
 
     /// The other end, once everything is taken over.
     pub fn link(&self) -> Link {
         Link(self.link.clone())
+    }
+}
+
+/// Has files of one device kept.
+#[derive(Clone)]
+pub(crate) struct Keeper {
+    link: Arc<OwnedFd>,
+    device: u32,
+}
+
+impl FdKeeper for Keeper {
+    fn keep(&mut self, key: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+        send(self.link.as_fd(), Message { kind: Kind::Keep, device: self.device, key }, Some(fd))
+    }
+
+    fn release(&mut self, key: u64) {
+        let message = Message { kind: Kind::Release, device: self.device, key };
+        // Without a supervisor there is nothing to let go of.
+        let _ = send(self.link.as_fd(), message, None);
     }
 }
 
@@ -198,7 +220,7 @@ impl Link {
 
     /// Waits for the supervisor's end: nobody would start a successor any more.
     pub async fn ended(&self) {
-        let Ok(socket) = self.0.try_clone().and_then(AsyncFd::new) else {
+        let Ok(socket) = self.0.try_clone().and_then(watched) else {
             return std::future::pending().await;
         };
         // It sends nothing after the start, so that there is something to read only at its end.
@@ -215,8 +237,10 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
     let mut store = Store {
         listeners: listeners.collect::<anyhow::Result<_>>()?,
         files: BTreeMap::new(),
+        files_max: FILES_MAX,
         is_ready: false,
     };
+    raise_files_limit();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut replace = signal(SignalKind::hangup())?;
@@ -226,14 +250,15 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
         store.is_ready = false;
         let Running { mut child, link, end } = store.start(worker())?;
         let pid = Pid::from_child(&child);
-        let mut is_replaced = false;
+        let (mut is_replaced, mut is_open) = (false, true);
         loop {
             let sent = tokio::select! {
                 biased;
-                message = link.readable() => {
+                message = link.readable(), if is_open => {
                     let mut message = message?;
                     match store.take_all(link.get_ref().as_fd()) {
-                        Ok(()) => message.clear_ready(),
+                        // A socket that is closed stays readable; it is not looked at again.
+                        Ok(open) => is_open = open,
                         // Its end is seen by the descriptor of the process.
                         Err(error) => {
                             tracing::error!(%error, "the worker speaks out of turn; it is ended");
@@ -241,6 +266,7 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
                             break;
                         }
                     }
+                    message.clear_ready();
                     continue;
                 }
                 _ = end.readable() => break,
@@ -248,7 +274,6 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
                 _ = interrupt.recv() => Signal::INT,
                 _ = replace.recv() => Signal::KILL,
             };
-            // A terminal sends SIGINT to both; the worker would take a second one as impatience.
             match sent {
                 Signal::KILL => {
                     tracing::info!("replacing the worker");
@@ -284,6 +309,20 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
     }
 }
 
+#[expect(deprecated, reason = "sound for an owned descriptor; what replaces it is unsafe code")]
+fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::new(fd)
+}
+
+/// It holds files for all devices. What the limit is the kernel says when it is reached.
+fn raise_files_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "the limit on open files stays");
+    }
+}
+
 fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
@@ -293,6 +332,8 @@ fn exit_code(status: ExitStatus) -> u8 {
 struct Store {
     listeners: Vec<Listener>,
     files: BTreeMap<(u32, u64), OwnedFd>,
+    /// Most of one device.
+    files_max: usize,
     is_ready: bool,
 }
 
@@ -308,6 +349,8 @@ impl Store {
         let flags = SocketFlags::CLOEXEC;
         let (link, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        // A signal from a terminal is for the supervisor, which tells the worker.
+        command.process_group(0);
         let child = command.stdin(theirs).spawn().context("starting the worker")?;
         // Its end of the socket is with it alone, so that its end is seen.
         drop(command);
@@ -322,17 +365,17 @@ impl Store {
         send(link.as_fd(), Message { kind: Kind::Go, device: 0, key: 0 }, None)?;
         rustix::io::ioctl_fionbio(&link, true)?;
         let end = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::NONBLOCK)?;
-        Ok(Running { child, link: AsyncFd::new(link)?, end: AsyncFd::new(end)? })
+        Ok(Running { child, link: watched(link)?, end: watched(end)? })
     }
 
-    /// Takes what the worker has sent.
-    fn take_all(&mut self, link: BorrowedFd<'_>) -> anyhow::Result<()> {
+    /// Takes what the worker has sent. `false`: it will send nothing more.
+    fn take_all(&mut self, link: BorrowedFd<'_>) -> anyhow::Result<bool> {
         loop {
             match receive(link) {
                 Ok(Some((message, file))) => self.take(message, file)?,
-                Ok(None) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Ok(None) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -344,7 +387,8 @@ impl Store {
             (Kind::Keep, Some(file)) => {
                 ensure!((device as usize) < self.listeners.len(), "device {device}");
                 let count = self.files.range((device, 0)..=(device, u64::MAX)).count();
-                ensure!(count < FILES_MAX, "more than {FILES_MAX} files of device {device}");
+                let max = self.files_max;
+                ensure!(count < max, "more than {max} files of device {device}");
                 self.files.insert((device, key), file);
             }
             (Kind::Release, None) => {
@@ -370,7 +414,7 @@ mod tests {
 
     fn store(dir: &std::path::Path) -> Store {
         let listener = Listener::new(&dir.join("a.sock"), 0o600).unwrap();
-        Store { listeners: vec![listener], files: BTreeMap::new(), is_ready: false }
+        Store { listeners: vec![listener], files: BTreeMap::new(), files_max: 4, is_ready: false }
     }
 
     #[test]
@@ -397,7 +441,7 @@ mod tests {
         send(theirs.as_fd(), Message { kind: Kind::Ready, ..keep }, None).unwrap();
         drop((file, theirs));
         // The worker is gone; what it sent is not.
-        store.take_all(ours.as_fd()).unwrap();
+        assert!(!store.take_all(ours.as_fd()).unwrap());
         assert!(store.is_ready);
         let mut kept = std::fs::File::from(store.files.remove(&(0, 9)).unwrap());
         kept.rewind().unwrap();
@@ -408,7 +452,7 @@ mod tests {
         let (ours, theirs) = pair();
         send(theirs.as_fd(), keep, Some(kept.as_fd())).unwrap();
         send(theirs.as_fd(), Message { kind: Kind::Release, ..keep }, None).unwrap();
-        store.take_all(ours.as_fd()).unwrap();
+        assert!(store.take_all(ours.as_fd()).unwrap());
         assert!(store.files.is_empty());
     }
 
@@ -428,12 +472,11 @@ mod tests {
         let (ours, theirs) = pair();
         rustix::net::send(&theirs, &[1, 2, 3], SendFlags::NOSIGNAL).unwrap();
         assert!(store.take_all(ours.as_fd()).is_err());
-        for key in 0..FILES_MAX as u64 {
-            store.files.insert((0, key), ours.try_clone().unwrap());
-            if key == 100 {
-                break;
-            }
+        store.files_max = 2;
+        for key in 0..2 {
+            store.take(Message { key, ..keep }, Some(ours.try_clone().unwrap())).unwrap();
         }
-        assert_eq!(store.files.len(), 101);
+        let error = store.take(Message { key: 2, ..keep }, Some(ours)).unwrap_err().to_string();
+        assert!(error.contains("more than 2 files"), "{error}");
     }
 }

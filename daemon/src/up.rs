@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvmf_initiator::PathPolicy;
 use uuid::Uuid;
 
 use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft};
@@ -130,7 +131,7 @@ impl Up {
             false => None,
         };
         let scratch_nqn = hidden.as_ref().map(|hidden| hidden.subsystem.nqn.clone());
-        let mut daemon = Daemon::start_with(settings, data, hidden)?;
+        let mut daemon = Daemon::start_with(settings, data, hidden, None)?;
         let listen =
             *daemon.io_addresses().first().ok_or_else(|| anyhow!("there is no listener"))?;
         let connect = reachable(listen);
@@ -328,7 +329,8 @@ fn device(name: &str, socket: &Path, connect: SocketAddr, subnqn: &Nqn, nsid: u3
         name: name.to_owned(),
         kind: DeviceKind::VirtioBlk,
         socket: socket.to_owned(),
-        connect,
+        connect: vec![connect],
+        policy: PathPolicy::default(),
         subnqn: subnqn.clone(),
         nsids: vec![nsid],
         host: None,

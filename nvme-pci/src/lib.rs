@@ -425,6 +425,19 @@ pub fn serve(
     cores: &[CoreHandle],
 ) -> Result<DeviceHandle, ServeError> {
     let listener = Listener::new(&config.socket, config.socket_mode)?;
+    serve_on(listener, config, volumes, cores)
+}
+
+/// [`serve`] on a socket that is listened on already: by a process that may not make one any more.
+///
+/// # Errors
+/// See [`ServeError`].
+pub fn serve_on(
+    listener: Listener,
+    config: DeviceConfig,
+    volumes: Vec<(u32, Arc<dyn Volume>)>,
+    cores: &[CoreHandle],
+) -> Result<DeviceHandle, ServeError> {
     let (device, waker) = build(&config, volumes, cores, None)?;
     start(config, device, waker, listener, None)
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # fio verify on a device whose target goes away meanwhile:
-#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio
+#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio | verify-outage.sh pci
 # Prints a line "progress: READS WRITES STATE" twice a second, by which the
 # other side chooses its moments.
 . /job/lib.sh
@@ -11,6 +11,11 @@ if [ "$1" = nvme ]; then
     dev=$(ns_device "$4" 1) state=/sys/class/nvme/$(controller "$4")/state
     # With native multipath the path's device does the counting.
     disks=$(ls /sys/block | grep -E '^nvme[0-9]+c[0-9]+n1$') || disks=${dev#/dev/}
+elif [ "$1" = pci ]; then
+    modprobe nvme 2>/dev/null
+    wait_for 30 /dev/nvme0n1 test -b /dev/nvme0n1
+    dev=/dev/nvme0n1 state=/sys/class/nvme/nvme0/state disks=nvme0n1
+    [ -e /sys/block/nvme0c0n1 ] && disks=nvme0c0n1
 else
     modprobe virtio_blk || fail modules
     wait_for 30 /dev/vda test -b /dev/vda

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nvme::spec::Nqn;
+use nvmf_initiator::PathPolicy;
 use uuid::Uuid;
 
 use super::{
     Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
-    IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, fabric,
+    IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, WAYS_MAX, fabric,
 };
 use crate::identity::{HostIdentity, UUID_NQN};
 
@@ -268,18 +269,37 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
     let kind = needed("type", "virtio-blk")?;
     let kind = match kind.text.as_str() {
         "virtio-blk" => DeviceKind::VirtioBlk,
-        _ => return Err(kind.refuse("is no device type; allowed: virtio-blk")),
+        "nvme" => DeviceKind::Nvme,
+        _ => return Err(kind.refuse("is no device type; allowed: virtio-blk, nvme")),
     };
     let socket = socket_path(needed("socket", "PATH")?)?;
     let connect = needed("connect", "ADDR:PORT")?;
-    let addr = address(connect, &connect.text)?;
-    if addr.port() == 0 || addr.ip().is_unspecified() {
-        return Err(connect.refuse(
-            "is no address to connect to; allowed: ADDR:PORT of a target, such as 192.0.2.7:4420",
-        ));
+    let mut addrs = Vec::new();
+    for text in connect.text.split('+') {
+        let addr = address(connect, text)?;
+        if addr.port() == 0 || addr.ip().is_unspecified() {
+            return Err(connect.refuse(
+                "is no address to connect to; allowed: ADDR:PORT of a target, such as \
+                 192.0.2.7:4420",
+            ));
+        }
+        if addrs.contains(&addr) {
+            return Err(connect.refuse(format!("names {addr} twice; allowed: each address once")));
+        }
+        addrs.push(addr);
     }
+    if addrs.len() > WAYS_MAX {
+        return Err(connect.refuse(format!("allowed: at most {WAYS_MAX} addresses")));
+    }
+    let policy = match draft.keys.get("iopolicy") {
+        Some(setting) => setting
+            .text
+            .parse()
+            .map_err(|_| setting.refuse("allowed: numa, round-robin or queue-depth"))?,
+        None => PathPolicy::default(),
+    };
     let subnqn = own_nqn(needed("subnqn", "NQN")?)?;
-    let nsid = number(needed("nsid", "N")?, 1..=u64::from(u32::MAX) - 1)? as u32;
+    let nsids = nsids(needed("nsid", "N")?, kind)?;
     let host = host(draft)?;
     let ctrl_loss_timeout = match draft.keys.get("ctrl_loss_tmo") {
         Some(setting) if setting.text == "off" => None,
@@ -302,14 +322,43 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         name,
         kind,
         socket,
-        connect: addr,
+        connect: addrs,
+        policy,
         subnqn,
-        nsids: vec![nsid],
+        nsids,
         host,
         ctrl_loss_timeout,
         queues,
         read_only,
     })
+}
+
+/// The namespaces, `1` or `1+2`. Those of an NVMe device keep their identifiers.
+fn nsids(setting: &Setting, kind: DeviceKind) -> Result<Vec<u32>, ConfigError> {
+    let mut nsids = Vec::new();
+    for text in setting.text.split('+') {
+        let one = Setting { text: text.to_owned(), place: setting.place.clone() };
+        let nsid = number(&one, 1..=u64::from(u32::MAX) - 1)? as u32;
+        if nsids.contains(&nsid) {
+            return Err(setting.refuse(format!("names {nsid} twice")));
+        }
+        nsids.push(nsid);
+    }
+    match kind {
+        DeviceKind::VirtioBlk if nsids.len() > 1 => {
+            Err(setting.refuse("a virtio-blk device is one disk; allowed: one namespace"))
+        }
+        DeviceKind::Nvme if nsids.iter().any(|nsid| *nsid > nvme_pci::NAMESPACES_MAX) => {
+            Err(setting.refuse(format!(
+                "an NVMe device shows namespaces by the IDs they have; allowed: 1 to {}",
+                nvme_pci::NAMESPACES_MAX
+            )))
+        }
+        _ if nsids.len() > WAYS_MAX => {
+            Err(setting.refuse(format!("allowed: at most {WAYS_MAX} namespaces")))
+        }
+        _ => Ok(nsids),
+    }
 }
 
 /// Who the device is to the target, if it is somebody of its own.

@@ -149,12 +149,30 @@ struct RawDevice {
     socket: Option<Spanned<String>>,
     connect: Option<Spanned<String>>,
     subnqn: Option<Spanned<String>>,
-    nsid: Option<Spanned<i64>>,
+    nsid: Option<Spanned<NumberOrList>>,
     queues: Option<Spanned<i64>>,
     read_only: Option<Spanned<bool>>,
     hostnqn: Option<Spanned<String>>,
     hostid: Option<Spanned<String>>,
     ctrl_loss_tmo: Option<Spanned<String>>,
+    iopolicy: Option<Spanned<String>>,
+}
+
+/// One number, or several as in the flag: `"1+2"`.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a number, or numbers such as \"1+2\"")]
+enum NumberOrList {
+    Number(i64),
+    List(String),
+}
+
+impl std::fmt::Display for NumberOrList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NumberOrList::Number(number) => write!(f, "{number}"),
+            NumberOrList::List(text) => f.write_str(text),
+        }
+    }
 }
 
 /// Turns byte ranges of the file into places.
@@ -304,6 +322,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("nsid", source.optional("device.nsid", &device.nsid));
         add("queues", source.optional("device.queues", &device.queues));
         add("read_only", source.optional("device.read_only", &device.read_only));
+        add("iopolicy", source.optional("device.iopolicy", &device.iopolicy));
         add("hostnqn", source.optional("device.hostnqn", &device.hostnqn));
         add("hostid", source.optional("device.hostid", &device.hostid));
         add("ctrl_loss_tmo", source.optional("device.ctrl_loss_tmo", &device.ctrl_loss_tmo));

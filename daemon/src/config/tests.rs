@@ -65,7 +65,7 @@ fn a_whole_file() {
     let device = &config.devices[0];
     assert_eq!((device.name.as_str(), device.kind), ("disk0", DeviceKind::VirtioBlk));
     assert_eq!(device.socket, Path::new("/run/disk0.sock"));
-    assert_eq!(device.connect, "192.0.2.7:4420".parse().unwrap());
+    assert_eq!(device.connect, ["192.0.2.7:4420".parse().unwrap()]);
     assert_eq!((device.nsids.as_slice(), device.queues, device.read_only), (&[3][..], 4, true));
 }
 
@@ -196,8 +196,8 @@ fn values_in_the_file() {
         ),
         (
             "type = \"virtio-blk\"",
-            "type = \"nvme\"",
-            "penstock.toml:27: device.type = \"nvme\": is no device type; allowed: virtio-blk",
+            "type = \"scsi\"",
+            "penstock.toml:27: device.type = \"scsi\": is no device type; allowed: virtio-blk, nvme",
         ),
         (
             "connect = \"192.0.2.7:4420\"",
@@ -372,4 +372,28 @@ fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
     draft.set_containment("perhaps");
     draft.add_device(&format!("{DEVICE},subnqn={NQN}")).unwrap();
     assert!(draft.check().unwrap_err().to_string().contains("allowed: off, on or require"));
+}
+
+#[test]
+fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
+    let check = |text: &str| {
+        let mut draft = Draft::new();
+        draft.add_device(&format!("d={text},subnqn={NQN},socket=/run/d"))?;
+        draft.check()
+    };
+    let config = check("nvme,connect=192.0.2.7:1+[::1]:2,nsid=1+3,iopolicy=queue-depth").unwrap();
+    let device = &config.devices[0];
+    assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
+    assert_eq!(device.connect, ["192.0.2.7:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
+    assert_eq!(device.policy, PathPolicy::QueueDepth);
+    for (text, expected) in [
+        ("virtio-blk,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
+        ("nvme,connect=192.0.2.7:1,nsid=1+1", "names 1 twice"),
+        ("nvme,connect=192.0.2.7:1,nsid=257", "allowed: 1 to 256"),
+        ("nvme,connect=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
+        ("nvme,connect=192.0.2.7:1,nsid=1,iopolicy=best", "allowed: numa, round-robin"),
+    ] {
+        let message = check(text).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
 }

@@ -58,6 +58,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_eventfd2,
+    libc::SYS_pipe2,
+    libc::SYS_splice,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_ppoll,
@@ -161,12 +163,20 @@ fn judged() -> Result<Rules, seccompiler::BackendError> {
         ),
         (
             libc::SYS_ioctl,
-            vec![SeccompRule::new(vec![SeccompCondition::new(
-                1,
-                Len::Dword,
-                Op::Eq,
-                libc::FIONBIO,
-            )?])?],
+            vec![
+                SeccompRule::new(vec![SeccompCondition::new(
+                    1,
+                    Len::Dword,
+                    Op::Eq,
+                    libc::FIONBIO,
+                )?])?,
+                SeccompRule::new(vec![SeccompCondition::new(
+                    1,
+                    Len::Dword,
+                    Op::Eq,
+                    libc::FIONREAD,
+                )?])?,
+            ],
         ),
         // Paths to the targets.
         (

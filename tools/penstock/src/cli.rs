@@ -42,7 +42,7 @@ pub(crate) enum Command {
     /// Serve volumes over NVMe/TCP
     #[command(after_help = TARGET_AFTER)]
     Target(Box<TargetArgs>),
-    /// Show remote namespaces as local disks (vhost-user sockets)
+    /// Show remote namespaces as local disks (vhost-user and vfio-user sockets)
     #[command(after_help = EMULATE_AFTER)]
     Emulate(EmulateArgs),
     /// Show what a running target serves, to whom, and which limits were hit
@@ -192,10 +192,11 @@ pub(crate) struct TargetArgs {
 
 const EMULATE_AFTER: &str = "Keys of --device, separated by commas (a value with a comma in it \
 needs the configuration file):
-  socket=PATH         vhost-user socket the machine connects to
-  connect=ADDR:PORT   the target
+  socket=PATH         socket the machine connects to: vhost-user (virtio-blk) or vfio-user (nvme)
+  connect=ADDR:PORT   the target; several ways to it are joined by +
+  iopolicy=POLICY     which way an I/O takes: numa, round-robin, queue-depth [default: numa]
   subnqn=NQN          the subsystem
-  nsid=N              the namespace
+  nsid=N              the namespace; those of an nvme device are joined by +
   queues=N            request queues, 1 to 64 [default: 2]
   read_only=true      refuse writes [default: false]
   hostnqn=NQN         who the device is to the target [default: this machine]
@@ -205,6 +206,8 @@ needs the configuration file):
 Examples:
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
 subnqn=nqn.2014-08.com.example:db,nsid=1,queues=4
+  penstock emulate --supervise --device nvme0=nvme,socket=/run/nvme0.sock,\
+connect=192.0.2.7:4420+192.0.2.8:4420,subnqn=nqn.2014-08.com.example:db,nsid=1+2
   penstock emulate --config /etc/penstock.toml";
 
 #[derive(Debug, Args)]
@@ -212,7 +215,7 @@ pub(crate) struct EmulateArgs {
     /// A device to emulate; may be given more than once
     #[arg(
         long,
-        value_name = "NAME=virtio-blk,socket=PATH,connect=ADDR:PORT,subnqn=NQN,nsid=N[,queues=N]"
+        value_name = "NAME=TYPE,socket=PATH,connect=ADDR:PORT,subnqn=NQN,nsid=N[,queues=N]"
     )]
     pub(crate) device: Vec<String>,
     /// Directory to keep the host NQN in [default: none, it is derived from this machine]
@@ -226,6 +229,13 @@ pub(crate) struct EmulateArgs {
     /// [default: on]
     #[arg(long, value_name = "MODE")]
     pub(crate) containment: Option<String>,
+    /// Keep sockets in a process of their own, which starts the emulator again when it dies, and a
+    /// new one on SIGHUP
+    #[arg(long)]
+    pub(crate) supervise: bool,
+    /// Be the emulator that a supervisor starts
+    #[arg(long, hide = true, conflicts_with = "supervise")]
+    pub(crate) worker: bool,
     /// Socket of the management API, for `penstock device` [default: none]
     #[arg(long, value_name = "PATH")]
     pub(crate) api: Option<String>,

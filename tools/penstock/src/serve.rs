@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use daemon::{Config, Daemon, Draft};
+use daemon::{Config, Daemon, Draft, supervise};
 
 use crate::cli::{EmulateArgs, TargetArgs};
 use crate::signals::{self, Signals};
@@ -85,7 +85,41 @@ pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
         tracing::info!(volumes = left_out, "volumes in the file are for `penstock target`");
     }
     let config = draft.check()?;
-    if args.check_containment { check_containment(config) } else { run(config) }
+    if args.check_containment {
+        return check_containment(config);
+    }
+    match (args.supervise, args.worker) {
+        (true, _) => supervise(&config),
+        (_, true) => work(config),
+        _ => run(config),
+    }
+}
+
+/// Starts this program again as the worker, with the same arguments.
+fn supervise(config: &Config) -> anyhow::Result<ExitCode> {
+    // By its path, so that a newer program is what a restart takes.
+    let program = std::env::current_exe()?;
+    let worker = || {
+        let mut command = std::process::Command::new(&program);
+        let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--supervise");
+        command.args(arguments).arg("--worker");
+        command
+    };
+    let code = signals::runtime()?.block_on(supervise::run(config, worker))?;
+    Ok(ExitCode::from(code))
+}
+
+fn work(config: Config) -> anyhow::Result<ExitCode> {
+    signals::runtime()?.block_on(async {
+        let mut signals = Signals::new()?;
+        let inherited = supervise::Inherited::receive()?;
+        let link = inherited.link();
+        let daemon = Daemon::start_supervised(config, inherited)?;
+        daemon.announce();
+        link.ready()?;
+        signals.watch(link);
+        signals::stay(daemon, &mut signals, |text| tracing::info!("{text}")).await
+    })
 }
 
 fn check_containment(config: Config) -> anyhow::Result<ExitCode> {

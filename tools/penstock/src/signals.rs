@@ -4,12 +4,14 @@ use std::io;
 use std::process::ExitCode;
 
 use daemon::Daemon;
+use daemon::supervise::Link;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Waits for the two signals.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    supervisor: Option<Link>,
 }
 
 impl Signals {
@@ -18,7 +20,13 @@ impl Signals {
         Ok(Signals {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            supervisor: None,
         })
+    }
+
+    /// The end of the supervisor counts as a signal from now on.
+    pub(crate) fn watch(&mut self, supervisor: Link) {
+        self.supervisor = Some(supervisor);
     }
 
     /// The next signal: its name and the exit code of a process that it ends.
@@ -26,7 +34,15 @@ impl Signals {
         tokio::select! {
             _ = self.interrupt.recv() => ("SIGINT", 130),
             _ = self.terminate.recv() => ("SIGTERM", 143),
+            () = ended(self.supervisor.take()) => ("end of the supervisor", 1),
         }
+    }
+}
+
+async fn ended(supervisor: Option<Link>) {
+    match supervisor {
+        Some(supervisor) => supervisor.ended().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,11 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
+use std::io::Read;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const NQN: &str = "nqn.2014-08.com.example:device";
@@ -86,4 +90,74 @@ fn a_device_is_told_of_from_before_its_target_to_its_service() {
     assert_eq!(missing.status.code(), Some(1));
     let text = String::from_utf8(missing.stderr).unwrap();
     assert!(text.contains("there is no device \"other\""), "{text}");
+}
+
+/// The process that the supervisor has started.
+fn worker(supervisor: &Running) -> Option<u32> {
+    let pid = supervisor.0.id();
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[test]
+fn a_supervised_emulator_comes_back_and_its_socket_never_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
+    // Nobody listens there: the device waits, which is enough.
+    let text = format!(
+        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        socket.display()
+    );
+    let path = api.to_str().unwrap();
+    let arguments = ["emulate", "--cores", "1", "--supervise", "--device", &text, "--api", path];
+    let supervisor = Running::start(&arguments);
+    wait(&api, |device| device["name"] == "disk");
+    let inode = std::fs::metadata(&socket).unwrap().ino();
+    // A client that waits is one whom the next worker has to serve.
+    let client = UnixStream::connect(&socket).unwrap();
+    for round in 1..=2 {
+        let before = worker(&supervisor).unwrap();
+        let pid = Pid::from_raw(i32::try_from(before).unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+        let start = Instant::now();
+        while worker(&supervisor).is_none_or(|now| now == before) {
+            assert!(start.elapsed() < LIMIT, "no worker in round {round}");
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+        wait(&api, |device| device["name"] == "disk");
+        assert_eq!(std::fs::metadata(&socket).unwrap().ino(), inode);
+    }
+    client.set_nonblocking(true).unwrap();
+    let error = (&client).read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "the client has been cut off");
+
+    // An end in order takes the worker along, and the sockets away.
+    let last = worker(&supervisor).unwrap();
+    let mut supervisor = supervisor;
+    kill_process(Pid::from_child(&supervisor.0), Signal::TERM).unwrap();
+    assert_eq!(supervisor.0.wait().unwrap().code(), Some(0));
+    assert!(!socket.exists() && !api.exists());
+    assert!(!Path::new(&format!("/proc/{last}")).exists());
+}
+
+#[test]
+fn a_worker_does_not_outlive_its_supervisor() {
+    let dir = tempfile::tempdir().unwrap();
+    let api = dir.path().join("api.sock");
+    let socket = dir.path().join("disk.sock");
+    let text = format!(
+        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        socket.display()
+    );
+    let path = api.to_str().unwrap();
+    let arguments = ["emulate", "--cores", "1", "--supervise", "--device", &text, "--api", path];
+    let supervisor = Running::start(&arguments);
+    wait(&api, |device| device["name"] == "disk");
+    drop(supervisor);
+    // It ends in order, and takes the socket that is its own away.
+    let start = Instant::now();
+    while api.exists() {
+        assert!(start.elapsed() < LIMIT, "the worker goes on");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
 }

@@ -2,9 +2,7 @@
 
 use std::fmt::Write;
 
-use api::{
-    Association, Device, Done, Key, KeyKind, Referral, Refusal, Status, Subsystem, Volume,
-};
+use api::{Association, Device, Done, Key, KeyKind, Referral, Refusal, Status, Subsystem, Volume};
 
 /// Columns under their headings, as wide as what is in them.
 fn table(headings: &[&str], rows: &[Vec<String>]) -> String {

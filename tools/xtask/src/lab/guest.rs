@@ -104,6 +104,12 @@ impl<'a> Job<'a> {
         self
     }
 
+    /// Adds an NVMe controller served by a vfio-user server.
+    pub(super) fn vfio_user(mut self, socket: &Path) -> Self {
+        self.devices.extend(vfio_user(socket, None));
+        self
+    }
+
     /// A reset by the guest starts it again, from the kernel on, and does not end it.
     pub(super) fn resets(mut self) -> Self {
         self.is_reset = true;
@@ -120,6 +126,18 @@ pub(super) fn vhost_user_blk(id: &str, socket: &Path, more: &str) -> [String; 4]
         "-device".to_owned(),
         format!("vhost-user-blk-pci,chardev={id},num-queues={CPUS}{more}"),
     ]
+}
+
+/// QEMU arguments for an NVMe controller served by a vfio-user server.
+pub(super) fn vfio_user(socket: &Path, bootindex: Option<u32>) -> [String; 2] {
+    let mut device = serde_json::json!({
+        "driver": "vfio-user-pci",
+        "socket": {"type": "unix", "path": socket},
+    });
+    if let Some(bootindex) = bootindex {
+        device["bootindex"] = bootindex.into();
+    }
+    ["-device".to_owned(), device.to_string()]
 }
 
 /// A guest that runs.

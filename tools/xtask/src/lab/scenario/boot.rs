@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::super::guest::{self, Firmware, Guest};
 use super::super::tree::Kernel;
 use super::super::{Scene, boot_disk};
-use super::{Target, emulator};
+use super::{Target, emulator, nvme_emulator};
 use crate::report::Outcome;
 
 /// Firmware, boot loader and kernel, all in an emulated processor that shares a busy machine.
@@ -31,6 +31,37 @@ pub(super) fn virtio(scene: &Scene<'_>) -> Result<Outcome> {
         started(&guest.off()?, start, name, "vda")?;
         device.must_run()?;
     }
+    service.must_run()?;
+    drop((device, service));
+    std::fs::remove_dir_all(scene.path("work"))?;
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// The NVMe face of the same kind of disk, and then its virtio face: it is one volume.
+pub(super) fn nvme(scene: &Scene<'_>) -> Result<Outcome> {
+    let image = scene.path("system.img");
+    boot_disk::make(scene, &image, Kernel::Stable, &scene.path("work"))?;
+    let volume = format!("system=file:{}", image.display());
+    let target = Target::new(scene, &[volume])?;
+    let mut service = target.start(scene)?;
+    let socket = scene.socket("nvme.sock");
+    let mut device = nvme_emulator(scene, &socket, &target, "1", &[])?;
+    let disk = guest::vfio_user(&socket, Some(1));
+    let starts = [(Firmware::SeaBios, "bios"), (Firmware::Ovmf, "uefi")];
+    for (start, (firmware, name)) in (1..).zip(starts) {
+        let guest = Guest::from_disk(scene.tree(), &scene.path(name), firmware, &disk, LIMIT)?;
+        started(&guest.off()?, start, name, "nvme0n1")?;
+        device.must_run()?;
+    }
+    drop(device);
+    let socket = scene.socket("virtio.sock");
+    let mut device = emulator(scene, &socket, &target, 1)?;
+    let disk = guest::vhost_user_blk("disk", &socket, ",bootindex=1");
+    let folder = scene.path("virtio");
+    let guest = Guest::from_disk(scene.tree(), &folder, Firmware::SeaBios, &disk, LIMIT)?;
+    started(&guest.off()?, 3, "bios", "vda")?;
+    device.must_run()?;
     service.must_run()?;
     drop((device, service));
     std::fs::remove_dir_all(scene.path("work"))?;

@@ -3,6 +3,7 @@
 //! The target, twice, under a kernel host and under a virtio disk; the emulator, twice, under a
 //! virtio disk with either kind of ring; the guest itself, whose disk the next one has.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,7 +12,9 @@ use super::super::Scene;
 use super::super::guest::{Guest, Job};
 use super::super::service::Service;
 use super::super::tree::Kernel;
-use super::{HOST_ADDRESS, SUBNQN, Target, emulator, emulator_with, file_volume, fio_verified};
+use super::{
+    HOST_ADDRESS, SUBNQN, Target, emulator, emulator_with, file_volume, fio_verified, nvme_emulator,
+};
 use crate::exec;
 use crate::report::Outcome;
 
@@ -68,12 +71,32 @@ pub(super) fn emulator_dies(scene: &Scene<'_>) -> Result<Outcome> {
 
 /// The worker of a supervised emulator dies: nobody has to start it again.
 pub(super) fn worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    let start =
+        |target: &Target, socket: &Path| emulator_with(scene, socket, target, 1, &["--supervise"]);
+    let job = |socket: &Path| Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(socket);
+    workers_die(scene, start, job)
+}
+
+/// The same with an NVMe controller. Its guest's QEMU does not connect again: the connection stays.
+pub(super) fn nvme_worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    let start = |target: &Target, socket: &Path| {
+        nvme_emulator(scene, socket, target, "1", &["--supervise"])
+    };
+    let job = |socket: &Path| Job::new(SCRIPT).args(&["pci"]).vfio_user(socket);
+    workers_die(scene, start, job)
+}
+
+fn workers_die<'a>(
+    scene: &Scene<'_>,
+    start: impl Fn(&Target, &Path) -> Result<Service>,
+    job: impl Fn(&Path) -> Job<'a>,
+) -> Result<Outcome> {
     let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
     let target = Target::new(scene, &[volume])?;
     let mut service = target.start(scene)?;
     let socket = scene.socket("disk.sock");
-    let mut device = emulator_with(scene, &socket, &target, 1, &["--supervise"])?;
-    let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
+    let mut device = start(&target, &socket)?;
+    let job = job(&socket);
     let mut guest = scene.boot("guest", Kernel::Stable, &job)?;
     let mut goal = KILL_AFTER_IOS;
     for round in ["first", "second", "third"] {

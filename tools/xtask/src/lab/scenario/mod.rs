@@ -2,6 +2,7 @@
 
 mod ana_failover;
 mod boot;
+mod both_disks;
 mod fio_jobs;
 mod kernel_host;
 mod kill_target;
@@ -103,6 +104,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: boot::virtio,
     },
     Scenario {
+        name: "boot-nvme",
+        shows: "the same system boots from the emulated NVMe disk, then from the virtio disk",
+        needs_penstock: true,
+        run: boot::nvme,
+    },
+    Scenario {
+        name: "both-disks",
+        shows: "one volume by NVMe and another by virtio in one guest: nvme-cli, identity, fio verify",
+        needs_penstock: true,
+        run: both_disks::run,
+    },
+    Scenario {
         name: "kill-target-kernel",
         shows: "the target is killed twice during fio verify on a kernel host",
         needs_penstock: true,
@@ -125,6 +138,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "the worker of a supervised emulator is killed three times during fio verify",
         needs_penstock: true,
         run: kill_target::worker_dies,
+    },
+    Scenario {
+        name: "kill-worker-nvme",
+        shows: "the same under an NVMe disk, whose guest stays connected",
+        needs_penstock: true,
+        run: kill_target::nvme_worker_dies,
     },
     Scenario {
         name: "kill-guest",
@@ -184,6 +203,26 @@ impl Target {
         })?;
         Ok(service)
     }
+}
+
+/// Starts an emulator with one NVMe controller whose namespaces are those of the target.
+fn nvme_emulator(
+    scene: &Scene<'_>,
+    socket: &Path,
+    target: &Target,
+    nsids: &str,
+    more: &[&str],
+) -> Result<Service> {
+    let mut command = scene.penstock();
+    command.arg("emulate").args(more).arg("--device").arg(format!(
+        "nvme0=nvme,socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues=4",
+        socket.display(),
+        target.port,
+    ));
+    let mut service =
+        Service::start("penstock emulate", &command, &scene.path("emulate-nvme.log"))?;
+    service.wait_until("device ready", READY_LIMIT, |s| s.text().contains("device ready"))?;
+    Ok(service)
 }
 
 /// Starts an emulator with one virtio-blk disk that is the namespace `nsid` of the target.
