@@ -13,6 +13,7 @@ use anyhow::{Context, anyhow, bail};
 use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvmf_initiator::PathPolicy;
+use nvmf_target::Tls;
 use uuid::Uuid;
 
 use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft};
@@ -78,7 +79,14 @@ impl Up {
         // Flags are judged before anything is made; the volume stands in for those to come.
         let mut judged = draft.clone();
         judged.add_volume("first=null:1GiB")?;
-        judged.check()?;
+        let judged = judged.check()?;
+        let mut listeners = judged.target.iter().flat_map(|target| &target.listen);
+        if listeners.any(|listen| listen.tls == Tls::Required) {
+            bail!(
+                "--listen ...,tls=required: `penstock up` connects to itself without TLS; use \
+                 tls=allowed here, or `penstock target`"
+            );
+        }
 
         let mut data = State::open(&config.data)?;
         let dir = std::path::absolute(&config.data)

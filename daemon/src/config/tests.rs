@@ -162,8 +162,14 @@ fn values_in_the_file() {
             "\"[::1]:4420\"",
             "\"[::1]:4420,announce=1\"",
             "penstock.toml:15: target.listen = \"[::1]:4420,announce=1\": \"announce=1\" is no \
-             option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N], such as \
-             0.0.0.0:4420,advertise=192.0.2.7:4420",
+             option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N]\
+             [,tls=off|allowed|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420",
+        ),
+        (
+            "\"[::1]:4420\"",
+            "\"[::1]:4420,tls=on\"",
+            "penstock.toml:15: target.listen = \"[::1]:4420,tls=on\": tls: allowed: off, allowed or \
+             required",
         ),
         (
             "advertise=192.0.2.7:4420",
