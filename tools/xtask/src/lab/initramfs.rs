@@ -166,7 +166,7 @@ fn place_of(tree: &Tree, library: &Path) -> Result<String> {
 /// carries the next one, and `init`.
 pub(super) fn boot_archive(tree: &Tree, kernel: Kernel, init: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
-    for folder in ["dev", "proc", "sys", "root", "usr", "usr/bin", "usr/lib"] {
+    for folder in ["dev", "proc", "sys", "disk", "usr", "usr/bin", "usr/lib"] {
         archive.folder(folder)?;
     }
     for (name, to) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
