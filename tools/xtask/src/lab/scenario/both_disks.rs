@@ -29,9 +29,9 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
         .as_u64()
         .or_else(|| smart["host_write_commands"].as_str().and_then(|text| text.parse().ok()));
     ensure!(written.is_some_and(|count| count > 0), "SMART tells of no writes: {smart}");
-    // One volume has one serial, whatever shows it.
-    let serial = word(&results, "virtio-serial")?;
-    ensure!(serial.len() == 20, "the virtio disk's serial is {serial:?}");
+    // What comes from one subsystem has its serial number, whatever shows it.
+    let (serial, sn) = (word(&results, "virtio-serial")?, id["sn"].as_str().unwrap_or_default());
+    ensure!(serial == sn.trim(), "the virtio disk's serial is {serial:?}, the controller's {sn:?}");
     let uuid = word(&results, "uuid-1")?;
     ensure!(uuid != word(&results, "uuid-2")?, "both namespaces have UUID {uuid}");
     for device in &mut devices {
