@@ -13,7 +13,7 @@ const DOCUMENT: &str = "docs/support.md";
 
 /// Sources of what answers hosts. Tests in them count as well: they expect what is sent.
 const CONTROLLERS: &[&str] =
-    &["nvme/src/ctrl", "nvme/src/subsys", "nvme/src/xfer.rs", "nvmf-target/src"];
+    &["nvme/src/ctrl", "nvme/src/subsys", "nvme/src/xfer", "nvmf-target/src", "nvme-pci/src"];
 
 /// Where every refusal of Connect has a name, sent or not.
 const CONNECT: &str = "nvme/src/fabrics.rs";
