@@ -6,7 +6,7 @@
 //!   completion, CSTS  ◄─ finish(purpose) ◄─ all cores have answered ◄─ Event
 //! ```
 //!
-//! What needs other cores is begun with a [`Purpose`] and goes on when all have answered. A reset
+//! What needs other cores is begun with a `Purpose` and goes on when all have answered. A reset
 //! makes everything of before pointless: answers to what was begun under an older *epoch* are
 //! counted and nothing more.
 

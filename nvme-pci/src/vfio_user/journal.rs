@@ -23,7 +23,7 @@
 //! - *Receiving.* Bytes are peeked at, written down and only then consumed. The kernel counts what
 //!   was peeked at and not consumed (`SO_PEEK_OFF`), and so tells whether the last step was done.
 //! - *Acting.* The message is whole and written down. If the process dies, the successor is given
-//!   it again, and the session sees to it that it has effect once ([`Session::on_message_again`]).
+//!   it again, and the session sees to it that it has effect once (`Session::on_message_again`).
 //! - *Answering.* The reply is written down together with the session it leaves. It goes to the
 //!   socket through a pipe that the supervisor keeps too: what is in the pipe has been given away
 //!   and not sent, what is not has been sent or not been given. A reply with a file descriptor (that
