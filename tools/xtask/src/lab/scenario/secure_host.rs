@@ -20,14 +20,14 @@ use crate::report::Outcome;
 
 /// nvme-cli of the tree.
 const NVME_CLI: &str = "2.13";
-/// Every hash, and every group, once.
-const AUTH: [(&str, &str); 6] = [
+/// Every hash and every group but ffdhe8192: an emulated host computes for longer than the ten
+/// seconds that a target gives it to authenticate. `crypto` tests that group.
+const AUTH: [(&str, &str); 5] = [
     ("sha256", "null"),
     ("sha384", "ffdhe2048"),
     ("sha512", "ffdhe3072"),
     ("sha256", "ffdhe4096"),
     ("sha384", "ffdhe6144"),
-    ("sha512", "ffdhe8192"),
 ];
 
 pub(super) fn stable(scene: &Scene<'_>) -> Result<Outcome> {
