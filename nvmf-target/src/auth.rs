@@ -273,10 +273,18 @@ impl Conn {
     }
 
     /// The time for authentication is over.
-    pub(crate) fn tick_auth(&mut self, now: Duration) {
-        if self.life == Life::Open && self.auth.is_late(now) {
-            self.close("not authenticated in time");
+    pub(crate) fn tick_auth(&mut self, env: &Env<'_>) {
+        if self.life != Life::Open || !self.auth.is_late(env.now) {
+            return;
         }
+        // A failure has been told already, and only waited for the host to fetch the reason.
+        if !self.auth.is_settled {
+            let (peer, port) = (self.peer().to_owned(), self.port().id);
+            let limit = env.shared.limits.handshake.as_secs();
+            let why = format!("the host did not finish DH-HMAC-CHAP within {limit} s");
+            env.shared.refusals.note(&peer, port, why, env.now);
+        }
+        self.close("not authenticated in time");
     }
 }
 

@@ -848,7 +848,7 @@ impl Conn {
         if self.handshake_deadline.is_some_and(|at| env.now >= at) {
             self.close("no Connect in time");
         }
-        self.tick_auth(env.now);
+        self.tick_auth(env);
         if let Life::Terminating(deadline) = self.life
             && env.now >= deadline
         {

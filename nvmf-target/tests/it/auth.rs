@@ -36,6 +36,11 @@ fn policy(hash: Hash, group: DhGroup) -> AuthPolicy {
 
 /// Host 1 has to authenticate, with secret 1; the controller has secret 9.
 fn rig(tls: Tls) -> (Rig, Arc<KeyStore>) {
+    // Exchanges are computed on a thread that knows nothing of virtual time.
+    rig_with(tls, Duration::from_secs(1 << 24))
+}
+
+fn rig_with(tls: Tls, handshake: Duration) -> (Rig, Arc<KeyStore>) {
     let store = Arc::new(KeyStore::with_clock(|| 1_000));
     store.set(&hostnqn(1), keys(&[1], Some(9)));
     store.set_policy(policy(Hash::Sha256, DhGroup::Null));
@@ -43,8 +48,7 @@ fn rig(tls: Tls) -> (Rig, Arc<KeyStore>) {
     let rig = Rig::with(1, move |config: &mut TargetConfig| {
         config.ports[0].tls = tls;
         config.keys = given;
-        // Exchanges are computed on a thread that knows nothing of virtual time.
-        config.limits.handshake = Duration::from_secs(1 << 24);
+        config.limits.handshake = handshake;
     });
     (rig, store)
 }
@@ -213,6 +217,15 @@ fn authentication_yields_a_key_for_tls() {
     let queue = rig.connection();
     rig.until("the end of the connection", || queue.is_over());
     assert_eq!(rig.read(&host.io[0], 1, BLOCK), [3; BLOCK]);
+}
+
+#[test]
+fn who_does_not_authenticate_in_time_is_cut_and_explained() {
+    let (mut rig, _store) = rig_with(Tls::Off, Duration::from_secs(10));
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    rig.until("the end of the connection", || admin.is_over());
+    let refusal = rig.target.status().refusals.pop().expect("one");
+    assert!(refusal.why.contains("did not finish DH-HMAC-CHAP within 10 s"), "{}", refusal.why);
 }
 
 #[test]
