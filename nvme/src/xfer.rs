@@ -1,6 +1,6 @@
 //! Where a command's data is: the data pointer of an SQE.
 //!
-//! Over fabrics it is parsed by [`parse_data`]; a PCI function's is walked by [`walk`] ([`memory`]).
+//! Over fabrics it is parsed by [`parse_data`]; a PCI function's is walked by [`walk`] (`memory`).
 //!
 //! NVMe/TCP commands carry one SGL descriptor, either a Data Block at an offset in the capsule or
 //! a Transport SGL Data Block (NVMe/TCP Transport 1.0, "Data Transfers"). Everything else,
