@@ -11,6 +11,11 @@ use crate::secret::Secret;
 /// Length of an authentication tag.
 pub(super) const TAG_LEN: usize = 16;
 
+/// Length of a block of the cipher.
+const BLOCK_LEN: u64 = 16;
+/// Blocks that a full record costs its key: plaintext with the inner type, and the tag's own.
+const RECORD_BLOCKS: u64 = (1 << 14) / BLOCK_LEN + 2;
+
 /// The record is not what the peer sealed.
 pub(super) struct Forged;
 
@@ -22,12 +27,14 @@ pub(super) struct Cipher {
     iv: [u8; NONCE_LEN],
     /// Number of the next record.
     seq: u64,
+    /// Blocks sealed with the present key.
+    blocks: u64,
 }
 
 impl Cipher {
     pub(super) fn new(suite: Suite, secret: Secret, seq: u64) -> Cipher {
         let (key, iv) = keys(suite, &secret);
-        Cipher { suite, secret, key, iv, seq }
+        Cipher { suite, secret, key, iv, seq, blocks: seq.saturating_mul(RECORD_BLOCKS) }
     }
 
     /// Goes on to the next generation of keys (RFC 8446, section 7.2).
@@ -37,15 +44,16 @@ impl Cipher {
         *self = Cipher::new(self.suite, next.expect("a short label without context"), 0);
     }
 
-    /// Records sealed or opened with the present key.
-    pub(super) fn records(&self) -> u64 {
-        self.seq
+    /// What was sealed with the present key, in full records, rounded up. What an observer learns
+    /// grows with the blocks, so that many small records wear a key no more than few large ones.
+    pub(super) fn wear(&self) -> u64 {
+        self.blocks.div_ceil(RECORD_BLOCKS)
     }
 
     #[cfg(test)]
     pub(super) fn skip_to_for_test(&mut self, seq: u64) {
         assert!(seq >= self.seq, "a nonce is used once");
-        self.seq = seq;
+        (self.seq, self.blocks) = (seq, seq.saturating_mul(RECORD_BLOCKS));
     }
 
     fn nonce(&mut self) -> Nonce {
@@ -58,6 +66,11 @@ impl Cipher {
         Nonce::assume_unique_for_key(nonce)
     }
 
+    /// Counts a record of `len` bytes that is sealed.
+    fn wear_by(&mut self, len: usize) {
+        self.blocks = self.blocks.saturating_add(len as u64 / BLOCK_LEN + 2);
+    }
+
     /// Seals `in_out` and the inner type `kind` in place; type and tag go to `tail`.
     pub(super) fn seal_in_place(
         &mut self,
@@ -67,6 +80,7 @@ impl Cipher {
         tail: &mut [u8; 1 + TAG_LEN],
     ) {
         let nonce = self.nonce();
+        self.wear_by(in_out.len());
         self.key
             .seal_in_place_scatter(nonce, Aad::from(header), in_out, &[kind], tail)
             .expect("a record is shorter than the cipher's limit, and its tail has its length");
@@ -82,6 +96,7 @@ impl Cipher {
         tail: &mut [u8; 1 + TAG_LEN],
     ) {
         let nonce = self.nonce();
+        self.wear_by(plain.len());
         self.key
             .seal_out_of_place_scatter(nonce, Aad::from(header), plain, out, &[kind], tail)
             .expect("a record is shorter than the cipher's limit, and both ends have one length");

@@ -14,9 +14,10 @@ use crate::psk::Suite;
 
 /// Longest plaintext of a record (RFC 8446, section 5.1).
 pub const RECORD_PLAIN_MAX: usize = 1 << 14;
-/// Records that AES-GCM may seal with one key: RFC 8446, section 5.5, allows 2^24.5 full ones.
+/// Full records that AES-GCM may seal with one key: RFC 8446, section 5.5, allows 2^24.5. Smaller ones
+/// count for their blocks.
 pub const KEY_RECORDS_MAX: u64 = 1 << 24;
-/// Records after which [`KeyUpdates::Auto`] takes a new key.
+/// Full records after which [`KeyUpdates::Auto`] takes a new key.
 const KEY_RECORDS_AUTO: u64 = 1 << 23;
 /// The control records that a full key has room for yet: an alert.
 const KEY_RECORDS_SPARE: u64 = 2;
@@ -89,7 +90,9 @@ pub enum RecordError {
     #[error("the peer ended TLS with the alert {0}")]
     Alert(AlertCode),
     /// The key for sending is worn out and may not be replaced.
-    #[error("the TLS key has sealed {KEY_RECORDS_MAX} records: the connection has to be made anew")]
+    #[error(
+        "the TLS key has sealed as much as {KEY_RECORDS_MAX} full records: the connection has to be made anew"
+    )]
     KeyWornOut,
     /// This end has already said that it ends.
     #[error("TLS has already been ended by this side")]
@@ -243,10 +246,10 @@ impl Session {
         self.rx.is_closed
     }
 
-    /// Records that the key for sending is good for yet. With [`KeyUpdates::Never`] the connection
+    /// Full records that the key for sending is good for yet. With [`KeyUpdates::Never`] the connection
     /// has to be made anew before this is 0.
     pub fn key_records_left(&self) -> u64 {
-        (KEY_RECORDS_MAX - KEY_RECORDS_SPARE).saturating_sub(self.tx.cipher.records())
+        (KEY_RECORDS_MAX - KEY_RECORDS_SPARE).saturating_sub(self.tx.cipher.wear())
     }
 
     /// How many bytes sealing `len` bytes gives at most.
@@ -349,7 +352,7 @@ impl Session {
         }
         self.tx.is_closed = true;
         let level = if code == AlertCode::CLOSE_NOTIFY { WARNING } else { FATAL };
-        if self.tx.cipher.records() < KEY_RECORDS_MAX {
+        if self.tx.cipher.wear() < KEY_RECORDS_MAX {
             self.control(ALERT, &[level, code.0], out);
         }
     }
@@ -359,7 +362,7 @@ impl Session {
         if self.tx.is_closed {
             return Err(RecordError::Closed);
         }
-        let records = self.tx.cipher.records();
+        let records = self.tx.cipher.wear();
         let is_worn = self.tx.updates == KeyUpdates::Auto && records >= KEY_RECORDS_AUTO;
         if self.tx.is_update_due || is_worn {
             self.update_key(false, out);

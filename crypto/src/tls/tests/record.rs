@@ -108,6 +108,22 @@ fn the_limit_of_the_key_is_honoured() {
 }
 
 #[test]
+fn small_records_wear_a_key_by_their_blocks() {
+    let (mut near, _far) = sessions(32);
+    let fresh = near.key_records_left();
+    // 4 KiB are 256 blocks, one more for the inner type and one for the tag: four such records are
+    // a little more than a full one, which has 1,026.
+    for (records, worn) in [(1, 1), (3, 2), (4, 3)] {
+        for _ in 0..records {
+            seal(&mut near, &[7; 4096]);
+        }
+        assert_eq!(fresh - near.key_records_left(), worn, "after {records} more");
+    }
+    seal(&mut near, &[7; 1 << 14]);
+    assert_eq!(fresh - near.key_records_left(), 4);
+}
+
+#[test]
 fn the_end_is_orderly_and_told_once() {
     let (mut client, mut server) = sessions(32);
     let mut wire = seal(&mut client, b"last");
