@@ -28,13 +28,16 @@ pub struct Device {
     pub problem: Option<String>,
 }
 
-/// A remote namespace behind a device.
+/// A remote namespace behind a device, or its own volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceNamespace {
     /// Namespace ID at the target.
     pub nsid: u32,
-    /// Its subsystem.
+    /// Its subsystem; empty: a volume of the device's own.
     pub subnqn: String,
+    /// What the device's own volume is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
     /// Who it is, on every face.
     pub uuid: String,
     /// Serial number.

@@ -88,6 +88,11 @@ impl VolumeSpec {
         self.open_kind(identity).map_err(|e| OpenError { spec: self.to_string(), ..e })
     }
 
+    /// Whether it is there for measuring and trying only: memory or nothing, no file of the system.
+    pub fn is_ephemeral(&self) -> bool {
+        matches!(self.kind, Kind::Ram { .. } | Kind::Null { .. })
+    }
+
     fn open_kind(&self, identity: Identity) -> Result<Arc<dyn Volume>, OpenError> {
         let block_bytes = self.block_bytes.unwrap_or(512);
         let options = FileOptions {

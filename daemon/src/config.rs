@@ -184,7 +184,8 @@ impl fmt::Display for DeviceKind {
     }
 }
 
-/// One emulated device: a socket for the machine, a remote namespace behind it.
+/// One emulated device: a socket for the machine, a remote namespace behind it, or a volume of this
+/// process's for measuring and trying.
 #[derive(Debug, Clone)]
 pub struct DeviceConfig {
     /// Unique name.
@@ -194,11 +195,13 @@ pub struct DeviceConfig {
     /// The socket the machine connects to: vhost-user of a virtio-blk device, vfio-user of an NVMe
     /// controller.
     pub socket: PathBuf,
+    /// A volume in this process instead of a target; then `connect` is empty.
+    pub volume: Option<VolumeSpec>,
     /// The target, by one or several ways.
     pub connect: Vec<SocketAddr>,
     /// Which of them an I/O takes.
     pub policy: PathPolicy,
-    /// The subsystem the namespace is in.
+    /// The subsystem the namespace is in; of a `volume`, where its identity comes from.
     pub subnqn: Nqn,
     /// The namespaces: one of a virtio-blk device.
     pub nsids: Vec<u32>,
@@ -351,7 +354,7 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 11] = [
+const DEVICE_KEYS: [&str; 12] = [
     "type",
     "socket",
     "connect",
@@ -363,6 +366,7 @@ const DEVICE_KEYS: [&str; 11] = [
     "hostid",
     "ctrl_loss_tmo",
     "iopolicy",
+    "volume",
 ];
 
 /// Configuration as given, not yet checked.

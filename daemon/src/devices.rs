@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
-use crate::identity::HostIdentity;
+use crate::identity::{self, HostIdentity};
 use crate::manage::serial_text;
 use crate::supervise::Legacy;
 
@@ -38,6 +38,8 @@ pub(crate) struct Book(Mutex<Vec<Arc<Entry>>>);
 pub(crate) struct Entry {
     pub(crate) config: DeviceConfig,
     remotes: Vec<(u32, Arc<RemoteVolume>)>,
+    /// Its own volume, instead of remote ones.
+    local: Option<Arc<dyn Volume>>,
     stop: AtomicBool,
     handle: Mutex<Option<Handle>>,
     failed: Mutex<Option<String>>,
@@ -99,14 +101,23 @@ impl RunningDevice {
         let host = config.host.as_ref().unwrap_or(host);
         let mut remotes = Vec::with_capacity(config.nsids.len());
         let paths: Vec<PathConfig> = config.connect.iter().map(|addr| (*addr).into()).collect();
-        let first_path = *config.connect.first().context("no address of a target")?;
+        let local = match &config.volume {
+            Some(spec) => {
+                let identity = identity::derive_volume(&config.subnqn, &config.name);
+                Some(spec.open(identity).with_context(|| format!("device {:?}", config.name))?)
+            }
+            None => None,
+        };
         let queues = match config.kind {
             // Each ring of the device opens a channel, which is an I/O queue.
             DeviceKind::VirtioBlk => config.queues,
             // Each core opens one, and for a change of namespaces one more.
             DeviceKind::Nvme => (2 * cores.handles().len()).clamp(1, 1024) as u16,
         };
+        // None of a device with a volume of its own.
+        let first_path = config.connect.first().copied();
         for nsid in &config.nsids {
+            let Some(first_path) = first_path else { break };
             let remote = RemoteConfig {
                 queues,
                 paths: paths.clone(),
@@ -136,6 +147,7 @@ impl RunningDevice {
         let entry = Arc::new(Entry {
             config,
             remotes,
+            local,
             stop: AtomicBool::new(false),
             handle: Mutex::new(None),
             failed: Mutex::new(None),
@@ -231,12 +243,21 @@ impl Entry {
 
     fn serve(&self, place: Place, cores: Vec<CoreHandle>) -> anyhow::Result<Handle> {
         let config = &self.config;
-        let (_, volume) = self.remotes.first().ok_or_else(|| anyhow!("no namespace"))?;
+        let volumes: Vec<(u32, Arc<dyn Volume>)> = match &self.local {
+            Some(volume) => vec![(1, volume.clone())],
+            None => self
+                .remotes
+                .iter()
+                .map(|(nsid, remote)| (*nsid, remote.clone() as Arc<dyn Volume>))
+                .collect(),
+        };
+        let (_, volume) = volumes.first().ok_or_else(|| anyhow!("no namespace"))?;
         let serial = serial_text(&volume.identity().serial);
         match config.kind {
             DeviceKind::VirtioBlk => {
                 let device = virtio_blk::DeviceConfig {
                     queues: config.queues,
+                    queue_size_max: virtio_blk::QUEUE_SIZE_MAX,
                     serial,
                     read_only: config.read_only,
                     ..virtio_blk::DeviceConfig::new(&config.name, &config.socket)
@@ -255,11 +276,6 @@ impl Entry {
                     serial: serial.trim_end().to_owned(),
                     ..nvme_pci::DeviceConfig::new(&config.name, &config.socket)
                 };
-                let volumes: Vec<(u32, Arc<dyn Volume>)> = self
-                    .remotes
-                    .iter()
-                    .map(|(nsid, remote)| (*nsid, remote.clone() as Arc<dyn Volume>))
-                    .collect();
                 match place {
                     Place::Own(listener) => {
                         Ok(Handle::Nvme(nvme_pci::serve_on(listener, device, volumes, &cores)?))
@@ -280,7 +296,10 @@ impl Entry {
             socket: config.socket.display().to_string(),
             is_served: false,
             guest_attached: false,
-            namespaces: self.remotes.iter().map(|remote| self.namespace(remote)).collect(),
+            namespaces: match &self.local {
+                Some(volume) => vec![self.local_namespace(&**volume)],
+                None => self.remotes.iter().map(|remote| self.namespace(remote)).collect(),
+            },
             queues: Vec::new(),
             in_flight: 0,
             counters: api::DeviceCounters::default(),
@@ -307,6 +326,20 @@ impl Entry {
         device
     }
 
+    fn local_namespace(&self, volume: &dyn Volume) -> api::DeviceNamespace {
+        let (identity, geometry) = (volume.identity(), volume.geometry());
+        api::DeviceNamespace {
+            nsid: 1,
+            subnqn: String::new(),
+            volume: self.config.volume.as_ref().map(ToString::to_string),
+            uuid: Uuid::from_bytes(identity.uuid).to_string(),
+            serial: serial_text(&identity.serial),
+            size_bytes: geometry.bytes(),
+            block_bytes: geometry.block_bytes,
+            paths: Vec::new(),
+        }
+    }
+
     fn namespace(&self, (nsid, remote): &(u32, Arc<RemoteVolume>)) -> api::DeviceNamespace {
         let state = remote.state();
         let path = |path: &PathState| api::DevicePath {
@@ -325,6 +358,7 @@ impl Entry {
         api::DeviceNamespace {
             nsid: *nsid,
             subnqn: self.config.subnqn.to_string(),
+            volume: None,
             uuid: Uuid::from_bytes(state.identity.uuid).to_string(),
             serial: serial_text(&state.identity.serial),
             size_bytes: state.geometry.bytes(),

@@ -48,6 +48,11 @@ pub fn derive_volume(subnqn: &Nqn, name: &str) -> Identity {
     volume_from_uuid(derive(&["volume", subnqn.as_str(), name]))
 }
 
+/// What the identity of an emulated device's own volume is derived from: the device's name.
+pub(crate) fn derive_local(device: &str) -> Nqn {
+    uuid_nqn(derive(&["device", device]))
+}
+
 /// The subsystem served where nothing is stored: `nqn` if the operator chose one, otherwise one
 /// derived from this machine and the first address listened on.
 pub fn derive_subsystem(nqn: Option<&Nqn>, listen: &str) -> SubsystemIdentity {

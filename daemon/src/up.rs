@@ -334,6 +334,7 @@ fn reachable(listen: SocketAddr) -> SocketAddr {
 
 fn device(name: &str, socket: &Path, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceConfig {
     DeviceConfig {
+        volume: None,
         name: name.to_owned(),
         kind: DeviceKind::VirtioBlk,
         socket: socket.to_owned(),

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvmf_initiator::PathPolicy;
 use uuid::Uuid;
@@ -13,7 +14,7 @@ use super::{
     Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
     IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, WAYS_MAX, fabric,
 };
-use crate::identity::{HostIdentity, UUID_NQN};
+use crate::identity::{self, HostIdentity, UUID_NQN};
 
 /// Names become file names, log fields and NQN suffixes.
 const NAME_LEN_MAX: usize = 64;
@@ -273,6 +274,35 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         _ => return Err(kind.refuse("is no device type; allowed: virtio-blk, nvme")),
     };
     let socket = socket_path(needed("socket", "PATH")?)?;
+    let queues = match draft.keys.get("queues") {
+        Some(setting) => number(setting, 1..=QUEUES_MAX)? as u16,
+        None => DEVICE_QUEUES,
+    };
+    let read_only = match draft.keys.get("read_only") {
+        None => false,
+        Some(setting) => match setting.text.as_str() {
+            "true" => true,
+            "false" => false,
+            _ => return Err(setting.refuse("allowed: true or false")),
+        },
+    };
+    if let Some(volume) = draft.keys.get("volume") {
+        let spec = local_volume(draft, volume)?;
+        return Ok(DeviceConfig {
+            subnqn: identity::derive_local(&name),
+            name,
+            kind,
+            socket,
+            volume: Some(spec),
+            connect: Vec::new(),
+            policy: PathPolicy::default(),
+            nsids: vec![1],
+            host: None,
+            ctrl_loss_timeout: None,
+            queues,
+            read_only,
+        });
+    }
     let connect = needed("connect", "ADDR:PORT")?;
     let mut addrs = Vec::new();
     for text in connect.text.split('+') {
@@ -306,22 +336,11 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         Some(setting) => Some(Duration::from_secs(number(setting, 1..=CTRL_LOSS_S_MAX)?)),
         None => None,
     };
-    let queues = match draft.keys.get("queues") {
-        Some(setting) => number(setting, 1..=QUEUES_MAX)? as u16,
-        None => DEVICE_QUEUES,
-    };
-    let read_only = match draft.keys.get("read_only") {
-        None => false,
-        Some(setting) => match setting.text.as_str() {
-            "true" => true,
-            "false" => false,
-            _ => return Err(setting.refuse("allowed: true or false")),
-        },
-    };
     Ok(DeviceConfig {
         name,
         kind,
         socket,
+        volume: None,
         connect: addrs,
         policy,
         subnqn,
@@ -331,6 +350,28 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         queues,
         read_only,
     })
+}
+
+/// The keys of a device that may be beside `volume`.
+const LOCAL_KEYS: [&str; 5] = ["type", "socket", "queues", "read_only", "volume"];
+
+/// A volume in the emulator itself. Nothing of the system's: a contained process opens no files, and
+/// what is worth keeping belongs behind a target.
+fn local_volume(draft: &DeviceDraft, setting: &Setting) -> Result<VolumeSpec, ConfigError> {
+    if let Some((key, other)) = draft.keys.iter().find(|(key, _)| !LOCAL_KEYS.contains(key)) {
+        return Err(other.refuse(format!(
+            "this device has a volume of its own, and {key} is about one at a target; allowed: \
+             one of the two"
+        )));
+    }
+    let spec: VolumeSpec = setting.text.parse().map_err(|e| setting.refuse(format!("{e}")))?;
+    if !spec.is_ephemeral() {
+        return Err(setting.refuse(
+            "a device's own volume is for measuring and trying; allowed: ram:SIZE or null:SIZE, and \
+             `penstock target` for files and block devices",
+        ));
+    }
+    Ok(spec)
 }
 
 /// The namespaces, `1` or `1+2`. Those of an NVMe device keep their identifiers.

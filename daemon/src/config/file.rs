@@ -156,6 +156,7 @@ struct RawDevice {
     hostid: Option<Spanned<String>>,
     ctrl_loss_tmo: Option<Spanned<String>>,
     iopolicy: Option<Spanned<String>>,
+    volume: Option<Spanned<String>>,
 }
 
 /// One number, or several as in the flag: `"1+2"`.
@@ -323,6 +324,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("queues", source.optional("device.queues", &device.queues));
         add("read_only", source.optional("device.read_only", &device.read_only));
         add("iopolicy", source.optional("device.iopolicy", &device.iopolicy));
+        add("volume", source.optional("device.volume", &device.volume));
         add("hostnqn", source.optional("device.hostnqn", &device.hostnqn));
         add("hostid", source.optional("device.hostid", &device.hostid));
         add("ctrl_loss_tmo", source.optional("device.ctrl_loss_tmo", &device.ctrl_loss_tmo));

@@ -403,3 +403,28 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
         assert!(message.contains(expected), "{message}");
     }
 }
+
+#[test]
+fn a_device_has_a_target_or_a_volume_of_its_own() {
+    let check = |text: &str| {
+        let mut draft = Draft::new();
+        draft.add_device(&format!("d={text},socket=/run/d"))?;
+        draft.keep_devices();
+        draft.check()
+    };
+    let config = check("nvme,volume=null:1G,queues=4").unwrap();
+    let device = &config.devices[0];
+    assert_eq!(device.volume, Some("null:1GiB".parse().unwrap()));
+    assert_eq!((device.connect.len(), &device.nsids[..], device.queues), (0, &[1][..], 4));
+    // The name is what it is known by, after every restart.
+    assert_eq!(device.subnqn, check("virtio-blk,volume=ram:1M").unwrap().devices[0].subnqn);
+    for (text, expected) in [
+        ("virtio-blk,volume=ram:1M,nsid=1", "nsid is about one at a target"),
+        ("virtio-blk,volume=ram:1M,connect=192.0.2.7:1", "connect is about one at a target"),
+        ("nvme,volume=file:/etc/passwd", "allowed: ram:SIZE or null:SIZE"),
+        ("nvme,volume=ram:x", "is not a size"),
+    ] {
+        let message = check(text).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}

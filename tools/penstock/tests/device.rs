@@ -92,6 +92,21 @@ fn a_device_is_told_of_from_before_its_target_to_its_service() {
     assert!(text.contains("there is no device \"other\""), "{text}");
 }
 
+#[test]
+fn a_device_with_a_volume_of_its_own_needs_no_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
+    let text = format!("disk=virtio-blk,socket={},volume=ram:4MiB", socket.display());
+    let path = api.to_str().unwrap();
+    let _emulator = Running::start(&["emulate", "--cores", "1", "--device", &text, "--api", path]);
+    let served = wait(&api, |device| device["is_served"] == true);
+    let namespace = &served["namespaces"][0];
+    assert_eq!((&namespace["size_bytes"], &namespace["nsid"]), (&(4 << 20).into(), &1.into()));
+    assert_eq!(namespace["volume"], "ram:4M");
+    let shown = String::from_utf8(device(&api, &["show", "disk"]).stdout).unwrap();
+    assert!(shown.contains("1 of ram:4M: 4 MiB"), "{shown}");
+}
+
 /// The process that the supervisor has started.
 fn worker(supervisor: &Running) -> Option<u32> {
     let pid = supervisor.0.id();

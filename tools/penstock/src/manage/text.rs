@@ -119,9 +119,10 @@ pub(super) fn device(device: &Device) -> String {
     }
     for ns in &device.namespaces {
         let size = daemon::size::show(ns.size_bytes);
+        let of = ns.volume.as_deref().unwrap_or(&ns.subnqn);
         line(
             "namespace",
-            format!("{} of {}: {size}, UUID {}, serial {}", ns.nsid, ns.subnqn, ns.uuid, ns.serial),
+            format!("{} of {of}: {size}, UUID {}, serial {}", ns.nsid, ns.uuid, ns.serial),
         );
         for path in &ns.paths {
             let error = path.last_error.as_deref().map(|e| format!(": {e}")).unwrap_or_default();
