@@ -65,8 +65,23 @@ pub struct Config {
     pub emulator_cores: Option<u16>,
     /// Unix socket of the management API; `None`: there is none.
     pub api: Option<PathBuf>,
+    /// The target's management API on TCP, if it is there, too.
+    pub api_tls: Option<ApiTls>,
     /// What a process that only emulates devices gives up after its start.
     pub containment: Containment,
+}
+
+/// The management API on TCP: TLS 1.3, with certificates on both ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiTls {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// Certificate of the server, followed by those between it and its authority (PEM).
+    pub cert: PathBuf,
+    /// Private key of the certificate (PEM), which nobody else may use.
+    pub key: PathBuf,
+    /// Certificates of the authorities whose clients may do everything (PEM).
+    pub client_ca: PathBuf,
 }
 
 /// What an emulator gives up after its start, so that a guest that takes it over gains little.
@@ -388,6 +403,10 @@ pub struct Draft {
     queue_entries_max: Option<Setting>,
     io_queues_max: Option<Setting>,
     api: Option<Setting>,
+    api_listen: Option<Setting>,
+    api_cert: Option<Setting>,
+    api_key: Option<Setting>,
+    api_client_ca: Option<Setting>,
     limits: BTreeMap<String, Setting>,
     subsystems: Vec<SubsystemDraft>,
     ana: Vec<AnaDraft>,
@@ -590,6 +609,26 @@ impl Draft {
     /// `--api PATH`.
     pub fn set_api(&mut self, socket: impl Into<String>) {
         self.api = Some(Setting::flag("--api", socket));
+    }
+
+    /// `--api-listen ADDR:PORT`.
+    pub fn set_api_listen(&mut self, addr: impl Into<String>) {
+        self.api_listen = Some(Setting::flag("--api-listen", addr));
+    }
+
+    /// `--api-cert FILE`.
+    pub fn set_api_cert(&mut self, path: impl Into<String>) {
+        self.api_cert = Some(Setting::flag("--api-cert", path));
+    }
+
+    /// `--api-key FILE`.
+    pub fn set_api_key(&mut self, path: impl Into<String>) {
+        self.api_key = Some(Setting::flag("--api-key", path));
+    }
+
+    /// `--api-client-ca FILE`.
+    pub fn set_api_client_ca(&mut self, path: impl Into<String>) {
+        self.api_client_ca = Some(Setting::flag("--api-client-ca", path));
     }
 
     /// `--device NAME=TYPE,key=value,...`.

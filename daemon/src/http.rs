@@ -1,12 +1,16 @@
-//! The management API's server: HTTP/1.1 on a Unix socket, every piece of it bounded.
+//! The management API's server: HTTP/1.1, every piece of it bounded.
 //!
-//! The socket is for its owner alone (mode 0600), and there is no TCP listener: whoever can change
-//! what hosts see has an account on this machine. A connection carries one request; what it may
-//! take in memory, time and company is bounded, and what makes no sense gets an answer in JSON.
+//! The Unix socket is for its owner alone (mode 0600): whoever can change what hosts see has an
+//! account on this machine. On TCP there is TLS and a certificate of the operator's authority
+//! ([`tls`]). A connection carries one request; what it may take in memory, time and company is
+//! bounded, and what makes no sense gets an answer in JSON.
 
 mod routes;
+pub(crate) mod tls;
 
+use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,6 +23,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 
 pub(crate) use routes::{devices, router};
@@ -74,23 +79,42 @@ fn bind_at(path: &Path) -> anyhow::Result<Socket> {
     Ok(Socket { listener: UnixListener::from(socket), path: path.to_owned() })
 }
 
-/// A server; dropping it ends it and takes the socket away.
+/// Where a server is.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Socket(PathBuf),
+    /// TCP, with TLS.
+    Tcp(SocketAddr),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Socket(path) => write!(f, "{}", path.display()),
+            Place::Tcp(addr) => write!(f, "https://{addr}"),
+        }
+    }
+}
+
+/// A server; dropping it ends it and takes its socket away.
 pub(crate) struct Server {
-    path: PathBuf,
+    place: Place,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Server {
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
-        // Gone already if somebody else took it away.
-        let _ = std::fs::remove_file(&self.path);
+        if let Place::Socket(path) = &self.place {
+            // Gone already if somebody else took it away.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -109,35 +133,57 @@ pub(crate) fn serve(mut socket: Socket, router: Router) -> anyhow::Result<Server
     let path = std::mem::take(&mut socket.path);
     let task = tokio::spawn(async move {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let mut complained = false;
+        let mut pauses = Pauses::default();
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return };
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    if !std::mem::replace(&mut complained, true) {
-                        tracing::error!(%error, "the management API takes no requests for now");
-                    }
-                    tokio::time::sleep(REST).await;
-                    continue;
-                }
+            let Some((stream, _)) = pauses.accepted(listener.accept().await).await else {
+                continue;
             };
-            complained = false;
-            let service = TowerToHyperService::new(router.clone());
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIME)
-                .max_buf_size(HEAD_BYTES_MAX)
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), service);
+            let router = router.clone();
             tokio::spawn(async move {
-                // What goes wrong on the way is the caller's to see.
-                let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
+                exchange(stream, router).await;
                 drop(place);
             });
         }
     });
-    Ok(Server { path, task })
+    Ok(Server { place: Place::Socket(path), task })
+}
+
+/// One request and its answer, within its time.
+async fn exchange(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router) {
+    let service = TowerToHyperService::new(router);
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    // What goes wrong on the way is the caller's to see.
+    let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
+}
+
+/// Rests when the system is out of something, and says so once.
+#[derive(Default)]
+struct Pauses {
+    complained: bool,
+}
+
+impl Pauses {
+    async fn accepted<T>(&mut self, result: io::Result<T>) -> Option<T> {
+        match result {
+            Ok(accepted) => {
+                self.complained = false;
+                Some(accepted)
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.complained, true) {
+                    tracing::error!(%error, "the management API takes no requests for now");
+                }
+                tokio::time::sleep(REST).await;
+                None
+            }
+        }
+    }
 }
 
 #[cfg(test)]

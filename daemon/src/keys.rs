@@ -14,8 +14,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,6 +27,7 @@ use nvme::spec::Nqn;
 use nvmf_target::{DHCHAP_KEYS_MAX, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, TLS_KEYS_MAX};
 use zeroize::Zeroizing;
 
+use crate::private;
 use crate::state::{State, StateError, replace};
 
 const FILE: &str = "keys";
@@ -492,25 +492,12 @@ fn save(dir: &Path, records: &[Record]) -> Result<(), StateError> {
 }
 
 fn read(path: &Path) -> Result<Vec<Record>, StateError> {
-    let io = |source| StateError::Io { doing: "read", path: path.to_owned(), source };
     let damaged = |problem: String| StateError::Damaged { path: path.to_owned(), problem };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io(error)),
+    let text = match private::read(path, FILE_BYTES_MAX) {
+        Ok(text) => text,
+        Err(error) if error.is_missing() => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
     };
-    let metadata = file.metadata().map_err(io)?;
-    if metadata.mode() & 0o077 != 0 {
-        return Err(damaged(format!(
-            "it holds keys, and others may read it (mode {:o}): chmod 600, and consider the keys lost",
-            metadata.mode() & 0o777
-        )));
-    }
-    if metadata.len() > FILE_BYTES_MAX {
-        return Err(damaged(format!("larger than {FILE_BYTES_MAX} bytes")));
-    }
-    let mut text = Zeroizing::new(String::with_capacity(metadata.len() as usize + 1));
-    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(io)?;
     parse(&text).map_err(damaged)
 }
 
@@ -577,7 +564,7 @@ impl OfflineKeys {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
     use super::*;
 
@@ -627,7 +614,7 @@ mod tests {
 
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
         let error = KeyBook::open(Some(&dir), store).err().unwrap().to_string();
-        assert!(error.contains("others may read it"), "{error}");
+        assert!(error.contains("others may use it") && error.contains("`chmod 600 "), "{error}");
     }
 
     #[test]

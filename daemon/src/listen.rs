@@ -24,18 +24,17 @@ pub(crate) struct Bound {
 /// Binds every address of the target. One clear line if one cannot be had.
 pub(crate) fn bind_all(config: &TargetConfig) -> anyhow::Result<Bound> {
     let bind = |listeners: &[Listen], flag: &str| -> anyhow::Result<Vec<_>> {
-        listeners
-            .iter()
-            .map(|listen| match TcpListener::bind(listen.addr) {
-                Ok(listener) => Ok((*listen, listener)),
-                Err(error) => Err(anyhow!(refusal(listen.addr, flag, &error))),
-            })
-            .collect()
+        listeners.iter().map(|listen| Ok((*listen, self::bind(listen.addr, flag)?))).collect()
     };
     Ok(Bound {
         io: bind(&config.listen, "--listen")?,
         discovery: bind(&config.discovery, "--discovery")?,
     })
+}
+
+/// Binds an address that `flag` has named.
+pub(crate) fn bind(addr: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(addr).map_err(|error| anyhow!(refusal(addr, flag, &error)))
 }
 
 /// What happened and what to do about it.

@@ -99,6 +99,10 @@ impl Daemon {
             Some(path) => Some(http::bind(path)?),
             None => None,
         };
+        let api_tls = match (&config.target, &config.api_tls) {
+            (Some(_), Some(api)) => Some(http::tls::bind(api)?),
+            _ => None,
+        };
         let host = state.host();
         let (failed, failures) = mpsc::unbounded_channel();
         let roles = usize::from(config.target.is_some()) + usize::from(!config.devices.is_empty());
@@ -109,6 +113,7 @@ impl Daemon {
                 settings,
                 bound,
                 api: api.take(),
+                api_tls,
                 state,
                 host: &host.nqn,
                 hidden,
@@ -215,6 +220,16 @@ impl Daemon {
         self.target.as_ref().map_or(&[], |target| &target.discovery)
     }
 
+    /// Address of the target's management API on TCP, with the port the system chose where 0 was
+    /// asked for.
+    pub fn api_address(&self) -> Option<SocketAddr> {
+        let mut servers = self.target.iter().flat_map(|target| target.apis());
+        servers.find_map(|server| match server.place() {
+            http::Place::Tcp(addr) => Some(*addr),
+            http::Place::Socket(_) => None,
+        })
+    }
+
     /// Connections and associations of the target at this moment.
     pub fn connected(&self) -> (usize, usize) {
         self.target.as_ref().map_or((0, 0), |target| target.target.connected())
@@ -236,8 +251,8 @@ impl Daemon {
                     name = %subsystem.name, subnqn = %subsystem.nqn, %serial, "subsystem"
                 );
             }
-            if let Some(path) = target.api_path() {
-                tracing::info!(socket = %path.display(), "management API");
+            for server in target.apis() {
+                tracing::info!(at = %server.place(), "management API");
             }
         }
         for served in self.served() {
@@ -258,7 +273,7 @@ impl Daemon {
             tracing::info!(%addr, "listening for discovery");
         }
         if let Some(api) = &self.api {
-            tracing::info!(socket = %api.path().display(), "management API");
+            tracing::info!(at = %api.place(), "management API");
         }
         if self.emulator.is_some() {
             tracing::info!(hostnqn = %self.host.nqn, "host");

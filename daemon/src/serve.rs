@@ -44,6 +44,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) settings: &'a TargetConfig,
     pub(crate) bound: Bound,
     pub(crate) api: Option<http::Socket>,
+    pub(crate) api_tls: Option<http::tls::Listener>,
     pub(crate) state: State,
     /// This process as a host: the only one that sees the hidden subsystem.
     pub(crate) host: &'a Nqn,
@@ -62,13 +63,14 @@ pub(crate) struct RunningTarget {
     cores: Cores,
     hidden: Option<Arc<dyn Volume>>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
-    api: Option<Server>,
+    apis: Vec<Server>,
     advert: Option<Advertiser>,
 }
 
 /// Starts a target. Must be called inside a tokio runtime.
 pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
-    let Parts { config, settings, bound, api, mut state, host, hidden, roles, failed } = parts;
+    let Parts { config, settings, bound, api, api_tls, mut state, host, hidden, roles, failed } =
+        parts;
     let local = |listeners: &[(Listen, TcpListener)]| -> std::io::Result<Vec<SocketAddr>> {
         listeners.iter().map(|(_, listener)| listener.local_addr()).collect()
     };
@@ -180,12 +182,15 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
     for ((_, listener), port) in bound.io.into_iter().chain(bound.discovery).zip(ports) {
         tasks.push(listen::accept(listener, target.clone(), port.id).context("accepting")?);
     }
-    let api = match api {
-        Some(socket) => {
-            Some(http::serve(socket, http::router(manager.clone())).context("management API")?)
-        }
-        None => None,
-    };
+    let mut apis = Vec::new();
+    // Changes of both are made one at a time.
+    let router = http::router(manager.clone());
+    if let Some(socket) = api {
+        apis.push(http::serve(socket, router.clone()).context("management API")?);
+    }
+    if let Some(listener) = api_tls {
+        apis.push(http::tls::serve(listener, router).context("management API")?);
+    }
     Ok(RunningTarget {
         caretaker: Caretaker::start(manager.clone())?,
         manager,
@@ -195,7 +200,7 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
         cores,
         hidden: hidden.map(|hidden| hidden.volume),
         tasks,
-        api,
+        apis,
         advert,
     })
 }
@@ -205,15 +210,15 @@ impl RunningTarget {
     pub(crate) fn close(&mut self) {
         // Hosts that look for a target do not find one that is about to end.
         self.advert = None;
-        self.api = None;
+        self.apis.clear();
         for task in self.tasks.drain(..) {
             task.abort();
         }
     }
 
-    /// Where the management API is.
-    pub(crate) fn api_path(&self) -> Option<&std::path::Path> {
-        self.api.as_ref().map(Server::path)
+    /// The management API, wherever it is.
+    pub(crate) fn apis(&self) -> &[Server] {
+        &self.apis
     }
 
     /// Ends everything in order; what went wrong is added to `problems`.

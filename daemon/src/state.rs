@@ -84,6 +84,9 @@ pub enum StateError {
         /// The directory with volumes.
         volumes: PathBuf,
     },
+    /// A file with keys that others may use, or that cannot be read.
+    #[error(transparent)]
+    Private(#[from] crate::private::PrivateError),
     /// The system refused.
     #[error("data directory: cannot {doing} {}{}", path.display(), advice(source))]
     Io {

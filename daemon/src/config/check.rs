@@ -11,8 +11,9 @@ use nvmf_initiator::PathPolicy;
 use uuid::Uuid;
 
 use super::{
-    Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind, Draft,
-    IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, WAYS_MAX, fabric,
+    ApiTls, Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind,
+    Draft, IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, WAYS_MAX,
+    fabric,
 };
 use crate::identity::{self, HostIdentity, UUID_NQN};
 
@@ -44,6 +45,7 @@ impl Draft {
             Some(setting) => Some(socket_path(setting)?),
             None => None,
         };
+        let api_tls = self.check_api_tls()?;
         let (listen, discovery) = fabric::check_listeners(&self.listen, &self.discovery)?;
         if !discovery.is_empty() {
             for (entry, listen) in self.listen.iter().zip(&listen) {
@@ -63,7 +65,7 @@ impl Draft {
             || !self.subsystems.is_empty();
         let target = if has_target {
             // Volumes may be attached at run time where there is a way to do it.
-            if volumes.is_empty() && api.is_none() {
+            if volumes.is_empty() && api.is_none() && api_tls.is_none() {
                 return Err(ConfigError::Missing(
                     "no volume to serve: give --volume NAME=SPEC, or a [[volume]] table with name \
                      and spec; SPEC is file:PATH[,size=SIZE], blockdev:PATH, ram:SIZE or null:SIZE \
@@ -151,12 +153,61 @@ impl Draft {
             devices,
             emulator_cores: optional(&self.emulator_cores, 1..=CORES_MAX)?,
             api,
+            api_tls,
             containment: match (&self.containment, self.is_emulator) {
                 (Some(setting), _) => containment(setting)?,
                 (None, true) => Containment::On,
                 (None, false) => Containment::Off,
             },
         })
+    }
+}
+
+impl Draft {
+    /// All of it or nothing: on TCP nobody is who they say they are without a certificate.
+    fn check_api_tls(&self) -> Result<Option<ApiTls>, ConfigError> {
+        let files = [
+            (&self.api_cert, "--api-cert FILE", "api.cert"),
+            (&self.api_key, "--api-key FILE", "api.key"),
+            (&self.api_client_ca, "--api-client-ca FILE", "api.client_ca"),
+        ];
+        let Some(listen) = &self.api_listen else {
+            return match files.iter().find_map(|(setting, ..)| setting.as_ref()) {
+                Some(setting) => Err(setting.refuse(
+                    "is for the management API on TCP, and there is none; give --api-listen \
+                     ADDR:PORT, or api.listen in the file, as well",
+                )),
+                None => Ok(None),
+            };
+        };
+        let addr = address(listen, &listen.text)?;
+        let mut paths = Vec::with_capacity(files.len());
+        for (setting, flag, key) in files {
+            match setting {
+                Some(setting) if setting.text.is_empty() => {
+                    return Err(setting.refuse("is empty; allowed: the path of a PEM file"));
+                }
+                Some(setting) => paths.push(PathBuf::from(&setting.text)),
+                None => {
+                    return Err(listen.refuse(format!(
+                        "the management API is not served on TCP without TLS and client \
+                         certificates; give {flag}, or {key} in the file, as well",
+                    )));
+                }
+            }
+        }
+        let [cert, key, client_ca] =
+            <[PathBuf; 3]>::try_from(paths).expect("each of three files has given a path");
+        let io = self.listen.iter().chain(&self.discovery);
+        for other in io {
+            if fabric::overlaps(other, addr) {
+                return Err(listen.refuse(format!(
+                    "is also a listener of the target ({}); allowed: another port",
+                    other.place
+                )));
+            }
+        }
+        Ok(Some(ApiTls { addr, cert, key, client_ca }))
     }
 }
 

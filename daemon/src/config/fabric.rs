@@ -404,6 +404,12 @@ pub(super) fn check_listeners(
     Ok((of(true), of(false)))
 }
 
+/// Whether a listener that is given would take connections of another address.
+pub(super) fn overlaps(listen: &Setting, addr: SocketAddr) -> bool {
+    // One that makes no sense is refused elsewhere.
+    listener(listen).is_ok_and(|listen| overlap(listen.addr, addr))
+}
+
 /// Whether one listener would take the other's connections. Port 0 is another port each time.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let takes_in = |wide: IpAddr, other: IpAddr| match wide {

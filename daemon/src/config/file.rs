@@ -71,7 +71,11 @@ struct RawEmulator {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawApi {
-    socket: Spanned<String>,
+    socket: Option<Spanned<String>>,
+    listen: Option<Spanned<String>>,
+    cert: Option<Spanned<String>>,
+    key: Option<Spanned<String>>,
+    client_ca: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -244,7 +248,13 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
             source.optional("target.queue_entries_max", &target.queue_entries_max);
         draft.io_queues_max = source.optional("target.io_queues_max", &target.io_queues_max);
     }
-    draft.api = raw.api.map(|api| source.setting("api.socket", &api.socket));
+    if let Some(api) = raw.api {
+        draft.api = source.optional("api.socket", &api.socket);
+        draft.api_listen = source.optional("api.listen", &api.listen);
+        draft.api_cert = source.optional("api.cert", &api.cert);
+        draft.api_key = source.optional("api.key", &api.key);
+        draft.api_client_ca = source.optional("api.client_ca", &api.client_ca);
+    }
     if let Some(discovery) = raw.discovery {
         draft.discovery_nqn = source.optional("discovery.nqn", &discovery.nqn);
         draft.mdns = discovery.mdns;

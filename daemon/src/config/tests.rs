@@ -428,3 +428,31 @@ fn a_device_has_a_target_or_a_volume_of_its_own() {
         assert!(message.contains(expected), "{message}");
     }
 }
+
+#[test]
+fn the_management_api_on_tcp_has_tls_or_is_refused() {
+    let check = |api: &str| {
+        let text = format!(
+            "[[volume]]\nname = \"a\"\nspec = \"ram:1M\"\n[target]\nlisten = \
+             [\"127.0.0.1:4420\"]\n[api]\n{api}"
+        );
+        Draft::from_toml(Path::new("penstock.toml"), &text)?.check()
+    };
+    let files = "cert = \"c\"\nkey = \"k\"\nclient_ca = \"a\"\n";
+    let config = check(&format!("listen = \"[::1]:8443\"\n{files}")).unwrap();
+    let tls = config.api_tls.unwrap();
+    assert_eq!(tls.addr, "[::1]:8443".parse().unwrap());
+    assert_eq!((tls.cert, tls.key, tls.client_ca), ("c".into(), "k".into(), "a".into()));
+    assert_eq!(config.api, None);
+    for (api, expected) in [
+        ("listen = \"127.0.0.1:1\"", "not served on TCP without TLS and client certificates"),
+        ("listen = \"127.0.0.1:1\"\ncert = \"c\"", "give --api-key FILE, or api.key in the file"),
+        ("listen = \"127.0.0.1:1\"\ncert = \"\"", "api.cert = \"\": is empty"),
+        ("cert = \"c\"", "give --api-listen ADDR:PORT"),
+        (&format!("listen = \"here\"\n{files}"), "is no ADDR:PORT"),
+        (&format!("listen = \"0.0.0.0:4420\"\n{files}"), "is also a listener of the target"),
+    ] {
+        let message = check(api).unwrap_err().to_string();
+        assert!(message.contains(expected) && message.contains("api."), "{message}");
+    }
+}

@@ -2,15 +2,7 @@
 
 use std::net::SocketAddr;
 
-/// A word for a POSIX shell, quoted if it has to be.
-fn word(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:=,+@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
-}
+use crate::shell::word;
 
 /// QEMU takes a comma in a value doubled.
 fn qemu_value(text: &str) -> String {

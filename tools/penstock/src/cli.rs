@@ -126,6 +126,8 @@ Examples:
       --discovery 0.0.0.0:8009 --data /var/lib/penstock
   penstock target --volume t=null:1TiB --listen 127.0.0.1:4420 --cores 1
   penstock target --volume a=ram:1GiB --listen 127.0.0.1:4420 --api /run/penstock.sock
+  penstock target --volume a=ram:1GiB --listen 127.0.0.1:4420 --api-listen 192.0.2.7:8443 \\
+      --api-cert server.pem --api-key server.key --api-client-ca operators.pem
   penstock target --config /etc/penstock.toml";
 
 #[derive(Debug, Args)]
@@ -185,6 +187,18 @@ pub(crate) struct TargetArgs {
     /// Socket of the management API, for `penstock status`, `volume` and so on [default: none]
     #[arg(long, value_name = "PATH")]
     pub(crate) api: Option<String>,
+    /// The management API on TCP, too: TLS 1.3, for clients that have a certificate [default: none]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) api_listen: Option<String>,
+    /// Certificate of the management API on TCP, with those between it and its authority (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_cert: Option<String>,
+    /// Private key of that certificate (PEM); mode 0600
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key: Option<String>,
+    /// Authorities whose clients may use the management API on TCP, for everything (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_client_ca: Option<String>,
     /// Configuration file (TOML); flags add volumes and replace single values
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

@@ -56,6 +56,18 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if let Some(api) = &args.api {
         draft.set_api(api);
     }
+    if let Some(addr) = &args.api_listen {
+        draft.set_api_listen(addr);
+    }
+    if let Some(path) = &args.api_cert {
+        draft.set_api_cert(path);
+    }
+    if let Some(path) = &args.api_key {
+        draft.set_api_key(path);
+    }
+    if let Some(path) = &args.api_client_ca {
+        draft.set_api_client_ca(path);
+    }
     let left_out = draft.keep_target();
     if left_out != 0 {
         tracing::info!(devices = left_out, "devices in the file are for `penstock emulate`");

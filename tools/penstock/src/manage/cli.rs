@@ -7,9 +7,24 @@ use clap::{Args, Subcommand, ValueEnum};
 /// Where the management API is, and how answers are printed.
 #[derive(Debug, Args)]
 pub(crate) struct Connection {
-    /// Socket of the running target: what it was given as --api PATH
-    #[arg(long, value_name = "PATH", env = "PENSTOCK_API", default_value = "./penstock-api.sock")]
-    pub(crate) api: PathBuf,
+    /// Where the running target is: what it was given as --api PATH, or https://HOST:PORT of its
+    /// --api-listen
+    #[arg(
+        long,
+        value_name = "PATH|URL",
+        env = "PENSTOCK_API",
+        default_value = "./penstock-api.sock"
+    )]
+    pub(crate) api: String,
+    /// With https: certificate of this client, with those between it and its authority (PEM)
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_CERT")]
+    pub(crate) api_cert: Option<PathBuf>,
+    /// With https: private key of that certificate (PEM); mode 0600
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_KEY")]
+    pub(crate) api_key: Option<PathBuf>,
+    /// With https: authority of the target's certificate (PEM)
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_CA")]
+    pub(crate) api_ca: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -43,7 +58,9 @@ impl Who {
 
 pub(crate) const STATUS_AFTER: &str = "Examples:
   penstock status --api /run/penstock.sock
-  penstock status --json";
+  penstock status --json
+  penstock status --api https://storage-1.example.com:8443 --api-cert me.pem --api-key me.key \\
+      --api-ca authority.pem";
 
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {

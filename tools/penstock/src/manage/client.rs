@@ -1,7 +1,5 @@
-//! One request to the management API: HTTP/1.1 over its Unix socket.
+//! One request to the management API: HTTP/1.1 to wherever it is.
 
-use std::io;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -11,7 +9,9 @@ use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
-use tokio::net::UnixStream;
+
+use super::cli::Connection;
+use super::place::Place;
 
 /// Longest answer that is read: that of a target with tens of thousands of namespaces.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
@@ -30,18 +30,19 @@ pub(crate) struct Ask {
 /// Sends a request and reads the answer to it.
 ///
 /// # Errors
-/// Nobody answers at `socket`, or the answer is a refusal.
+/// The flags name no place, nobody answers there, or the answer is a refusal.
 pub(crate) fn send<T: DeserializeOwned>(
-    socket: &Path,
+    connection: &Connection,
     timeout: Duration,
     ask: Ask,
 ) -> anyhow::Result<T> {
+    let place = Place::of(connection)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting a runtime")?;
     let (status, bytes) = runtime.block_on(async {
-        tokio::time::timeout(timeout + SLACK, exchange(socket, ask))
+        tokio::time::timeout(timeout + SLACK, exchange(&place, ask))
             .await
             .unwrap_or_else(|_| Err(anyhow!("no answer within {} s", (timeout + SLACK).as_secs())))
     })?;
@@ -54,21 +55,10 @@ pub(crate) fn send<T: DeserializeOwned>(
     }
 }
 
-async fn exchange(socket: &Path, ask: Ask) -> anyhow::Result<(hyper::StatusCode, Bytes)> {
-    let stream = UnixStream::connect(socket).await.map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                ": is the target running? Start it with `penstock target --api PATH`, and give the \
-                 same path here with --api or PENSTOCK_API"
-            }
-            io::ErrorKind::PermissionDenied => ": the socket is for the target's user alone",
-            _ => "",
-        };
-        anyhow!("management API at {}: {error}{advice}", socket.display())
-    })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .context("management API")?;
+async fn exchange(place: &Place, ask: Ask) -> anyhow::Result<(hyper::StatusCode, Bytes)> {
+    let stream = TokioIo::new(place.connect().await?);
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(stream).await.context("management API")?;
     // It ends with the exchange, whose error says what is wrong with it.
     let connection = tokio::spawn(connection);
     let request = Request::builder()
@@ -78,7 +68,16 @@ async fn exchange(socket: &Path, ask: Ask) -> anyhow::Result<(hyper::StatusCode,
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from(ask.body.unwrap_or_default())))
         .context("making the request")?;
-    let answer = sender.send_request(request).await.context("management API")?;
+    let answer = match sender.send_request(request).await {
+        Ok(answer) => answer,
+        // A server judges a certificate when the client is done: it is the connection that knows.
+        Err(error) => {
+            return Err(match connection.await {
+                Ok(Err(cause)) => place.explain(&cause),
+                _ => place.explain(&error),
+            });
+        }
+    };
     let status = answer.status();
     let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
     let body = body.map_err(|error| anyhow!("reading the answer: {error}"))?;
@@ -133,11 +132,37 @@ mod tests {
         assert_eq!(refusal(&problem(Code::Draining, "")).to_string(), "the change IS in force: no");
     }
 
+    fn connection(api: &str) -> Connection {
+        Connection {
+            api: api.to_owned(),
+            api_cert: None,
+            api_key: None,
+            api_ca: None,
+            json: false,
+            timeout: 1,
+        }
+    }
+
+    #[test]
+    fn tcp_without_tls_or_a_certificate_is_refused() {
+        for (api, expected) in [
+            ("http://127.0.0.1:1", "no management API on TCP without TLS"),
+            ("ftp://127.0.0.1:1", "allowed: the path of a socket, or https://HOST:PORT"),
+            ("https://127.0.0.1:1/v1", "is no place"),
+            ("https://127.0.0.1:1", "give --api-cert FILE"),
+        ] {
+            let ask = Ask { method: Method::GET, path: api::path::STATUS.to_owned(), body: None };
+            let error = send::<api::Status>(&connection(api), Duration::from_secs(1), ask);
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(api) && error.contains(expected), "{error}");
+        }
+    }
+
     #[test]
     fn a_socket_that_is_not_there_is_explained() {
         let ask = Ask { method: Method::GET, path: api::path::STATUS.to_owned(), body: None };
-        let nowhere = Path::new("/nonexistent/api.sock");
-        let error = send::<api::Status>(nowhere, Duration::from_secs(1), ask).unwrap_err();
+        let nowhere = connection("/nonexistent/api.sock");
+        let error = send::<api::Status>(&nowhere, Duration::from_secs(1), ask).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("/nonexistent/api.sock") && text.contains("--api PATH"), "{text}");
     }

@@ -1,7 +1,6 @@
 //! `penstock key`: keys of hosts, at a running target or in a data directory that none uses.
 
 use std::io::{IsTerminal as _, Read as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -173,7 +172,7 @@ impl Place {
         }
         let body = body.map(serde_json::to_string).transpose()?;
         let patience = Duration::from_secs(self.connection.timeout);
-        client::send(&self.connection.api, patience, Ask { method, path, body })
+        client::send(&self.connection, patience, Ask { method, path, body })
     }
 
     fn print(&self, keys: &[Key]) -> anyhow::Result<ExitCode> {
@@ -197,16 +196,9 @@ fn read_key(file: Option<&Path>) -> anyhow::Result<SecretString> {
             std::io::stdin().take(KEY_FILE_BYTES_MAX + 1).read_to_string(&mut text)
         }
         Some(path) => {
-            let shown = path.display();
-            let file = std::fs::File::open(path).with_context(|| format!("opening {shown}"))?;
-            let mode = file.metadata()?.mode();
-            if mode & 0o077 != 0 {
-                bail!(
-                    "{shown} holds a key, and others may use the file (mode {:o}): chmod 600 it",
-                    mode & 0o777
-                );
-            }
-            file.take(KEY_FILE_BYTES_MAX + 1).read_to_string(&mut text)
+            let read = daemon::private::read(path, KEY_FILE_BYTES_MAX)?;
+            text.push_str(&read);
+            Ok(text.len())
         }
     };
     let text = SecretString::new(text);

@@ -4,6 +4,7 @@
 pub(crate) mod cli;
 mod client;
 mod key;
+mod place;
 mod text;
 
 use std::process::ExitCode;
@@ -159,7 +160,7 @@ pub(crate) fn referral(args: &ReferralArgs) -> anyhow::Result<ExitCode> {
 
 fn get<T: DeserializeOwned>(connection: &Connection, path: &str) -> anyhow::Result<T> {
     let ask = Ask { method: Method::GET, path: path.to_owned(), body: None };
-    client::send(&connection.api, Duration::from_secs(connection.timeout), ask)
+    client::send(connection, Duration::from_secs(connection.timeout), ask)
 }
 
 /// Prints what there is.
@@ -188,7 +189,7 @@ fn change(
     let mark = if path.contains('?') { '&' } else { '?' };
     let path = format!("{path}{mark}timeout={}", connection.timeout);
     let patience = Duration::from_secs(connection.timeout);
-    let done: Done = client::send(&connection.api, patience, Ask { method, path, body })?;
+    let done: Done = client::send(connection, patience, Ask { method, path, body })?;
     if connection.json {
         println!("{}", serde_json::to_string_pretty(&done)?);
     } else {
