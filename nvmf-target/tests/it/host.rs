@@ -16,6 +16,18 @@ use reactor::{Core, CoreHandle, Local, Progress, Socket, Task};
 /// Commands that one queue has outstanding at most.
 pub(crate) const DEPTH: u16 = 32;
 
+/// What TLS makes of what a host sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// Messages of the handshake.
+    Handshake,
+    /// What follows it.
+    Records,
+}
+
+/// Somebody on the way who changes the bytes that a host sends; something has to be left of them.
+pub(crate) type Meddler = Rc<RefCell<dyn FnMut(Sent, &mut Vec<u8>)>>;
+
 /// The data that goes with a command.
 #[derive(Clone, Debug)]
 pub(crate) enum Data {
@@ -60,7 +72,12 @@ pub(crate) struct Queue {
 
 impl Queue {
     /// Opens a connection, with TLS if there is a key; its first command is to be Connect.
-    pub(crate) fn open_as(core: &mut Core, socket: Socket, psk: Option<&Psk>) -> Queue {
+    pub(crate) fn open_as(
+        core: &mut Core,
+        socket: Socket,
+        psk: Option<&Psk>,
+        meddler: Option<Meddler>,
+    ) -> Queue {
         let local = core.local();
         // Each of the commands may be asked for all of its data in the smallest pieces.
         let config = StreamConfig { tx_entries_max: 8192, ..StreamConfig::default() };
@@ -74,6 +91,7 @@ impl Queue {
             local,
             state: Rc::clone(&state),
             is_deaf: false,
+            meddler,
             shaking: psk.map(|psk| Shaking::new(tls::Client::new(psk).expect("a sound key"))),
             commands: (0..DEPTH).map(|_| None).collect(),
         };
@@ -145,6 +163,7 @@ struct Command {
 struct Driver {
     stream: Stream,
     machine: tcp::Host,
+    meddler: Option<Meddler>,
     /// A TLS handshake that has not ended.
     shaking: Option<Shaking>,
     local: Local,
@@ -165,12 +184,19 @@ impl Shaking {
     }
 }
 
-struct TlsLayer(Session);
+struct TlsLayer(Session, Option<Meddler>);
 
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
         let fill = &mut |at, dst: &mut [u8]| plain.copy_to_slice(at, dst).expect("in range");
-        self.0.seal(plain.len(), out, fill).map_err(|_| LayerError("seal"))
+        let from = out.len();
+        self.0.seal(plain.len(), out, fill).map_err(|_| LayerError("seal"))?;
+        if let Some(meddler) = &self.1 {
+            let mut sealed = out.split_off(from);
+            meddler.borrow_mut()(Sent::Records, &mut sealed);
+            out.append(&mut sealed);
+        }
+        Ok(())
     }
 
     fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
@@ -199,7 +225,11 @@ impl Driver {
             } else if self.stream.failed().is_some() || matches!(self.stream.recv(), Rx::Eof) {
                 self.state.borrow_mut().cut = true;
             }
-            for part in client.take().chunks(HEAD_BYTES_MAX) {
+            let mut flight = client.take();
+            if let (Some(meddler), false) = (&self.meddler, flight.is_empty()) {
+                meddler.borrow_mut()(Sent::Handshake, &mut flight);
+            }
+            for part in flight.chunks(HEAD_BYTES_MAX) {
                 self.stream.push(part, None, None, None).expect("room for the handshake");
             }
             self.stream.flush();
@@ -209,7 +239,8 @@ impl Driver {
                     let mut established = client.finish().expect("it is done");
                     let leftover = std::mem::take(&mut established.leftover);
                     let session = Session::new(&established, KeyUpdates::Never);
-                    shaking.layer = Some((Box::new(TlsLayer(session)), leftover));
+                    shaking.layer =
+                        Some((Box::new(TlsLayer(session, self.meddler.clone())), leftover));
                 }
                 Err(failure) => {
                     let mut state = self.state.borrow_mut();

@@ -10,4 +10,5 @@ mod limits;
 mod manage;
 mod reservations;
 mod rig;
+mod tamper;
 mod tls;

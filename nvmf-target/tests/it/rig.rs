@@ -15,7 +15,7 @@ use nvmf_target::{
 use reactor::sim::World;
 use reactor::{Core, CoreConfig, Socket};
 
-use crate::host::{DEPTH, Data, Done, Queue};
+use crate::host::{DEPTH, Data, Done, Meddler, Queue};
 
 pub(crate) const SUBNQN: &str = "nqn.2026-11.io.penstock:ops";
 pub(crate) const BLOCK: usize = 512;
@@ -42,6 +42,8 @@ pub(crate) struct Rig {
     pub(crate) kato: Duration,
     /// The TLS key that hosts use from now on, if they do.
     pub(crate) psk: Option<Psk>,
+    /// Who changes what TLS hosts send from now on, if somebody does.
+    pub(crate) meddler: Option<Meddler>,
 }
 
 /// One association: admin queue and I/O queues.
@@ -94,7 +96,16 @@ impl Rig {
             let task = target.core_task(index, &core.local()).expect("the core's first task");
             core.spawn(task);
         }
-        Rig { world, cores, target, faults, port: PORT, kato: Duration::ZERO, psk: None }
+        Rig {
+            world,
+            cores,
+            target,
+            faults,
+            port: PORT,
+            kato: Duration::ZERO,
+            psk: None,
+            meddler: None,
+        }
     }
 
     /// Runs until `condition` holds.
@@ -111,7 +122,8 @@ impl Rig {
 
     pub(crate) fn connection(&mut self) -> Queue {
         let near = self.socket();
-        Queue::open_as(&mut self.cores[CORES], near, self.psk.as_ref())
+        let (psk, meddler) = (self.psk.as_ref(), self.meddler.clone());
+        Queue::open_as(&mut self.cores[CORES], near, psk, meddler)
     }
 
     /// A host's end of a connection that the target has the other of.
