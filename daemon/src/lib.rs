@@ -4,6 +4,7 @@
 //!  flags, penstock.toml ─► config ─► run::Daemon ─┬─► listen (tokio) ──► Target ──► target cores
 //!  data directory ───────► state  ─► identity ────┘─► devices ─────────► RemoteVolume, virtio-blk
 //!                                                                        on emulator cores
+//!  tune = a survey of /proc and /sys
 //!  up = provisioning + Daemon + selfcheck         bench = Plan + Job over any block::Volume
 //! ```
 //!
@@ -41,6 +42,7 @@ mod shell;
 pub mod size;
 pub mod state;
 pub mod supervise;
+pub mod tune;
 pub mod up;
 
 pub use config::{Config, ConfigError, Containment, Draft};

@@ -75,6 +75,9 @@ pub(crate) enum Command {
     /// Load a local volume or a remote namespace and report IOPS, bandwidth, latency and CPU
     #[command(after_help = BENCH_AFTER)]
     Bench(BenchArgs),
+    /// Look at this machine and say what to change so that I/O is fast, and why
+    #[command(after_help = TUNE_AFTER)]
+    Tune(TuneArgs),
 }
 
 const UP_AFTER: &str = "Makes a sparse file for the first volume if there is none, serves it over \
@@ -372,6 +375,30 @@ pub(crate) struct BenchArgs {
     pub(crate) json: bool,
 }
 
+const TUNE_AFTER: &str =
+    "Reads /proc and /sys: processors and how they are clocked and sleep, NUMA, \
+network interfaces, TCP, io_uring, limits, block devices. Measures nothing and starts nothing.
+
+--apply writes to /proc/sys, /proc/irq and /sys what stands under \"To change\" and can be written \
+there, until the next boot, tells of each write and how to undo it, and leaves everything else \
+alone. What stands under \"To consider\" depends on what the machine does not show: it is yours to \
+do. Limits of processes are set where the service is started.
+
+Examples:
+  penstock tune
+  penstock tune --json
+  sudo penstock tune --apply";
+
+#[derive(Debug, Args)]
+pub(crate) struct TuneArgs {
+    /// Do what can be done while the machine runs, and say how to undo it; needs root
+    #[arg(long)]
+    pub(crate) apply: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -407,6 +434,7 @@ mod tests {
             "referral",
             "discover",
             "bench",
+            "tune",
         ];
         for command in commands {
             let error = parse(&format!("{command} --help")).unwrap_err();

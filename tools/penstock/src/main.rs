@@ -1,7 +1,7 @@
 //! `penstock`: the one user-facing binary.
 //!
 //! ```text
-//!  cli (clap) ──► up, serve (target, emulate), discover, bench ──► daemon (library)
+//!  cli (clap) ──► up, serve (target, emulate), discover, bench, tune ──► daemon (library)
 //!            └──► manage (status, volume, ...) ──► a running target's management API
 //!                        │
 //!                        └─► text for people, JSON for programs, one line for errors
@@ -17,6 +17,7 @@ mod discover;
 mod manage;
 mod serve;
 mod signals;
+mod tune;
 mod up;
 
 use std::io::IsTerminal;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Key(args) => manage::key(&args),
         Command::Discover(args) => discover::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Tune(args) => tune::run(&args),
     };
     match result {
         Ok(code) => code,

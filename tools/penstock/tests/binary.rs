@@ -76,7 +76,7 @@ impl Drop for Target {
 
 #[test]
 fn help_is_there_for_every_command() {
-    for command in ["up", "target", "emulate", "discover", "bench"] {
+    for command in ["up", "target", "emulate", "discover", "bench", "tune"] {
         let output = penstock(&[command, "--help"]);
         assert_eq!(output.status.code(), Some(0));
         let text = stdout(&output);
