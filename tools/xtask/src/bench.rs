@@ -1,11 +1,13 @@
 //! `cargo xtask bench NAME`: comparisons of our programs with a yardstick on the same machine.
 
+mod gate;
+
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{exec, workspace};
+use crate::{exec, lab, workspace};
 
 /// What to compare, and arguments for the program that does it.
 #[derive(clap::Args)]
@@ -21,11 +23,18 @@ pub(crate) struct Args {
 pub(crate) enum Comparison {
     /// The target with a null volume against a bare request/response loop.
     Target,
+    /// The working tree against a base revision, by counted instructions.
+    Gate,
+    /// fio's jobs on every engine that this machine can run.
+    Fio,
 }
 
 pub(crate) fn task(args: &Args) -> Result<bool> {
-    run(args.name, &args.rest)?;
-    Ok(true)
+    match args.name {
+        Comparison::Gate => gate::task(&args.rest),
+        Comparison::Fio => lab::bench_fio(&args.rest),
+        name => run(name, &args.rest).map(|()| true),
+    }
 }
 
 /// Builds the binary under test and the programs that compare it, together: one set of features.
@@ -38,7 +47,38 @@ pub(crate) fn build() -> Result<()> {
 pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
     let binary = match name {
         Comparison::Target => "bench-target",
+        Comparison::Gate | Comparison::Fio => bail!("this comparison has no program of its own"),
     };
     build()?;
     exec::run(Command::new(workspace::target_dir()?.join("release").join(binary)).args(rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use super::*;
+
+    fn job_files(folder: &Path) -> BTreeMap<String, String> {
+        let mut files = BTreeMap::new();
+        for engine in ["kernel-nvme-tcp", "emulated-nvme", "virtio-blk", "libblkio"] {
+            for entry in std::fs::read_dir(folder.join(engine)).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.strip_prefix(folder).unwrap().display().to_string();
+                files.insert(name, std::fs::read_to_string(&path).unwrap());
+            }
+        }
+        files
+    }
+
+    #[test]
+    fn the_job_files_of_each_engine_are_what_their_parts_say() {
+        let folder = workspace::root().unwrap().join("fio-jobs");
+        let made = tempfile::tempdir().unwrap();
+        exec::output(Command::new("sh").arg(folder.join("make.sh")).arg(made.path())).unwrap();
+        let (there, made) = (job_files(&folder), job_files(made.path()));
+        assert!(made.len() >= 40, "{}", made.len());
+        assert_eq!(there, made, "run `sh fio-jobs/make.sh`");
+    }
 }

@@ -6,7 +6,8 @@
 //!          release build and every lab scenario                        (test.rs)
 //!  fuzz    the fuzz smoke alone, or random inputs for a time           (fuzz.rs)
 //!  lab     one scenario in a guest with a stock Linux kernel           (lab/)
-//!  bench   one comparison                                              (bench.rs)
+//!  bench   one comparison: the target with a bare loop, this tree with
+//!          a revision before, fio's engines with each other            (bench.rs)
 //! ```
 //!
 //! Every run ends with a table of its steps and a line `N passed, N failed, N skipped`. A step that

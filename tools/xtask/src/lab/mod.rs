@@ -79,6 +79,11 @@ pub(crate) fn add_steps(report: &mut Report, is_built: bool) {
     run(report, &SCENARIOS.iter().collect::<Vec<_>>(), is_built);
 }
 
+/// The comparison of fio's engines, which needs the lab's programs.
+pub(crate) fn bench_fio(rest: &[String]) -> Result<bool> {
+    scenario::fio_bench::task(rest)
+}
+
 fn by_name(name: &str) -> Result<&'static Scenario> {
     SCENARIOS.iter().find(|scenario| scenario.name == name).with_context(|| {
         let known: Vec<&str> = SCENARIOS.iter().map(|scenario| scenario.name).collect();

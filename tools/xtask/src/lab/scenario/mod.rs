@@ -3,6 +3,7 @@
 mod ana_failover;
 mod boot;
 mod both_disks;
+pub(super) mod fio_bench;
 mod fio_jobs;
 mod kernel_host;
 mod kill_target;

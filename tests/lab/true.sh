@@ -1,0 +1,2 @@
+#!/bin/sh
+# Nothing: the guest came up.
