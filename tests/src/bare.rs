@@ -117,6 +117,9 @@ impl Outgoing {
         head[..4].copy_from_slice(&[kind, flags, RESPONSE_BYTES as u8, RESPONSE_BYTES as u8]);
         head[4..8].copy_from_slice(&((RESPONSE_BYTES + payload) as u32).to_le_bytes());
         head[cid_at..cid_at + 2].copy_from_slice(&cid.to_le_bytes());
+        if payload > 0 {
+            head[16..20].copy_from_slice(&(payload as u32).to_le_bytes());
+        }
         self.heads.push_back((head, opcode == 2));
     }
 

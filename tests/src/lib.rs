@@ -5,7 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod bare;
+pub mod bench;
 pub mod faults;
+pub mod link;
 pub mod load;
 pub mod process;
 pub mod rig;

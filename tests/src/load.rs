@@ -1,14 +1,17 @@
-//! A load generator that speaks just enough NVMe/TCP to keep a queue at a given depth.
+//! A load generator that speaks just enough NVMe/TCP to keep queues at a given depth.
 //!
-//! It shares no code with the product, so that it is a second opinion on the wire format, and it is
-//! the same for the target under test and for the [bare loop](crate::bare): it spins, sends all
-//! commands of a pass in one call and copies what it receives once.
+//! It shares no protocol code with the product, so that it is a second opinion on the wire format
+//! (the TLS record layer and the CRC are the product's), and it is the same for the target under
+//! test and for the [bare loop](crate::bare): it spins, sends all commands of a pass in one call and
+//! copies what it receives once.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use nvme::tcp::Crc32c;
+
 use crate::bare::{CAPSULE_BYTES, RESPONSE_BYTES};
+use crate::link::{DIGEST_BYTES, Link, flags, protocol};
 
 /// What to ask for.
 #[derive(Clone, Copy, Debug)]
@@ -17,7 +20,7 @@ pub struct Workload {
     pub write: bool,
     /// Bytes per command, a multiple of 512.
     pub block_bytes: usize,
-    /// Commands kept outstanding.
+    /// Commands kept outstanding on each queue.
     pub depth: usize,
     /// Write payload travels behind the command; otherwise the peer asks for it by R2T.
     pub in_capsule: bool,
@@ -25,6 +28,8 @@ pub struct Workload {
     pub span_bytes: u64,
     /// Bytes per logical block.
     pub lba_bytes: u64,
+    /// Namespaces asked in turn, from 1 on.
+    pub namespaces: u32,
 }
 
 /// What came of it.
@@ -38,282 +43,318 @@ pub struct Figures {
     pub p99_us: f64,
 }
 
-fn protocol(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.into())
-}
+/// Plaintext sealed into records at once: what stays in the cache between cipher and socket.
+const SEAL_BATCH_BYTES: usize = 128 << 10;
+/// Pieces of one send.
+const SLICES: usize = 256;
 
-/// An admin qpair and one I/O qpair of `depth` entries to subsystem `subnqn`.
-#[derive(Debug)]
-pub struct Association {
-    /// Kept open: the controller lives as long as its admin queue.
-    pub admin: TcpStream,
-    /// The I/O queue, ready for commands.
-    pub io: TcpStream,
-}
-
-/// Connects a controller and one I/O queue.
+/// Runs `work` over each of `links` for `time` and measures.
 ///
 /// # Errors
-/// Socket errors, or `InvalidData` that names the command refused and its status.
-pub fn associate(
-    addr: SocketAddr,
-    subnqn: &str,
-    hostnqn: &str,
-    depth: u16,
-) -> io::Result<Association> {
-    let mut admin = initialize(addr)?;
-    let cntlid = connect(&mut admin, 0, 31, 0xffff, subnqn, hostnqn)?;
-    // CC: enable, 64-byte submission and 16-byte completion entries, 4 KiB pages.
-    property_set(&mut admin, 0x14, 0x0046_0001)?;
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while property_get(&mut admin, 0x1c)? & 1 == 0 {
-        if Instant::now() > deadline {
-            return Err(protocol("CSTS.RDY did not become 1 within 10 s"));
-        }
-    }
-    // Set Features, Number of Queues: one of each.
-    let mut sqe = [0u8; 64];
-    sqe[0] = 0x09;
-    sqe[40] = 0x07;
-    command(&mut admin, sqe, &[])?;
-    let mut io = initialize(addr)?;
-    connect(&mut io, 1, depth, cntlid, subnqn, hostnqn)?;
-    Ok(Association { admin, io })
-}
-
-fn initialize(addr: SocketAddr) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(addr)?;
-    stream.set_nodelay(true)?;
-    let mut icreq = [0u8; 128];
-    icreq[2] = 128;
-    icreq[4] = 128;
-    stream.write_all(&icreq)?;
-    let mut icresp = [0u8; 128];
-    stream.read_exact(&mut icresp)?;
-    if icresp[0] != 1 {
-        return Err(protocol(format!("PDU type {:#x} instead of ICResp", icresp[0])));
-    }
-    Ok(stream)
-}
-
-/// Sends `sqe` with in-capsule `data` and returns the response's first eight bytes.
-fn command(stream: &mut TcpStream, mut sqe: [u8; 64], data: &[u8]) -> io::Result<u64> {
-    sqe[1] = 0x40;
-    if !data.is_empty() {
-        sqe[32..36].copy_from_slice(&(data.len() as u32).to_le_bytes());
-        sqe[39] = 0x01;
-    }
-    let mut pdu = capsule(&sqe, data.len());
-    pdu.extend_from_slice(data);
-    stream.write_all(&pdu)?;
-    let mut response = [0u8; RESPONSE_BYTES];
-    stream.read_exact(&mut response)?;
-    if response[0] != 5 {
-        return Err(protocol(format!("PDU type {:#x} instead of a response", response[0])));
-    }
-    let status = u16::from_le_bytes([response[22], response[23]]) >> 1;
-    if status != 0 {
-        return Err(protocol(format!("opcode {:#x} was refused with status {status:#x}", sqe[0])));
-    }
-    Ok(u64::from_le_bytes(response[8..16].try_into().expect("8 bytes")))
-}
-
-fn capsule(sqe: &[u8; 64], in_capsule: usize) -> Vec<u8> {
-    let mut pdu = Vec::with_capacity(CAPSULE_BYTES + in_capsule);
-    let pdo = if in_capsule > 0 { CAPSULE_BYTES as u8 } else { 0 };
-    pdu.extend_from_slice(&[4, 0, CAPSULE_BYTES as u8, pdo]);
-    pdu.extend_from_slice(&((CAPSULE_BYTES + in_capsule) as u32).to_le_bytes());
-    pdu.extend_from_slice(sqe);
-    pdu
-}
-
-fn connect(
-    stream: &mut TcpStream,
-    qid: u16,
-    sqsize_z: u16,
-    cntlid: u16,
-    subnqn: &str,
-    hostnqn: &str,
-) -> io::Result<u16> {
-    let mut sqe = [0u8; 64];
-    sqe[0] = 0x7f;
-    sqe[4] = 0x01;
-    sqe[42..44].copy_from_slice(&qid.to_le_bytes());
-    sqe[44..46].copy_from_slice(&sqsize_z.to_le_bytes());
-    sqe[46] = 0x04; // no submission queue flow control: reads end with their data
-    let mut data = vec![0u8; 1024];
-    data[..16].copy_from_slice(&[0x5a; 16]);
-    data[16..18].copy_from_slice(&cntlid.to_le_bytes());
-    data[256..256 + subnqn.len()].copy_from_slice(subnqn.as_bytes());
-    data[512..512 + hostnqn.len()].copy_from_slice(hostnqn.as_bytes());
-    command(stream, sqe, &data).map(|result| result as u16)
-}
-
-fn property_set(stream: &mut TcpStream, offset: u32, value: u64) -> io::Result<()> {
-    let mut sqe = [0u8; 64];
-    sqe[0] = 0x7f;
-    sqe[44..48].copy_from_slice(&offset.to_le_bytes());
-    sqe[48..56].copy_from_slice(&value.to_le_bytes());
-    command(stream, sqe, &[]).map(drop)
-}
-
-fn property_get(stream: &mut TcpStream, offset: u32) -> io::Result<u64> {
-    let mut sqe = [0u8; 64];
-    sqe[0] = 0x7f;
-    sqe[4] = 0x04;
-    sqe[44..48].copy_from_slice(&offset.to_le_bytes());
-    command(stream, sqe, &[])
-}
-
-/// What is still to be sent of one pass.
-struct Outgoing {
-    /// Headers of the pass, each followed by a payload (or not).
-    heads: Vec<([u8; CAPSULE_BYTES], usize, usize)>,
-    first: usize,
-    sent_of_first: usize,
-}
-
-/// Runs `work` over `stream` for `time` and measures.
-///
-/// # Errors
-/// Socket errors; `InvalidData` for a failed command or a PDU that makes no sense.
-pub fn run(stream: &mut TcpStream, work: &Workload, time: Duration) -> io::Result<Figures> {
-    stream.set_nonblocking(true)?;
+/// Socket errors; `InvalidData` for a failed command, a record or digest that is wrong, or a PDU that
+/// makes no sense.
+pub fn run(links: &mut [Link], work: &Workload, time: Duration) -> io::Result<Figures> {
     let payload: Vec<u8> = (0..work.block_bytes).map(|i| (i % 251) as u8).collect();
+    let payload = Payload { digest: Crc32c::of(&payload), bytes: payload };
     let mut input = vec![0u8; 256 * 1024];
-    let mut issued = vec![Instant::now(); work.depth];
-    let mut latencies: Vec<u32> = Vec::with_capacity(4 << 20);
-    let mut out = Outgoing { heads: Vec::new(), first: 0, sent_of_first: 0 };
-    let mut parser = Incoming::default();
-    let mut slba = 0u64;
-    let blocks = (work.block_bytes as u64) / work.lba_bytes;
     let start = Instant::now();
-    let mut ready: Vec<u16> = (0..work.depth as u16).collect();
-    let mut r2ts: Vec<(u16, u16, u32, u32)> = Vec::new();
-    let (mut completed, mut outstanding) = (0u64, 0usize);
-    let mut now = start;
+    let mut lanes = Vec::with_capacity(links.len());
+    for link in links {
+        link.begin()?;
+        lanes.push(Lane::new(link, work, start));
+    }
+    let mut tally = Tally { now: start, latencies: Vec::with_capacity(4 << 20), completed: 0 };
+    let mut place = Place { slba: 0, nsid: 1 };
     let mut stopping = false;
     loop {
-        for cid in ready.drain(..) {
-            if stopping {
-                continue;
+        let mut is_done = stopping;
+        let mut received = false;
+        for lane in &mut lanes {
+            if !stopping {
+                lane.issue(work, &mut place, tally.now);
             }
-            if (slba + blocks) * work.lba_bytes > work.span_bytes {
-                slba = 0;
-            }
-            out.command(work, cid, slba, blocks);
-            slba += blocks;
-            issued[cid as usize] = now;
-            outstanding += 1;
+            lane.out.flush(lane.link, &payload)?;
+            received |= lane.receive(&mut input, &mut tally)?;
+            is_done &= lane.state.outstanding == 0;
         }
-        for (cid, ttag, offset, len) in r2ts.drain(..) {
-            out.h2c_data(cid, ttag, offset, len);
-        }
-        out.flush(stream, &payload)?;
-        match stream.read(&mut input) {
-            Ok(0) => return Err(protocol("the peer closed the connection")),
-            Ok(n) => {
-                now = Instant::now();
-                parser.feed(&input[..n], |pdu| {
-                    match pdu {
-                        Pdu::Done(cid) => {
-                            let cid_index = cid as usize;
-                            if cid_index >= work.depth {
-                                return Err(protocol(format!("completion for cid {cid}")));
-                            }
-                            if latencies.len() < latencies.capacity() {
-                                latencies.push((now - issued[cid_index]).as_nanos() as u32);
-                            }
-                            completed += 1;
-                            outstanding -= 1;
-                            ready.push(cid);
-                        }
-                        Pdu::R2t(cid, ttag, offset, len) => r2ts.push((cid, ttag, offset, len)),
-                    }
-                    Ok(())
-                })?;
-                if !stopping && now - start >= time {
-                    stopping = true;
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                std::hint::spin_loop();
-                if Instant::now() - now > Duration::from_secs(10) {
-                    return Err(protocol(format!("no answer for 10 s, {outstanding} outstanding")));
-                }
-            }
-            Err(e) => return Err(e),
-        }
-        if stopping && outstanding == 0 {
+        if is_done {
             break;
         }
+        if received {
+            stopping |= tally.now - start >= time;
+        } else {
+            std::hint::spin_loop();
+            if tally.now.elapsed() > Duration::from_secs(10) {
+                let outstanding: usize = lanes.iter().map(|lane| lane.state.outstanding).sum();
+                return Err(protocol(format!("no answer for 10 s, {outstanding} outstanding")));
+            }
+        }
     }
-    let seconds = (now - start).as_secs_f64();
+    let seconds = (tally.now - start).as_secs_f64();
+    let latencies = &mut tally.latencies;
     latencies.sort_unstable();
     let at = |q: f64| f64::from(latencies[((latencies.len() - 1) as f64 * q) as usize]) / 1e3;
-    Ok(Figures { iops: completed as f64 / seconds, p50_us: at(0.5), p99_us: at(0.99) })
+    Ok(Figures { iops: tally.completed as f64 / seconds, p50_us: at(0.5), p99_us: at(0.99) })
+}
+
+struct Payload {
+    bytes: Vec<u8>,
+    /// Of all of them.
+    digest: [u8; DIGEST_BYTES],
+}
+
+struct Tally {
+    now: Instant,
+    latencies: Vec<u32>,
+    completed: u64,
+}
+
+/// Where the next command goes.
+struct Place {
+    slba: u64,
+    nsid: u32,
+}
+
+/// One queue.
+struct Lane<'a> {
+    link: &'a mut Link,
+    out: Outgoing,
+    incoming: Incoming,
+    state: State,
+}
+
+struct State {
+    block_bytes: usize,
+    issued: Vec<Instant>,
+    ready: Vec<u16>,
+    r2ts: Vec<(u16, u16, u32, u32)>,
+    outstanding: usize,
+}
+
+impl<'a> Lane<'a> {
+    fn new(link: &'a mut Link, work: &Workload, now: Instant) -> Lane<'a> {
+        let digests = link.digests;
+        Lane {
+            link,
+            out: Outgoing { digests, ..Outgoing::default() },
+            incoming: Incoming { digests, ..Incoming::default() },
+            state: State {
+                block_bytes: work.block_bytes,
+                issued: vec![now; work.depth],
+                ready: (0..work.depth as u16).collect(),
+                r2ts: Vec::new(),
+                outstanding: 0,
+            },
+        }
+    }
+
+    /// A command for each place that is free.
+    fn issue(&mut self, work: &Workload, place: &mut Place, now: Instant) {
+        let blocks = (work.block_bytes as u64) / work.lba_bytes;
+        for cid in self.state.ready.drain(..) {
+            if (place.slba + blocks) * work.lba_bytes > work.span_bytes {
+                place.slba = 0;
+            }
+            self.out.command(work, cid, place, blocks);
+            place.slba += blocks;
+            place.nsid = if place.nsid >= work.namespaces { 1 } else { place.nsid + 1 };
+            self.state.issued[cid as usize] = now;
+            self.state.outstanding += 1;
+        }
+    }
+
+    /// Takes what has come; `false`: nothing.
+    fn receive(&mut self, input: &mut [u8], tally: &mut Tally) -> io::Result<bool> {
+        let n = match self.link.stream.read(input) {
+            Ok(0) => return Err(protocol("the peer closed the connection")),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        tally.now = Instant::now();
+        let Lane { link, out, incoming, state } = self;
+        match &mut link.session {
+            None => incoming.feed(&input[..n], |pdu| state.on(&pdu, tally))?,
+            Some(session) => {
+                let mut result = Ok(());
+                let opened = session.open(&mut input[..n], &mut |plain| {
+                    if result.is_ok() {
+                        result = incoming.feed(plain.bytes(), |pdu| state.on(&pdu, tally));
+                    }
+                });
+                opened.map_err(|error| protocol(error.to_string()))?;
+                result?;
+            }
+        }
+        for (cid, ttag, offset, len) in state.r2ts.drain(..) {
+            if out.digests && len as usize != state.block_bytes {
+                return Err(protocol("the target asks for a part of a command's data"));
+            }
+            out.h2c_data(cid, ttag, offset, len);
+        }
+        Ok(true)
+    }
+}
+
+impl State {
+    fn on(&mut self, pdu: &Pdu, tally: &mut Tally) -> io::Result<()> {
+        match *pdu {
+            Pdu::Done(cid) => {
+                let Some(issued) = self.issued.get(cid as usize) else {
+                    return Err(protocol(format!("completion for cid {cid}")));
+                };
+                if tally.latencies.len() < tally.latencies.capacity() {
+                    tally.latencies.push((tally.now - *issued).as_nanos() as u32);
+                }
+                tally.completed += 1;
+                self.outstanding -= 1;
+                self.ready.push(cid);
+            }
+            Pdu::R2t(cid, ttag, offset, len) => self.r2ts.push((cid, ttag, offset, len)),
+        }
+        Ok(())
+    }
+}
+
+/// What is still to be sent.
+#[derive(Default)]
+struct Outgoing {
+    heads: Vec<Head>,
+    first: usize,
+    sent_of_first: usize,
+    digests: bool,
+    /// Records that are not sent, and how much of them is.
+    sealed: Vec<u8>,
+    sealed_sent: usize,
+}
+
+/// A PDU's header, and how much payload follows.
+struct Head {
+    bytes: [u8; CAPSULE_BYTES + DIGEST_BYTES],
+    len: usize,
+    payload_len: usize,
+    /// The payload is a whole command's, and its digest follows.
+    has_digest: bool,
+}
+
+impl Head {
+    fn parts<'a>(&'a self, payload: &'a Payload) -> [&'a [u8]; 3] {
+        let digest: &[u8] = if self.has_digest { &payload.digest } else { &[] };
+        [&self.bytes[..self.len], &payload.bytes[..self.payload_len], digest]
+    }
+
+    fn total(&self) -> usize {
+        self.len + self.payload_len + if self.has_digest { DIGEST_BYTES } else { 0 }
+    }
 }
 
 impl Outgoing {
-    fn command(&mut self, work: &Workload, cid: u16, slba: u64, blocks: u64) {
-        let mut sqe = [0u8; 64];
+    fn command(&mut self, work: &Workload, cid: u16, place: &Place, blocks: u64) {
+        let mut head = [0u8; CAPSULE_BYTES];
+        let sqe = &mut head[8..];
         sqe[0] = if work.write { 1 } else { 2 };
         sqe[1] = 0x40;
         sqe[2..4].copy_from_slice(&cid.to_le_bytes());
-        sqe[4] = 1;
+        sqe[4..8].copy_from_slice(&place.nsid.to_le_bytes());
         sqe[32..36].copy_from_slice(&(work.block_bytes as u32).to_le_bytes());
         sqe[39] = if work.write && work.in_capsule { 0x01 } else { 0x5a };
-        sqe[40..48].copy_from_slice(&slba.to_le_bytes());
+        sqe[40..48].copy_from_slice(&place.slba.to_le_bytes());
         sqe[48..50].copy_from_slice(&((blocks - 1) as u16).to_le_bytes());
-        let in_capsule = if work.write && work.in_capsule { work.block_bytes } else { 0 };
-        let mut head = [0u8; CAPSULE_BYTES];
         head[0] = 4;
-        head[2] = CAPSULE_BYTES as u8;
-        head[3] = if in_capsule > 0 { CAPSULE_BYTES as u8 } else { 0 };
-        head[4..8].copy_from_slice(&((CAPSULE_BYTES + in_capsule) as u32).to_le_bytes());
-        head[8..].copy_from_slice(&sqe);
-        self.heads.push((head, CAPSULE_BYTES, in_capsule));
+        let in_capsule = if work.write && work.in_capsule { work.block_bytes } else { 0 };
+        self.pdu(&mut head, 0, in_capsule);
     }
 
     fn h2c_data(&mut self, cid: u16, ttag: u16, offset: u32, len: u32) {
-        let mut head = [0u8; CAPSULE_BYTES];
+        let mut head = [0u8; RESPONSE_BYTES];
         head[0] = 6;
-        head[1] = 0x04; // last
-        head[2] = RESPONSE_BYTES as u8;
-        head[3] = RESPONSE_BYTES as u8;
-        head[4..8].copy_from_slice(&(RESPONSE_BYTES as u32 + len).to_le_bytes());
         head[8..10].copy_from_slice(&cid.to_le_bytes());
         head[10..12].copy_from_slice(&ttag.to_le_bytes());
         head[12..16].copy_from_slice(&offset.to_le_bytes());
         head[16..20].copy_from_slice(&len.to_le_bytes());
-        self.heads.push((head, RESPONSE_BYTES, len as usize));
+        self.pdu(&mut head, 0x04, len as usize); // the last of its R2T
     }
 
-    fn flush(&mut self, stream: &mut TcpStream, payload: &[u8]) -> io::Result<()> {
-        while self.first < self.heads.len() {
-            let mut slices = [IoSlice::new(&[]); 256];
-            let (mut count, mut skip) = (0, self.sent_of_first);
-            for (head, head_len, payload_len) in &self.heads[self.first..] {
-                if count + 2 > slices.len() {
-                    break;
-                }
-                for part in [&head[..*head_len], &payload[..*payload_len]] {
-                    let skipped = skip.min(part.len());
-                    skip -= skipped;
-                    if skipped < part.len() {
-                        slices[count] = IoSlice::new(&part[skipped..]);
-                        count += 1;
-                    }
-                }
-            }
-            match stream.write_vectored(&slices[..count]) {
-                Ok(n) => {
-                    let mut n = n + self.sent_of_first;
-                    while let Some((_, head_len, payload_len)) = self.heads.get(self.first) {
-                        if n < head_len + payload_len {
+    /// Queues a PDU: fills in flags and lengths, and adds its digests.
+    fn pdu(&mut self, head: &mut [u8], more_flags: u8, payload_len: usize) {
+        let digest = if self.digests { DIGEST_BYTES } else { 0 };
+        let with_data = payload_len > 0;
+        let len = head.len() + digest;
+        let total = len + if with_data { payload_len + digest } else { 0 };
+        head[1] = more_flags | flags(self.digests, with_data);
+        head[2] = head.len() as u8;
+        head[3] = if with_data { len as u8 } else { 0 };
+        head[4..8].copy_from_slice(&(total as u32).to_le_bytes());
+        let mut bytes = [0; CAPSULE_BYTES + DIGEST_BYTES];
+        bytes[..head.len()].copy_from_slice(head);
+        if self.digests {
+            bytes[head.len()..len].copy_from_slice(&Crc32c::of(head));
+        }
+        self.heads.push(Head { bytes, len, payload_len, has_digest: self.digests && with_data });
+    }
+
+    fn flush(&mut self, link: &mut Link, payload: &Payload) -> io::Result<()> {
+        let Link { stream, session, .. } = link;
+        loop {
+            let sent = match session {
+                None if self.first == self.heads.len() => break,
+                None => {
+                    let mut slices = [IoSlice::new(&[]); SLICES];
+                    let mut count = 0;
+                    let mut skip = self.sent_of_first;
+                    for head in &self.heads[self.first..] {
+                        if count + 3 > SLICES {
                             break;
                         }
-                        n -= head_len + payload_len;
+                        for part in head.parts(payload) {
+                            let skipped = skip.min(part.len());
+                            skip -= skipped;
+                            if skipped < part.len() {
+                                slices[count] = IoSlice::new(&part[skipped..]);
+                                count += 1;
+                            }
+                        }
+                    }
+                    stream.write_vectored(&slices[..count])
+                }
+                Some(session) => {
+                    if self.sealed_sent == self.sealed.len() {
+                        if self.first == self.heads.len() {
+                            break;
+                        }
+                        let mut parts = [&[][..]; SLICES];
+                        let (mut count, mut bytes) = (0, 0);
+                        let from = self.first;
+                        for head in &self.heads[from..] {
+                            let is_full = count > 0 && bytes + head.total() > SEAL_BATCH_BYTES;
+                            if is_full || count + 3 > SLICES {
+                                break;
+                            }
+                            for part in head.parts(payload) {
+                                parts[count] = part;
+                                count += 1;
+                            }
+                            bytes += head.total();
+                            self.first += 1;
+                        }
+                        self.sealed.clear();
+                        self.sealed_sent = 0;
+                        session
+                            .seal_slices(&parts[..count], &mut self.sealed)
+                            .map_err(|error| protocol(error.to_string()))?;
+                    }
+                    stream.write(&self.sealed[self.sealed_sent..])
+                }
+            };
+            match sent {
+                Ok(n) if session.is_some() => self.sealed_sent += n,
+                Ok(n) => {
+                    let mut n = n + self.sent_of_first;
+                    while let Some(head) = self.heads.get(self.first) {
+                        if n < head.total() {
+                            break;
+                        }
+                        n -= head.total();
                         self.first += 1;
                     }
                     self.sent_of_first = n;
@@ -333,10 +374,16 @@ enum Pdu {
     R2t(u16, u16, u32, u32),
 }
 
+/// Cuts the stream into PDUs.
 #[derive(Default)]
 struct Incoming {
+    digests: bool,
+    /// A header, or the digest behind a payload, that has not come in full.
     partial: Vec<u8>,
     payload_left: usize,
+    /// The payload's digest comes next.
+    is_digest_next: bool,
+    crc: Crc32c,
     done_after: Option<u16>,
 }
 
@@ -346,34 +393,60 @@ impl Incoming {
         mut bytes: &[u8],
         mut event: impl FnMut(Pdu) -> io::Result<()>,
     ) -> io::Result<()> {
+        const WHOLE_MAX: usize = RESPONSE_BYTES + DIGEST_BYTES;
+
         while !bytes.is_empty() {
             if self.payload_left > 0 {
                 let n = self.payload_left.min(bytes.len());
+                if self.digests {
+                    self.crc.update(&bytes[..n]);
+                }
                 bytes = &bytes[n..];
                 self.payload_left -= n;
-                if self.payload_left == 0
-                    && let Some(cid) = self.done_after.take()
-                {
+                if self.payload_left == 0 {
+                    self.is_digest_next = self.digests;
+                    if !self.digests
+                        && let Some(cid) = self.done_after.take()
+                    {
+                        event(Pdu::Done(cid))?;
+                    }
+                }
+                continue;
+            }
+            let want = match (self.is_digest_next, self.digests) {
+                (true, _) => DIGEST_BYTES,
+                (false, true) => WHOLE_MAX,
+                (false, false) => RESPONSE_BYTES,
+            };
+            let mut whole = [0; WHOLE_MAX];
+            if self.partial.is_empty() && bytes.len() >= want {
+                whole[..want].copy_from_slice(&bytes[..want]);
+                bytes = &bytes[want..];
+            } else {
+                let n = (want - self.partial.len()).min(bytes.len());
+                self.partial.extend_from_slice(&bytes[..n]);
+                bytes = &bytes[n..];
+                if self.partial.len() < want {
+                    return Ok(());
+                }
+                whole[..want].copy_from_slice(&self.partial);
+                self.partial.clear();
+            }
+            if self.is_digest_next {
+                self.is_digest_next = false;
+                if whole[..DIGEST_BYTES] != self.crc.finish() {
+                    return Err(protocol("a data digest does not match"));
+                }
+                self.crc.reset();
+                if let Some(cid) = self.done_after.take() {
                     event(Pdu::Done(cid))?;
                 }
                 continue;
             }
-            let head: [u8; RESPONSE_BYTES] =
-                if self.partial.is_empty() && bytes.len() >= RESPONSE_BYTES {
-                    let (head, rest) = bytes.split_at(RESPONSE_BYTES);
-                    bytes = rest;
-                    head.try_into().expect("24 bytes")
-                } else {
-                    let n = (RESPONSE_BYTES - self.partial.len()).min(bytes.len());
-                    self.partial.extend_from_slice(&bytes[..n]);
-                    bytes = &bytes[n..];
-                    if self.partial.len() < RESPONSE_BYTES {
-                        return Ok(());
-                    }
-                    let head = self.partial[..].try_into().expect("24 bytes");
-                    self.partial.clear();
-                    head
-                };
+            let (head, digest) = whole.split_at(RESPONSE_BYTES);
+            if self.digests && digest != Crc32c::of(head) {
+                return Err(protocol("a header digest does not match"));
+            }
             let short = |at: usize| u16::from_le_bytes([head[at], head[at + 1]]);
             let word =
                 |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().expect("4 bytes"));
@@ -386,7 +459,7 @@ impl Incoming {
                     event(Pdu::Done(short(20)))?;
                 }
                 7 => {
-                    self.payload_left = (word(4) as usize).saturating_sub(RESPONSE_BYTES);
+                    self.payload_left = word(16) as usize;
                     if head[1] & 0x08 != 0 {
                         self.done_after = Some(short(8));
                     }

@@ -1,39 +1,44 @@
-//! `cargo xtask bench target`: the target with a null volume beside the bare loop, one run.
+//! `cargo xtask bench target` and `bench tls`: the target with a null volume beside the bare loop.
 //!
-//! Both serve the same client over loopback on the same two cores, taking turns round by round, so
-//! that whatever else the machine does hits both alike. Printed are medians, the spread (lowest to
-//! highest round) and the ratio of the medians.
+//! All sides serve the same client over loopback on the same two cores, taking turns round by round,
+//! so that whatever else the machine does hits all alike. Printed are medians, the spread (lowest to
+//! highest round), the ratios of the medians and what they are to reach.
 
-use std::io::{BufRead, BufReader};
-use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use crypto::psk::Suite;
+use it::bench::{self, KeyedHost, SUBNQN, Summary, Target, hostnqn};
+use it::link::{Link, Protection, associate};
 use it::load::{self, Figures, Workload};
 use it::{bare, process};
 
-const SUBNQN: &str = "nqn.2026-11.io.penstock:bench";
 const SPAN_BYTES: u64 = 64 << 30;
+const ENTRIES: u16 = 128;
 
 #[derive(Parser)]
 #[command(about = "Compare the target (null volume) with a bare request/response loop")]
 struct Args {
-    /// Rounds per point; each runs the bare loop and the target once.
+    /// Rounds per point; each runs every side once.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Length of one measurement in milliseconds.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 300)]
     millis: u64,
-    /// Fail when a point's ratio of medians is below this.
-    #[arg(long, default_value_t = 0.60)]
+    /// What is compared with the bare loop.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "plain,digests,tls128,tls256")]
+    sides: Vec<Side>,
+    /// Fail when a figure is below this share of its goal.
+    #[arg(long, default_value_t = 1.0)]
     at_least: f64,
-    /// How often a point below the goal gets as many rounds again before it counts.
-    #[arg(long, default_value_t = 4)]
+    /// How often a point below that gets as many rounds again before it counts.
+    #[arg(long, default_value_t = 2)]
     again: usize,
     /// The `penstock` binary; default: the one built beside this program.
     #[arg(long)]
@@ -46,23 +51,131 @@ struct Args {
     only: String,
 }
 
+/// Who answers, and how the connection is protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Side {
+    /// The bare loop.
+    #[value(skip)]
+    Bare,
+    /// The target, without protection.
+    Plain,
+    /// With header and data digests.
+    Digests,
+    /// With TLS_AES_128_GCM_SHA256.
+    Tls128,
+    /// With TLS_AES_256_GCM_SHA384.
+    Tls256,
+}
+
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Side::Bare => "bare loop",
+            Side::Plain => "plain",
+            Side::Digests => "digests",
+            Side::Tls128 => "TLS AES-128",
+            Side::Tls256 => "TLS AES-256",
+        }
+    }
+}
+
 struct Point {
-    name: &'static str,
     write: bool,
     block_bytes: usize,
     depth: usize,
 }
 
-const POINTS: [Point; 8] = [
-    Point { name: "read-4k-qd1", write: false, block_bytes: 4096, depth: 1 },
-    Point { name: "read-4k-qd32", write: false, block_bytes: 4096, depth: 32 },
-    Point { name: "read-4k-qd128", write: false, block_bytes: 4096, depth: 128 },
-    Point { name: "write-4k-qd1", write: true, block_bytes: 4096, depth: 1 },
-    Point { name: "write-4k-qd32", write: true, block_bytes: 4096, depth: 32 },
-    Point { name: "write-4k-qd128", write: true, block_bytes: 4096, depth: 128 },
-    Point { name: "read-128k-qd32", write: false, block_bytes: 131_072, depth: 32 },
-    Point { name: "write-128k-qd32", write: true, block_bytes: 131_072, depth: 32 },
-];
+impl Point {
+    fn all() -> impl Iterator<Item = Point> {
+        let sizes = [4096, 131_072].into_iter();
+        sizes.flat_map(|block_bytes| {
+            [false, true].into_iter().flat_map(move |write| {
+                [1, 32, 128].into_iter().map(move |depth| Point { write, block_bytes, depth })
+            })
+        })
+    }
+
+    fn name(&self) -> String {
+        let kind = if self.write { "write" } else { "read" };
+        format!("{kind}-{}k-qd{}", self.block_bytes >> 10, self.depth)
+    }
+
+    fn is_small(&self) -> bool {
+        self.block_bytes <= 4096
+    }
+
+    /// What `side` is to reach at this point.
+    fn goals(&self, side: Side) -> Vec<Goal> {
+        let by_depth = |of: [f64; 3]| match self.depth {
+            1 => of[0],
+            2..=32 => of[1],
+            _ => of[2],
+        };
+        let mut goals = Vec::new();
+        let mut share = |of, at_least| goals.push(Goal::Share { of, at_least });
+        match side {
+            Side::Bare => {}
+            Side::Plain if !self.is_small() => share(Side::Bare, 0.90),
+            Side::Plain if self.write => share(Side::Bare, by_depth([0.90, 0.85, 0.75])),
+            Side::Plain => share(Side::Bare, by_depth([0.90, 0.85, 0.80])),
+            Side::Digests if self.is_small() => share(Side::Plain, 0.90),
+            Side::Digests => {}
+            Side::Tls128 | Side::Tls256 => {
+                if !self.is_small() {
+                    share(Side::Bare, by_depth([0.55, 0.50, 0.50]));
+                    share(Side::Plain, 0.50);
+                } else if side == Side::Tls128 {
+                    share(Side::Bare, by_depth([0.70, 0.50, 0.50]));
+                }
+                if self.is_small() && self.depth == 128 {
+                    share(Side::Plain, 0.60);
+                }
+                if self.is_small() && self.depth == 1 {
+                    goals.push(Goal::Later { than: Side::Plain, at_most_us: 5.0 });
+                }
+            }
+        }
+        if side != Side::Bare && self.is_small() && self.depth == 1 {
+            goals.push(Goal::Tail { at_most: 2.0 });
+        }
+        goals
+    }
+}
+
+enum Goal {
+    /// Of the other side's IOPS.
+    Share { of: Side, at_least: f64 },
+    /// Median latency beyond the other side's.
+    Later { than: Side, at_most_us: f64 },
+    /// 99th percentile of latency, in medians.
+    Tail { at_most: f64 },
+}
+
+impl Goal {
+    /// What was reached, in words, and which share of the goal that is. `None`: the other side was
+    /// not measured.
+    fn judge(
+        &self,
+        ours: &Figures,
+        side: impl Fn(Side) -> Option<Figures>,
+    ) -> Option<(String, f64)> {
+        Some(match *self {
+            Goal::Share { of, at_least } => {
+                let ratio = ours.iops / side(of)?.iops;
+                (format!("{ratio:.2} of {} (goal {at_least:.2})", of.name()), ratio / at_least)
+            }
+            Goal::Later { than, at_most_us } => {
+                let later = ours.p50_us - side(than)?.p50_us;
+                let words = format!("{later:+.1} us to {} (goal {at_most_us:.0})", than.name());
+                (words, at_most_us / later.max(f64::MIN_POSITIVE))
+            }
+            Goal::Tail { at_most } => {
+                let tail = ours.p99_us / ours.p50_us;
+                (format!("p99 {tail:.1} x p50 (goal {at_most:.0})"), at_most / tail)
+            }
+        })
+    }
+}
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
@@ -78,56 +191,55 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     let cores = std::thread::available_parallelism()?.get();
     ensure!(cores >= 2, "two cores are needed, one for each side; this machine has {cores}");
-    let binary = match &args.penstock {
-        Some(path) => path.clone(),
-        None => std::env::current_exe()?.with_file_name("penstock"),
-    };
-    let target = Target::start(&binary)?;
+    let bench = Bench::start(args)?;
     process::pin_to(1).context("pinning the client to core 1")?;
-    println!("target: {}", target.command);
-    println!(
-        "{:<16} {:>12} {:>23} {:>12} {:>23} {:>6}  {:>15} {:>15}",
-        "point", "bare", "spread", "penstock", "spread", "ratio", "bare p50/p99", "penstock"
-    );
+    println!("target: {}", bench.target.command);
     let mut good = true;
     let mut rows = Vec::new();
-    for point in POINTS.iter().filter(|p| p.name.contains(&args.only)) {
-        let mut sides = [Vec::new(), Vec::new()];
-        measure(point, &target, args, &mut sides)?;
-        // Machines are noisy: what is below the goal is measured longer, all rounds counting.
+    for point in Point::all().filter(|point| point.name().contains(&args.only)) {
+        let mut rounds = vec![Vec::new(); bench.sides.len()];
+        bench.measure(&point, args, &mut rounds)?;
+        // Machines are noisy: what is below its goal is measured longer, all rounds counting.
         for _ in 0..args.again {
-            let [bare, ours] = sides.clone().map(Summary::of);
-            if ours.median.iops >= bare.median.iops * args.at_least {
+            if bench
+                .judge(&point, &rounds)
+                .iter()
+                .flatten()
+                .all(|(_, share)| *share >= args.at_least)
+            {
                 break;
             }
-            measure(point, &target, args, &mut sides)?;
+            bench.measure(&point, args, &mut rounds)?;
         }
-        let [bare, ours] = sides.map(Summary::of);
-        let ratio = ours.median.iops / bare.median.iops;
-        let verdict = if ratio >= args.at_least { "" } else { "  BELOW THE GOAL" };
-        good &= ratio >= args.at_least;
-        println!(
-            "{:<16} {:>12.0} {:>11.0}-{:<11.0} {:>12.0} {:>11.0}-{:<11.0} {:>6.2}  {:>7.1}/{:<7.1} {:>7.1}/{:<7.1}{verdict}",
-            point.name,
-            bare.median.iops,
-            bare.low,
-            bare.high,
-            ours.median.iops,
-            ours.low,
-            ours.high,
-            ratio,
-            bare.median.p50_us,
-            bare.median.p99_us,
-            ours.median.p50_us,
-            ours.median.p99_us,
-        );
-        rows.push(serde_json::json!({
-            "point": point.name, "ratio": ratio,
-            "bare": bare.json(), "penstock": ours.json(),
-        }));
+        println!("{}", point.name());
+        let judged = bench.judge(&point, &rounds);
+        for ((side, rounds), judged) in bench.sides.iter().zip(&rounds).zip(judged) {
+            let Summary { median, low, high } = Summary::of(rounds.clone());
+            let mut verdicts = Vec::new();
+            for (words, share) in &judged {
+                let mark = if *share < args.at_least { "BELOW: " } else { "" };
+                good &= *share >= args.at_least;
+                verdicts.push(format!("{mark}{words}"));
+            }
+            println!(
+                "  {:<12} {:>9.0} ({:.0}-{:.0})  p50 {:.1} p99 {:.1} us  {}",
+                side.name(),
+                median.iops,
+                low,
+                high,
+                median.p50_us,
+                median.p99_us,
+                verdicts.join(", ")
+            );
+            rows.push(serde_json::json!({
+                "point": point.name(), "side": side.name(), "figures": Summary::of(rounds.clone()).json(),
+                "goals": judged.iter().map(|(words, share)| serde_json::json!({
+                    "reached": words, "share_of_goal": share })).collect::<Vec<_>>(),
+            }));
+        }
     }
-    good &= target.check_idle()?;
-    good &= target.check_memory()?;
+    good &= bench.check_idle()?;
+    good &= bench.check_memory()?;
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_string_pretty(&rows)?)
             .with_context(|| format!("writing {}", path.display()))?;
@@ -135,40 +247,96 @@ fn run(args: &Args) -> Result<bool> {
     Ok(good)
 }
 
-/// Adds `args.rounds` rounds to both sides, which take turns.
-fn measure(
-    point: &Point,
-    target: &Target,
-    args: &Args,
-    sides: &mut [Vec<Figures>; 2],
-) -> Result<()> {
-    // One discarded round warms caches, socket buffers and the pool.
-    for round in 0..=args.rounds {
-        let time = Duration::from_millis(if round == 0 { 200 } else { args.millis });
-        let measured = [measure_bare(point, time)?, measure_target(point, target, time)?];
-        if round > 0 {
-            sides.iter_mut().zip(measured).for_each(|(side, figures)| side.push(figures));
+struct Bench {
+    target: Target,
+    sides: Vec<Side>,
+    hosts: Vec<(Side, KeyedHost)>,
+}
+
+impl Bench {
+    fn start(args: &Args) -> Result<Bench> {
+        let volumes = [format!("bench=null:{}GiB", SPAN_BYTES >> 30)];
+        let target = Target::start(&bench::binary(args.penstock.as_deref())?, &volumes, ENTRIES)?;
+        let mut hosts = Vec::new();
+        let suites =
+            [(Side::Tls128, Suite::Aes128GcmSha256), (Side::Tls256, Suite::Aes256GcmSha384)];
+        for (n, (side, suite)) in suites.into_iter().enumerate() {
+            if args.sides.contains(&side) {
+                hosts.push((side, target.add_host(101 + n, suite)?));
+            }
         }
-    }
-    Ok(())
-}
-
-struct Summary {
-    median: Figures,
-    low: f64,
-    high: f64,
-}
-
-impl Summary {
-    fn of(mut rounds: Vec<Figures>) -> Summary {
-        rounds.sort_by(|a, b| a.iops.total_cmp(&b.iops));
-        let (first, last) = (rounds[0].iops, rounds[rounds.len() - 1].iops);
-        Summary { median: rounds[rounds.len() / 2], low: first, high: last }
+        let mut sides = vec![Side::Bare];
+        sides.extend(&args.sides);
+        Ok(Bench { target, sides, hosts })
     }
 
-    fn json(&self) -> serde_json::Value {
-        serde_json::json!({ "iops": self.median.iops, "low": self.low, "high": self.high,
-            "p50_us": self.median.p50_us, "p99_us": self.median.p99_us })
+    /// Adds `args.rounds` rounds to all sides, which take turns.
+    fn measure(&self, point: &Point, args: &Args, rounds: &mut [Vec<Figures>]) -> Result<()> {
+        // One discarded round warms caches, socket buffers and the pool.
+        for round in 0..=args.rounds {
+            let time = Duration::from_millis(if round == 0 { 100 } else { args.millis });
+            for (side, rounds) in self.sides.iter().zip(&mut *rounds) {
+                let figures = match side {
+                    Side::Bare => measure_bare(point, time),
+                    _ => self.measure_target(*side, point, time),
+                };
+                let figures =
+                    figures.with_context(|| format!("{} ({})", point.name(), side.name()))?;
+                if round > 0 {
+                    rounds.push(figures);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What each side reached of its goals.
+    fn judge(&self, point: &Point, rounds: &[Vec<Figures>]) -> Vec<Vec<(String, f64)>> {
+        let medians: Vec<Figures> =
+            rounds.iter().map(|rounds| Summary::of(rounds.clone()).median).collect();
+        let of = |side| self.sides.iter().position(|s| *s == side).map(|at| medians[at]);
+        let judge = |(side, ours): (&Side, &Figures)| {
+            point.goals(*side).iter().filter_map(|goal| goal.judge(ours, of)).collect()
+        };
+        self.sides.iter().zip(&medians).map(judge).collect()
+    }
+
+    fn measure_target(&self, side: Side, point: &Point, time: Duration) -> Result<Figures> {
+        let host = self.hosts.iter().find(|(of, _)| *of == side).map(|(_, host)| host);
+        let (nqn, addr, protection) = match (side, host) {
+            (_, Some(host)) => (host.nqn.clone(), self.target.tls, host.protection.clone()),
+            (Side::Digests, _) => (hostnqn(0), self.target.plain, Protection::Digests),
+            _ => (hostnqn(0), self.target.plain, Protection::None),
+        };
+        let mut association = associate(addr, (SUBNQN, &nqn), ENTRIES, 1, &protection)
+            .with_context(|| format!("connecting to the target at {addr}"))?;
+        Ok(load::run(&mut association.io, &workload(point, false), time)?)
+    }
+
+    /// Ten hosts connected and silent: under 1 % of a core.
+    fn check_idle(&self) -> Result<bool> {
+        let hosts = (1..=10)
+            .map(|n| {
+                let names = (SUBNQN, &*hostnqn(n));
+                associate(self.target.plain, names, ENTRIES, 1, &Protection::None)
+            })
+            .collect::<std::io::Result<Vec<_>>>()?;
+        let pid = self.target.pid();
+        // The clock of the measurement is the condition here: let three seconds of idleness pass.
+        let (start, busy) = (Instant::now(), process::cpu_time(pid)?);
+        process::wait_for(
+            Duration::from_secs(5),
+            || Ok(start.elapsed() >= Duration::from_secs(3)),
+        )?;
+        let share = (process::cpu_time(pid)? - busy).as_secs_f64() / start.elapsed().as_secs_f64();
+        println!("idle with {} hosts connected: {:.2} % of a core", hosts.len(), share * 100.0);
+        Ok(share < 0.01)
+    }
+
+    fn check_memory(&self) -> Result<bool> {
+        let mib = process::resident_bytes(self.target.pid())? as f64 / (1 << 20) as f64;
+        println!("resident memory after the runs: {mib:.1} MiB");
+        Ok(mib < 64.0)
     }
 }
 
@@ -181,6 +349,7 @@ fn workload(point: &Point, bare: bool) -> Workload {
         in_capsule: bare || point.block_bytes <= 8192,
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
+        namespaces: 1,
     }
 }
 
@@ -195,108 +364,10 @@ fn measure_bare(point: &Point, time: Duration) -> Result<Figures> {
         bare::serve(stream, block_bytes, &server_stop)?;
         Ok(())
     });
-    let mut stream = std::net::TcpStream::connect(addr)?;
-    stream.set_nodelay(true)?;
-    let figures = load::run(&mut stream, &workload(point, true), time);
+    let mut links = [Link::bare(addr)?];
+    let figures = load::run(&mut links, &workload(point, true), time);
     stop.store(true, Ordering::Relaxed);
-    drop(stream);
+    drop(links);
     server.join().map_err(|_| anyhow::anyhow!("the bare loop panicked"))??;
-    figures.with_context(|| format!("{} on the bare loop", point.name))
-}
-
-fn measure_target(point: &Point, target: &Target, time: Duration) -> Result<Figures> {
-    let mut association = load::associate(target.addr, SUBNQN, &hostnqn(0), 127)
-        .with_context(|| format!("connecting to the target at {}", target.addr))?;
-    load::run(&mut association.io, &workload(point, false), time)
-        .with_context(|| format!("{} on the target", point.name))
-}
-
-fn hostnqn(n: usize) -> String {
-    format!("nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-{n:012}")
-}
-
-/// The target under test, a process of its own on core 0.
-struct Target {
-    child: Child,
-    addr: SocketAddr,
-    command: String,
-}
-
-impl Target {
-    fn start(binary: &Path) -> Result<Target> {
-        ensure!(
-            binary.exists(),
-            "{} is missing: run `cargo build --release` first",
-            binary.display()
-        );
-        let (listen, discovery) = (process::free_addr()?, process::free_addr()?);
-        let mut command = Command::new("taskset");
-        command.args(["-c", "0"]).arg(binary).args([
-            "target",
-            "--volume",
-            "bench=null:64GiB",
-            "--listen",
-            &listen.to_string(),
-            "--discovery",
-            &discovery.to_string(),
-            "--subnqn",
-            SUBNQN,
-            "--cores",
-            "1",
-        ]);
-        let text = format!("{command:?}").replace('"', "");
-        let mut child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("starting the target with taskset (package util-linux)")?;
-        let stderr = child.stderr.take().context("stderr of the target")?;
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if line.contains("WARN") || line.contains("ERROR") || line.contains("panicked") {
-                    eprintln!("target: {line}");
-                }
-            }
-        });
-        let mut target = Target { child, addr: listen, command: text };
-        process::wait_for(Duration::from_secs(20), || {
-            if let Ok(Some(status)) = target.child.try_wait() {
-                bail!("the target ended at start with {status}");
-            }
-            Ok(std::net::TcpStream::connect(listen).is_ok())
-        })
-        .context("waiting for the target to listen")?;
-        Ok(target)
-    }
-
-    /// Ten hosts connected and silent: under 1 % of a core.
-    fn check_idle(&self) -> Result<bool> {
-        let hosts = (1..=10)
-            .map(|n| load::associate(self.addr, SUBNQN, &hostnqn(n), 127))
-            .collect::<std::io::Result<Vec<_>>>()?;
-        let pid = self.child.id();
-        // The clock of the measurement is the condition here: let three seconds of idleness pass.
-        let (start, busy) = (Instant::now(), process::cpu_time(pid)?);
-        process::wait_for(
-            Duration::from_secs(5),
-            || Ok(start.elapsed() >= Duration::from_secs(3)),
-        )?;
-        let share = (process::cpu_time(pid)? - busy).as_secs_f64() / start.elapsed().as_secs_f64();
-        println!("idle with {} hosts connected: {:.2} % of a core", hosts.len(), share * 100.0);
-        Ok(share < 0.01)
-    }
-
-    fn check_memory(&self) -> Result<bool> {
-        let mib = process::resident_bytes(self.child.id())? as f64 / (1 << 20) as f64;
-        println!("resident memory after the runs: {mib:.1} MiB");
-        Ok(mib < 64.0)
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        // Both fail only when the process is gone already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    Ok(figures?)
 }

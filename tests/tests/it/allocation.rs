@@ -6,6 +6,7 @@ use std::time::Duration;
 use block::null::NullVolume;
 use block::ram::RamVolume;
 use block::{Identity, Volume};
+use it::link::{Protection, associate};
 use it::load::{self, Workload};
 use it::rig::{Rig, SUBNQN};
 use nvmf_target::Limits;
@@ -18,7 +19,8 @@ const SPAN_BYTES: u64 = 16 << 20;
 fn allocations_while_serving(volume: Arc<dyn Volume>, works: &[Workload]) -> u64 {
     let rig = Rig::start(vec![volume], 1, Limits::default()).expect("a target");
     rig.on_cores(counting::count_this_thread).expect("room in the mailbox");
-    let mut association = load::associate(rig.addr, SUBNQN, HOST, 127).expect("a connection");
+    let mut association =
+        associate(rig.addr, (SUBNQN, HOST), 128, 1, &Protection::None).expect("a connection");
     for work in works {
         load::run(&mut association.io, work, Duration::from_millis(300)).expect("warm-up");
     }
@@ -48,6 +50,7 @@ fn works() -> Vec<Workload> {
         in_capsule: block_bytes <= 8192,
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
+        namespaces: 1,
     })
     .to_vec()
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use block::ram::RamVolume;
 use block::{Identity, Volume};
+use it::link::{Protection, associate};
 use it::load::{self, Workload};
 use it::process;
 use it::rig::{Rig, SUBNQN};
@@ -71,8 +72,8 @@ fn capsule(random: &mut Random) -> Vec<u8> {
 fn misbehave(addr: SocketAddr, random: &mut Random) -> std::io::Result<()> {
     let mut stream = match random.below(4) {
         // Past Connect: the I/O queue of a sound association turns bad.
-        0 => match load::associate(addr, SUBNQN, BAD_HOST, 31) {
-            Ok(association) => association.io,
+        0 => match associate(addr, (SUBNQN, BAD_HOST), 32, 1, &Protection::None) {
+            Ok(mut association) => association.io.remove(0).into_stream(),
             Err(_) => return Ok(()),
         },
         _ => {
@@ -126,7 +127,8 @@ fn junk_on_the_port_hurts_nobody_else() {
     let rig = Rig::start(vec![volume], 2, limits).expect("a target");
     let addr = rig.addr;
 
-    let mut good = load::associate(addr, SUBNQN, GOOD_HOST, 31).expect("a sound host connects");
+    let mut good = associate(addr, (SUBNQN, GOOD_HOST), 32, 1, &Protection::None)
+        .expect("a sound host connects");
     let work = |write| Workload {
         write,
         block_bytes: 4096,
@@ -134,6 +136,7 @@ fn junk_on_the_port_hurts_nobody_else() {
         in_capsule: true,
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
+        namespaces: 1,
     };
     load::run(&mut good.io, &work(true), Duration::from_millis(200)).expect("I/O before the junk");
     let before = process::resident_bytes(std::process::id()).expect("our own memory");

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use block::null::NullVolume;
 use block::ram::RamVolume;
 use block::{Identity, Volume};
+use it::link::{Protection, associate};
 use it::load::{self, Workload};
 use it::process;
 use it::rig::{Rig, SUBNQN};
@@ -94,7 +95,8 @@ fn connect_all(addr: SocketAddr) -> (Vec<Vec<Queue>>, Vec<Duration>) {
 /// What one host with one queue gets of 4 KiB reads at a depth of 32; `again`: not the first time.
 fn iops(addr: SocketAddr, again: bool) -> f64 {
     let host = hostnqn(HOSTS + usize::from(again));
-    let mut association = load::associate(addr, SUBNQN, &host, 63).expect("a host");
+    let mut association =
+        associate(addr, (SUBNQN, &host), 64, 1, &Protection::None).expect("a host");
     let work = Workload {
         write: false,
         block_bytes: 4096,
@@ -102,6 +104,7 @@ fn iops(addr: SocketAddr, again: bool) -> f64 {
         in_capsule: true,
         span_bytes: 1 << 20,
         lba_bytes: 512,
+        namespaces: 1,
     };
     load::run(&mut association.io, &work, Duration::from_millis(500)).expect("I/O").iops
 }
@@ -320,9 +323,11 @@ fn keep_alives_beside_a_busy_data_path() {
                     in_capsule: false,
                     span_bytes: 1 << 30,
                     lba_bytes: 512,
+                    namespaces: 1,
                 };
                 let mut association =
-                    load::associate(addr, SUBNQN, &hostnqn(HOSTS + n), 127).expect("a host");
+                    associate(addr, (SUBNQN, &hostnqn(HOSTS + n)), 128, 1, &Protection::None)
+                        .expect("a host");
                 let mut commands = 0.0;
                 while !stop.load(Ordering::Acquire) {
                     let time = Duration::from_millis(250);

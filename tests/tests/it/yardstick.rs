@@ -1,11 +1,12 @@
 //! The benchmark's own parts: a yardstick must be right before it measures.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use it::bare;
+use it::link::Link;
 use it::load::{self, Workload};
 
 fn bare_iops(write: bool, block_bytes: usize, depth: usize) -> f64 {
@@ -16,7 +17,7 @@ fn bare_iops(write: bool, block_bytes: usize, depth: usize) -> f64 {
         let (stream, _) = listener.accept().expect("a client");
         bare::serve(stream, block_bytes, &stop)
     });
-    let mut stream = TcpStream::connect(addr).expect("the server");
+    let mut links = [Link::bare(addr).expect("the server")];
     let work = Workload {
         write,
         block_bytes,
@@ -24,9 +25,10 @@ fn bare_iops(write: bool, block_bytes: usize, depth: usize) -> f64 {
         in_capsule: true,
         span_bytes: 1 << 20,
         lba_bytes: 512,
+        namespaces: 1,
     };
-    let figures = load::run(&mut stream, &work, Duration::from_millis(50)).expect("a run");
-    drop(stream);
+    let figures = load::run(&mut links, &work, Duration::from_millis(50)).expect("a run");
+    drop(links);
     server.join().expect("no panic").expect("no socket error");
     assert!(figures.p50_us > 0.0 && figures.p99_us >= figures.p50_us, "{figures:?}");
     figures.iops
@@ -51,7 +53,7 @@ fn load_generator_refuses_what_is_no_response() {
         stream.write_all(&[0xee; 24]).expect("room in the socket");
         stream
     });
-    let mut stream = TcpStream::connect(addr).expect("the server");
+    let mut links = [Link::bare(addr).expect("the server")];
     let work = Workload {
         write: false,
         block_bytes: 4096,
@@ -59,8 +61,9 @@ fn load_generator_refuses_what_is_no_response() {
         in_capsule: true,
         span_bytes: 1 << 20,
         lba_bytes: 512,
+        namespaces: 1,
     };
-    let error = load::run(&mut stream, &work, Duration::from_secs(5)).expect_err("junk");
+    let error = load::run(&mut links, &work, Duration::from_secs(5)).expect_err("junk");
     assert!(error.to_string().contains("PDU type 0xee"), "{error}");
     drop(server.join());
 }

@@ -21,8 +21,10 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Comparison {
-    /// The target with a null volume against a bare request/response loop.
+    /// The target with a null volume against a bare request/response loop: plain, digests, TLS.
     Target,
+    /// The same, TLS against plain and the bare loop.
+    Tls,
     /// The working tree against a base revision, by counted instructions.
     Gate,
     /// fio's jobs on every engine that this machine can run.
@@ -45,12 +47,14 @@ pub(crate) fn build() -> Result<()> {
 
 /// Builds both sides and compares them; an error when a goal is missed.
 pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
-    let binary = match name {
-        Comparison::Target => "bench-target",
+    let (binary, first): (_, &[&str]) = match name {
+        Comparison::Target => ("bench-target", &[]),
+        Comparison::Tls => ("bench-target", &["--sides", "plain,tls128,tls256"]),
         Comparison::Gate | Comparison::Fio => bail!("this comparison has no program of its own"),
     };
     build()?;
-    exec::run(Command::new(workspace::target_dir()?.join("release").join(binary)).args(rest))
+    let program = workspace::target_dir()?.join("release").join(binary);
+    exec::run(Command::new(program).args(first).args(rest))
 }
 
 #[cfg(test)]
