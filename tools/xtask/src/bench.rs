@@ -1,5 +1,6 @@
 //! `cargo xtask bench NAME`: comparisons of our programs with a yardstick on the same machine.
 
+mod chart;
 mod gate;
 
 use std::process::Command;
@@ -29,12 +30,15 @@ pub(crate) enum Comparison {
     Gate,
     /// fio's jobs on every engine that this machine can run.
     Fio,
+    /// A picture of what the comparison of the target found, to be kept in docs/.
+    Chart,
 }
 
 pub(crate) fn task(args: &Args) -> Result<bool> {
     match args.name {
         Comparison::Gate => gate::task(&args.rest),
         Comparison::Fio => lab::bench_fio(&args.rest),
+        Comparison::Chart => chart::task(&args.rest),
         name => run(name, &args.rest).map(|()| true),
     }
 }
@@ -50,7 +54,9 @@ pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
     let (binary, first): (_, &[&str]) = match name {
         Comparison::Target => ("bench-target", &[]),
         Comparison::Tls => ("bench-target", &["--sides", "plain,tls128,tls256"]),
-        Comparison::Gate | Comparison::Fio => bail!("this comparison has no program of its own"),
+        Comparison::Gate | Comparison::Fio | Comparison::Chart => {
+            bail!("this comparison has no program of its own")
+        }
     };
     build()?;
     let program = workspace::target_dir()?.join("release").join(binary);
