@@ -87,6 +87,17 @@ fio_verify() {
         { cat "/out/$fio_name.json"; fail "$fio_name"; }
 }
 
+# load NAME DEV: fio verify on the first 8 MiB, again and again until /tmp/over-NAME is there.
+load() {
+    until [ -e "/tmp/over-$1" ]; do
+        fio --name="fio-$1" --filename="$2" --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 \
+            --size=8M --rate=4m --verify=crc32c --verify_fatal=1 --do_verify=1 --randrepeat=0 --eta=never \
+            --output-format=json --output="/out/fio-$1.json" || return 1
+    done
+}
+# end_load NAME PID: end it after its round; it has to have gone well.
+end_load() { touch "/tmp/over-$1"; wait "$2" || { cat "/out/fio-$1.json"; fail "load $1"; }; }
+
 # fio_matrix DEV: several block sizes, each with the size of its area, and depths.
 FIO_MATRIX='512:1M 4k:4M 64k:16M 256k:32M'
 fio_matrix() {

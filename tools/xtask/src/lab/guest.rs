@@ -17,11 +17,14 @@ use anyhow::{Context as _, Result, bail};
 
 use super::cpio::Archive;
 use super::initramfs::Image;
+use super::qmp::Qmp;
 use super::service::Service;
 use super::tree::Tree;
 use crate::exec;
 
 const CPUS: u32 = 2;
+/// Time for QEMU to listen at its monitor, on a busy machine.
+const MONITOR_LIMIT: Duration = Duration::from_secs(30);
 const MEMORY: &str = "1G";
 
 /// What a guest is to do.
@@ -38,7 +41,9 @@ pub(super) struct Job<'a> {
     pub(super) kernel_words: &'a str,
     /// QEMU arguments for the machine and its memory, in place of the usual ones.
     pub(super) machine: Option<Vec<String>>,
-    /// QEMU arguments that add devices.
+    /// Processors.
+    pub(super) cpus: u32,
+    /// QEMU arguments that add devices, or say more of the machine.
     pub(super) devices: Vec<String>,
     /// Whether a reset by the guest starts it again.
     pub(super) is_reset: bool,
@@ -59,6 +64,7 @@ impl<'a> Job<'a> {
             has_network: false,
             kernel_words,
             machine: None,
+            cpus: CPUS,
             devices,
             is_reset: false,
             limit,
@@ -89,6 +95,18 @@ impl<'a> Job<'a> {
     /// Machine, memory and disks as somebody else asks for them.
     pub(super) fn machine(mut self, words: Vec<String>) -> Self {
         self.machine = Some(words);
+        self
+    }
+
+    /// A number of processors of its own.
+    pub(super) fn cpus(mut self, count: u32) -> Self {
+        self.cpus = count;
+        self
+    }
+
+    /// More QEMU arguments.
+    pub(super) fn devices(mut self, words: impl IntoIterator<Item = String>) -> Self {
+        self.devices.extend(words);
         self
     }
 
@@ -143,17 +161,20 @@ pub(super) fn vfio_user(socket: &Path, bootindex: Option<u32>) -> [String; 2] {
 /// A guest that runs.
 pub(super) struct Guest {
     qemu: Service,
+    /// The socket of QEMU's monitor, if it has one.
+    monitor: Option<PathBuf>,
     folder: PathBuf,
     limit: Duration,
 }
 
 impl Guest {
-    /// Boots the guest; `folder` receives its console and its results, `scripts` is `tests/lab`.
+    /// Boots the guest; `folder` receives its console and its results, `scripts` is `tests/lab`,
+    /// `monitor` becomes the socket of QEMU's monitor.
     pub(super) fn start(
         tree: &Tree,
         image: &Image,
         scripts: &Path,
-        folder: &Path,
+        (folder, monitor): (&Path, &Path),
         job: &Job<'_>,
     ) -> Result<Self> {
         if folder.exists() {
@@ -164,7 +185,8 @@ impl Guest {
         fs::copy(&image.archive, &initrd)?;
         append_job(&initrd, scripts, job).context("cannot pack the guest's job")?;
 
-        let mut qemu = machine(tree, folder, job.machine.as_deref());
+        let mut qemu = machine(tree, folder, job.machine.as_deref(), job.cpus);
+        qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", quoted(monitor))]);
         if !job.is_reset {
             qemu.arg("-no-reboot");
         }
@@ -182,7 +204,8 @@ impl Guest {
         }
         qemu.args(&job.devices);
         let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
-        Ok(Self { qemu, folder: folder.to_owned(), limit: job.limit })
+        let monitor = Some(monitor.to_owned());
+        Ok(Self { qemu, monitor, folder: folder.to_owned(), limit: job.limit })
     }
 
     /// Starts a machine whose firmware has to find something to boot on the disks in `devices`.
@@ -194,7 +217,7 @@ impl Guest {
         limit: Duration,
     ) -> Result<Self> {
         fs::create_dir_all(folder)?;
-        let mut qemu = machine(tree, folder, None);
+        let mut qemu = machine(tree, folder, None, CPUS);
         if firmware == Firmware::Ovmf {
             // The firmware's variables are the machine's own; a new machine knows no boot order.
             let variables = folder.join("variables.fd");
@@ -206,7 +229,7 @@ impl Guest {
         }
         qemu.args(["-no-reboot", "-nic", "none"]).args(devices);
         let qemu = Service::start("QEMU", &qemu, &folder.join("qemu.log"))?;
-        Ok(Self { qemu, folder: folder.to_owned(), limit })
+        Ok(Self { qemu, monitor: None, folder: folder.to_owned(), limit })
     }
 
     /// Waits until the machine switches itself off, and returns all that its console showed.
@@ -224,6 +247,18 @@ impl Guest {
     /// What the guest has written to its console so far.
     pub(super) fn console(&self) -> String {
         console(&self.folder)
+    }
+
+    /// QEMU's monitor.
+    pub(super) fn qmp(&mut self) -> Result<Qmp> {
+        let socket = self.monitor.clone().context("this QEMU has no monitor")?;
+        self.qemu.wait_until("monitor", MONITOR_LIMIT, |_| socket.exists())?;
+        Qmp::connect(&socket)
+    }
+
+    /// Waits until the script says `word` on a line of its own.
+    pub(super) fn wait_for(&mut self, word: &str) -> Result<()> {
+        self.wait_until(word, |console| console.lines().any(|line| line.trim() == word))
     }
 
     /// Waits until the console satisfies `is_true`.
@@ -284,7 +319,7 @@ pub(super) enum Firmware {
 }
 
 /// QEMU with what every guest has: processors, memory, a console that is a file of `folder`.
-fn machine(tree: &Tree, folder: &Path, words: Option<&[String]>) -> Command {
+fn machine(tree: &Tree, folder: &Path, words: Option<&[String]>, cpus: u32) -> Command {
     let mut qemu = tree.program("usr/bin/qemu-system-x86_64");
     for below in ["usr/share/qemu", "usr/share/seabios"] {
         qemu.arg("-L").arg(tree.path(below));
@@ -302,7 +337,7 @@ fn machine(tree: &Tree, folder: &Path, words: Option<&[String]>) -> Command {
             &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on"),
         ]),
     };
-    qemu.args(["-cpu", "max,la57=off", "-smp", &CPUS.to_string()]);
+    qemu.args(["-cpu", "max,la57=off", "-smp", &cpus.to_string()]);
     qemu.args(["-serial", &format!("file:{}", quoted(&folder.join("console.log")))]);
     qemu
 }

@@ -15,6 +15,7 @@ mod cpio;
 mod guest;
 mod initramfs;
 mod mirror;
+mod qmp;
 mod scenario;
 mod service;
 mod tree;
@@ -195,6 +196,7 @@ impl Scene<'_> {
     fn boot(&self, name: &str, kernel: Kernel, job: &Job<'_>) -> Result<Guest> {
         let image = initramfs::open(&self.lab.cache, &self.lab.tree, kernel)?;
         let scripts = self.lab.checkout.join("tests/lab");
-        Guest::start(&self.lab.tree, &image, &scripts, &self.folder.join(name), job)
+        let places = (&*self.folder.join(name), &*self.socket(&format!("{name}.qmp")));
+        Guest::start(&self.lab.tree, &image, &scripts, places, job)
     }
 }

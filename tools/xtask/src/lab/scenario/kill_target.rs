@@ -180,8 +180,8 @@ fn outages(
 
 /// A line of the guest's script: finished I/Os and the state of the path.
 #[derive(Debug, PartialEq, Eq)]
-struct Progress {
-    ios: u64,
+pub(super) struct Progress {
+    pub(super) ios: u64,
     state: String,
 }
 
@@ -197,7 +197,8 @@ fn all(console: &str) -> Vec<Progress> {
         .collect()
 }
 
-fn last(console: &str) -> Option<Progress> {
+/// The last of them.
+pub(super) fn last(console: &str) -> Option<Progress> {
     all(console).pop()
 }
 

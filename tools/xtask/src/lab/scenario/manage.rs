@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -45,6 +46,13 @@ impl Managed {
             ports.iter().all(|port| is_listening(*port)) && socket.exists()
         })?;
         Ok(Managed { service, ports: ports.to_vec(), socket })
+    }
+
+    /// Our program, for a command on this target.
+    pub(super) fn client(&self, scene: &Scene<'_>) -> Command {
+        let mut command = scene.penstock();
+        command.env("PENSTOCK_API", &self.socket);
+        command
     }
 
     /// One request; anything but success is an error. An empty answer is `Null`.

@@ -5,9 +5,11 @@ mod boot;
 mod both_disks;
 pub(super) mod fio_bench;
 mod fio_jobs;
+mod hot_disks;
 mod kernel_host;
 mod kill_target;
 mod manage;
+mod migrate;
 mod namespaces;
 mod nvme_cli;
 mod resv;
@@ -117,6 +119,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: both_disks::run,
     },
     Scenario {
+        name: "hot-disks",
+        shows: "disks with 1 to 4 queues grow, are reset and unplugged under load; one has three faces",
+        needs_penstock: true,
+        run: hot_disks::run,
+    },
+    Scenario {
         name: "kill-target-kernel",
         shows: "the target is killed twice during fio verify on a kernel host",
         needs_penstock: true,
@@ -151,6 +159,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "a guest resets in mid-I/O, another one dies: the virtio disk serves the next",
         needs_penstock: true,
         run: kill_target::guest_dies,
+    },
+    Scenario {
+        name: "migrate",
+        shows: "a guest with a virtio disk moves to another QEMU and emulator during fio verify, and back",
+        needs_penstock: true,
+        run: migrate::virtio,
     },
     Scenario {
         name: "fio-jobs",
@@ -239,13 +253,24 @@ fn emulator_with(
     nsid: u32,
     more: &[&str],
 ) -> Result<Service> {
+    emulator_named(scene, &nsid.to_string(), socket, target.port, nsid, more)
+}
+
+/// The same with a log of that name.
+fn emulator_named(
+    scene: &Scene<'_>,
+    name: &str,
+    socket: &Path,
+    port: u16,
+    nsid: u32,
+    more: &[&str],
+) -> Result<Service> {
     let mut command = scene.penstock();
     command.arg("emulate").args(more).arg("--device").arg(format!(
-        "disk{nsid}=virtio-blk,socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsid},queues=2",
+        "disk{nsid}=virtio-blk,socket={},connect=127.0.0.1:{port},subnqn={SUBNQN},nsid={nsid},queues=2",
         socket.display(),
-        target.port,
     ));
-    let log = scene.path(&format!("emulate-{nsid}.log"));
+    let log = scene.path(&format!("emulate-{name}.log"));
     let mut service = Service::start("penstock emulate", &command, &log)?;
     service.wait_until("device socket", READY_LIMIT, |_| socket.exists())?;
     Ok(service)
