@@ -76,6 +76,7 @@ pub fn discover(
         hostnqn: hostnqn.unwrap_or(host.nqn),
         hostid: host.id,
         timeout,
+        security: nvmf_initiator::Security::default(),
     })?;
     let mut records = Vec::new();
     let mut problems = Vec::new();

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use nvme::host::ConnectNames;
+use nvme::host::{Authenticate, ConnectNames};
 use nvme::host::discovery::{Client, ClientConfig, ClientState, RECORDS_MAX};
 use nvme::spec::{Cqe, Nqn, Status};
 use nvme::subsys::discovery::{
@@ -64,6 +64,7 @@ fn read(input: &mut Input<'_>) {
             subnqn: Nqn::discovery(),
         },
         command_timeout: Duration::from_secs(1),
+        authenticate: Authenticate::Never,
     });
     let mut now = Duration::ZERO;
     let (mut commands, mut idle) = (0, 0);

@@ -21,16 +21,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{CopyLimits, Geometry, Identity};
+use crypto::dhchap::{Concatenation, Outcome};
+use crypto::psk::IdentityVersion;
 use iobuf::SgList;
 use nvme::host::{
-    ADMIN_QUEUE_ENTRIES, AdminCommand, Backoff, OldController, ReadyInfo, RemoteNamespace, Session,
-    SessionConfig, SessionState, TAGS,
+    ADMIN_QUEUE_ENTRIES, AdminCommand, Authenticate, Backoff, OldController, ReadyInfo,
+    RemoteNamespace, Session, SessionConfig, SessionState, TAGS,
 };
+use nvme::spec::Cqe;
 use nvme::subsys::ana::AnaState;
 use nvme::tcp::{HostConfig, HostEvent, Transfer};
 use reactor::{Local, Progress, Task};
 
+use crate::auth::{self, Auth, Computing, RECEIVE_BYTES};
 use crate::link::{Link, Loss};
+use crate::security::{Offers, Tls};
 use crate::shared::{AskedPath, PathState, Phase, Shared};
 
 /// An association that has been ready for so long counts as sound: the next loss starts with the
@@ -43,6 +48,8 @@ const OLD_CONTROLLER_MARGIN: Duration = Duration::from_secs(5);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest data of an admin command, in either direction (Identify, log pages).
 const ADMIN_DATA_BYTES: usize = 4096;
+/// The commands of an authentication go under this cid, behind those of the session.
+const AUTH_TAG: u16 = TAGS;
 /// Longest read or write this volume takes. More than one command may carry is cut into several.
 const IO_BYTES_MAX: u32 = 4 << 20;
 
@@ -92,8 +99,14 @@ struct Path {
     /// Of `session`: each gets another.
     session_number: u64,
     slots: Vec<Slot>,
-    /// Data of Connect, the only admin command here that sends any.
+    /// Data of Connect or of an authentication; no other command here sends any.
     write_data: SgList,
+    /// An authentication under way, and an exponentiation of it.
+    auth: Option<(Auth, Option<Computing>)>,
+    /// The host has authenticated on this connection.
+    is_authenticated: bool,
+    /// The connection ended as its only purpose was to make the key for the next.
+    is_renewed: bool,
     backoff: Backoff,
     /// Of the association in `Live`, or of the last one.
     generation: u64,
@@ -251,12 +264,12 @@ impl Path {
     fn new(shared: &Arc<Shared>, local: &Local, index: usize) -> Path {
         let config = &shared.config;
         let host_config = HostConfig {
-            queue_depth: TAGS,
+            queue_depth: TAGS + 1,
             header_digest: config.header_digest,
             data_digest: config.data_digest,
             ..HostConfig::default()
         };
-        let tx_entries_max = usize::from(TAGS) + 2;
+        let tx_entries_max = usize::from(TAGS) + 3;
         let addr = config.paths[index].addr;
         let link = Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout);
         let now = local.now();
@@ -269,8 +282,11 @@ impl Path {
             link,
             session: None,
             session_number: 0,
-            slots: (0..TAGS).map(slot).collect(),
+            slots: (0..=AUTH_TAG).map(slot).collect(),
             write_data: SgList::with_capacity(1),
+            auth: None,
+            is_authenticated: false,
+            is_renewed: false,
             backoff: Backoff::new(config.reconnect_delay, config.reconnect_delay_max),
             generation: 0,
             old: None,
@@ -292,6 +308,9 @@ impl Path {
         }
         if let Some(session) = self.session.as_mut().filter(|_| asked.rescan && is_live) {
             session.rescan(now);
+        }
+        if asked.reauthenticate && is_live && self.is_authenticated && self.auth.is_none() {
+            self.begin_auth(Concatenation::No, now)?;
         }
         match asked.fault {
             Some((generation, text)) if generation == self.generation && is_live => {
@@ -396,6 +415,11 @@ impl Path {
 
     fn leave(&mut self, now: Duration, loss: Option<&Loss>, is_stopping: bool) {
         self.session = None;
+        (self.auth, self.is_authenticated) = (None, false);
+        if !self.is_renewed && matches!(self.shared.config.security.tls, Tls::Concatenate) {
+            // Each association makes its own.
+            self.shared.set_offers(self.index, None);
+        }
         self.stage = Stage::Leaving;
         self.link.close(now, loss.and_then(Loss::fault));
         if self.link.is_closed() {
@@ -406,6 +430,10 @@ impl Path {
     fn on_left(&mut self, now: Duration, is_stopping: bool) {
         if is_stopping {
             self.stage = Stage::Stopped;
+            return;
+        }
+        if std::mem::take(&mut self.is_renewed) {
+            self.stage = Stage::Waiting { until: now };
             return;
         }
         let delay = self.backoff.next_delay(self.local.random_u64());
@@ -419,7 +447,7 @@ impl Path {
             Stage::Waiting { until } if now >= until => {
                 self.stage = Stage::Opening;
                 self.shared.publish_path(self.index, |path| path.attempts += 1);
-                self.link.open()?;
+                self.link.open(self.shared.offers(self.index))?;
                 progressed = true;
             }
             Stage::Leaving if self.link.is_closed() => {
@@ -444,6 +472,7 @@ impl Path {
                 self.on_event(event, now)?;
             }
         }
+        progressed |= self.run_auth(now, group)?;
         progressed |= self.run_session(now, group)?;
         self.link.flush();
         Ok(progressed)
@@ -455,8 +484,9 @@ impl Path {
             _ => None,
         };
         let session = self.session.as_ref().and_then(Session::deadline);
+        let auth = self.auth.as_ref().map(|(auth, _)| auth.until);
         let fence = self.old.map(|old| old.safe_at).filter(|at| *at != Duration::MAX);
-        [stage, session, self.link.deadline(), self.ana_overdue_at(), fence]
+        [stage, session, auth, self.link.deadline(), self.ana_overdue_at(), fence]
             .into_iter()
             .flatten()
             .min()
@@ -473,6 +503,8 @@ impl Path {
                     queues_wanted: config.queues,
                     queue_entries: config.queue_depth + 1,
                     command_timeout: config.command_timeout,
+                    // What the controller asks for is judged here.
+                    authenticate: Authenticate::Always,
                 };
                 let mut session = Session::new(session_config, now);
                 if let Some(old) = self.old {
@@ -493,6 +525,16 @@ impl Path {
                 place.copy_from_slice(bytes);
                 slot.received = end;
             }
+            HostEvent::Complete { cid: AUTH_TAG, cqe } => {
+                let slot = &self.slots[usize::from(AUTH_TAG)];
+                if let Some((auth, computing)) = &mut self.auth {
+                    let status = Cqe::from_bytes(&cqe).status();
+                    if let Some(task) = auth.on_completion(status, &slot.data[..slot.received])? {
+                        *computing =
+                            Some(Computing::start(task, &self.shared.worker, &self.local)?);
+                    }
+                }
+            }
             HostEvent::Complete { cid, cqe } => {
                 let slot = &self.slots[usize::from(cid)];
                 let Some(session) = &mut self.session else { return Ok(()) };
@@ -505,6 +547,91 @@ impl Path {
             }
             HostEvent::Terminated { fes } => return Err(Loss::Terminated { fes }),
         }
+        Ok(())
+    }
+
+    /// Authenticates: after Connect what the controller or the configuration wants, later what the
+    /// control plane asks for.
+    fn run_auth(&mut self, now: Duration, group: &Group) -> Result<bool, Loss> {
+        let mut progressed = false;
+        let asked = self.session.as_ref().and_then(Session::authentication);
+        if let Some(asked) = asked
+            && self.auth.is_none()
+        {
+            let wanted = auth::wanted(&self.shared.config.security, asked, self.link.is_tls())?;
+            match wanted {
+                Some(concatenation) => self.begin_auth(concatenation, now)?,
+                None => self.session.iter_mut().for_each(Session::authenticated),
+            }
+            progressed = true;
+        }
+        let Some((auth, computing)) = &mut self.auth else { return Ok(progressed) };
+        auth.is_late(now)?;
+        if let Some(done) = computing.as_ref().and_then(Computing::take) {
+            *computing = None;
+            auth.on_computed(done);
+            progressed = true;
+        }
+        if self.link.room() == 0 {
+            return Ok(progressed);
+        }
+        if let Some(command) = auth.next_command() {
+            let read_len = if command.message.is_some() { 0 } else { RECEIVE_BYTES as u32 };
+            self.send(&AdminCommand {
+                tag: AUTH_TAG,
+                sqe: command.sqe,
+                write: command.message,
+                read_len,
+            })?;
+            return Ok(true);
+        }
+        let Some(outcome) = auth.outcome()?.cloned() else { return Ok(progressed) };
+        self.auth = None;
+        self.on_authenticated(&outcome, now, group)?;
+        Ok(true)
+    }
+
+    fn begin_auth(&mut self, concatenation: Concatenation, now: Duration) -> Result<(), Loss> {
+        let config = &self.shared.config;
+        let Some(dhchap) = &config.security.dhchap else {
+            return Err(Loss::Authentication("there is no secret".to_owned()));
+        };
+        let (local, until) = (&self.local, now + config.command_timeout);
+        let random = &mut || local.random_u64();
+        let auth = Auth::new(dhchap, &config.names(), concatenation, random, until);
+        self.auth = Some((auth, None));
+        Ok(())
+    }
+
+    fn on_authenticated(
+        &mut self,
+        outcome: &Outcome,
+        now: Duration,
+        group: &Group,
+    ) -> Result<(), Loss> {
+        tracing::debug!(
+            addr = %self.addr,
+            hash = ?outcome.hash,
+            group = ?outcome.group,
+            mutual = outcome.is_mutual,
+            "authenticated"
+        );
+        self.is_authenticated = true;
+        let Some(generated) = &outcome.generated else {
+            if matches!(self.shared.config.security.tls, Tls::Concatenate) && !self.link.is_tls() {
+                return Err(Loss::Authentication("it made no key for TLS".to_owned()));
+            }
+            self.session.iter_mut().for_each(Session::authenticated);
+            return Ok(());
+        };
+        let config = &self.shared.config;
+        let psk = generated
+            .psk(IdentityVersion::V1, config.hostnqn.as_str(), config.subnqn.as_str())
+            .map_err(|error| Loss::Authentication(error.to_string()))?;
+        self.shared.set_offers(self.index, Some(Offers::generated(psk)));
+        // "The host shall then disconnect and connect again with TLS" (TP8018).
+        self.is_renewed = true;
+        self.leave(now, None, group.is_stopping);
         Ok(())
     }
 

@@ -1,10 +1,13 @@
 //! What a remote volume needs to know.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nvme::host::ConnectNames;
 use nvme::spec::Nqn;
+
+use crate::security::{Offers, Security, Tls};
 
 /// One way to the subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +117,8 @@ pub struct RemoteConfig {
     pub header_digest: bool,
     /// Ask for digests over data. A controller that refuses is not used.
     pub data_digest: bool,
+    /// TLS and authentication.
+    pub security: Security,
 }
 
 /// A [`RemoteConfig`] that cannot work.
@@ -158,6 +163,7 @@ impl RemoteConfig {
             retries_max: 10,
             header_digest: false,
             data_digest: false,
+            security: Security::default(),
         }
     }
 
@@ -200,11 +206,29 @@ impl RemoteConfig {
                 return wrong(key, &format_args!("{value:?}"), allowed);
             }
         }
+        if let Err((key, value, allowed)) = self.security.check() {
+            return wrong(key, &value, allowed);
+        }
         if self.ctrl_loss_timeout.is_some_and(|timeout| timeout > day) {
             let value = format_args!("{:?}", self.ctrl_loss_timeout);
             return wrong("ctrl_loss_timeout", &value, "at most 1 day, or none");
         }
         Ok(())
+    }
+
+    /// What connections of each path offer; `None`: plaintext, or no key yet.
+    pub(crate) fn offers(&self) -> Result<Vec<Option<Arc<Offers>>>, ConfigError> {
+        let Tls::Keys(tls) = &self.security.tls else { return Ok(vec![None; self.paths.len()]) };
+        let offers = |_: &PathConfig| {
+            Offers::new(tls, self.hostnqn.as_str(), self.subnqn.as_str()).map_err(|error| {
+                ConfigError {
+                    key: "security.tls",
+                    value: error.to_string(),
+                    allowed: "names and versions that a TLS identity has room for",
+                }
+            })
+        };
+        self.paths.iter().map(|path| offers(path).map(Some)).collect()
     }
 
     pub(crate) fn names(&self) -> ConnectNames {

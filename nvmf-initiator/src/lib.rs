@@ -26,6 +26,16 @@
 //! tell of each path: association, ANA state, losses, attempts, last error; commands out, commands
 //! done, latency. A geometry that changes shows in [`block::Volume::generation`].
 //!
+//! # TLS and authentication
+//!
+//! [`RemoteConfig::security`] says what the host proves itself with and what it asks of the target; it is
+//! never given less. With [`Tls::Keys`] every queue begins with a TLS handshake (`shake.rs`), which offers
+//! one key form after the other until the target takes one. A queue authenticates after Connect (`auth.rs`)
+//! when the controller asks for it, or when it is itself to be proven, and again when
+//! [`RemoteVolume::reauthenticate`] says so or a command is refused for want of it. With
+//! [`Tls::Concatenate`] the first connection of an association only makes the key for those that
+//! follow. A path that is set up again does all of it again, and what is held waits meanwhile.
+//!
 //! # When a path is lost
 //!
 //! Any error on any queue of a path (the peer broke the protocol, closed, went silent, a command
@@ -80,20 +90,22 @@
 //!
 //! # What this crate does not do
 //!
-//! TLS and authentication (the stream has the seam for a record layer); paths found by discovery
-//! (they are configured one by one); fused commands; Abort commands (an overdue command ends the
-//! association instead). A channel that is closed closes its queue's connection without Disconnect.
+//! Paths found by discovery (they are configured one by one); fused commands; Abort commands (an
+//! overdue command ends the association instead). A channel that is closed closes its queue's connection without Disconnect.
 //!
 //! Start reading at [`RemoteVolume::start`], then `channel.rs`.
 #![forbid(unsafe_code)]
 
 mod admin;
+mod auth;
 mod channel;
 mod config;
 mod discover;
 mod link;
 mod node;
 mod queue;
+mod security;
+mod shake;
 mod shared;
 mod status;
 mod table;
@@ -103,5 +115,6 @@ pub use config::{ConfigError, PathConfig, PathPolicy, RemoteConfig};
 pub use discover::{DiscoverConfig, DiscoverError, discover};
 pub use nvme::host::discovery::Discovered;
 pub use nvme::subsys::ana::AnaState;
+pub use security::{Dhchap, Security, Tls, TlsKeys};
 pub use shared::{Counters, PathCounters, PathState, Phase, RemoteState};
 pub use volume::{NotReady, RemoteVolume};

@@ -1,15 +1,22 @@
-//! One connection to the controller: TCP connect, ICReq/ICResp, and an end after which nothing of
-//! it can still be sent.
+//! One connection to the controller: TCP connect, TLS, ICReq/ICResp, and an end after which nothing
+//! of it can still be sent.
 //!
 //! Used by the admin queue and by each I/O queue; what travels on it is theirs.
 
+use std::cell::Cell;
 use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crypto::tls::RecordError;
 use iobuf::SgList;
 use nvme::tcp::{Crc32c, Fault, Host, HostConfig, HostEvent};
 use reactor::net::{Rx, RxChunk, Stream, StreamConfig};
 use reactor::{Errno, Local, Outcome, Port};
+
+use crate::security::Offers;
+use crate::shake::{self, Shake, Shaken};
 
 /// How long the controller may take to close a connection that an H2CTermReq ended. Closing it from
 /// here at once would take the H2CTermReq back, as our sockets are reset on close.
@@ -26,6 +33,16 @@ pub(crate) enum Loss {
     InitTimeout,
     #[error("the controller closed the connection")]
     Eof,
+    #[error(
+        "the controller closed the connection before it was set up: does the listener require TLS?"
+    )]
+    EofEarly,
+    #[error("TLS: {0}")]
+    Tls(String),
+    #[error("TLS: {0}")]
+    Record(RecordError),
+    #[error("DH-HMAC-CHAP: {0}")]
+    Authentication(String),
     #[error("the connection failed: {0}")]
     Io(Errno),
     #[error("setting up the socket: {0}")]
@@ -48,6 +65,11 @@ enum State {
     Connecting,
     /// A connect in flight whose result is not wanted any more.
     Abandoned,
+    /// TLS is being agreed on. Moved on by the target, turns that have time, or `until`.
+    Shaking { until: Duration },
+    /// The target did not take a key; the stream is shut down, and another connection is made for the
+    /// next key when it is quiet.
+    Again,
     /// ICReq sent. Moved on by ICResp, or by `until`.
     Initializing { until: Duration },
     /// ICResp received: commands may be sent.
@@ -69,6 +91,13 @@ pub(crate) struct Link {
     host_config: HostConfig,
     tx_entries_max: usize,
     connect_timeout: Duration,
+    /// Of a connection with TLS, until it is agreed on.
+    shake: Option<Shake>,
+    is_tls: bool,
+    /// The target is being told why the handshake failed.
+    is_parting: bool,
+    /// Why the record layer ended the stream, if it did.
+    record_error: Rc<Cell<Option<RecordError>>>,
 }
 
 impl Link {
@@ -89,7 +118,16 @@ impl Link {
             host_config,
             tx_entries_max,
             connect_timeout,
+            shake: None,
+            is_tls: false,
+            is_parting: false,
+            record_error: Rc::default(),
         }
+    }
+
+    /// Whether the connection is, or will be, encrypted.
+    pub(crate) fn is_tls(&self) -> bool {
+        self.is_tls
     }
 
     /// Nothing of an earlier connection can be sent any more, and its payload memory is free.
@@ -97,9 +135,17 @@ impl Link {
         self.state == State::Closed
     }
 
-    /// Starts to connect. The link must be closed.
-    pub(crate) fn open(&mut self) -> Result<(), Loss> {
+    /// Starts to connect, with TLS if there are keys to offer. The link must be closed.
+    pub(crate) fn open(&mut self, offers: Option<Arc<Offers>>) -> Result<(), Loss> {
         debug_assert!(self.is_closed(), "open of a link in use");
+        self.is_tls = offers.is_some();
+        self.shake = offers.map(Shake::new);
+        self.is_parting = false;
+        self.record_error.set(None);
+        self.connect()
+    }
+
+    fn connect(&mut self) -> Result<(), Loss> {
         self.port.connect(self.addr, self.connect_timeout, 0).map_err(|_| Loss::Busy)?;
         self.host = Host::new(self.host_config.clone());
         self.state = State::Connecting;
@@ -114,7 +160,15 @@ impl Link {
                 self.port.cancel_all();
                 self.state = State::Abandoned;
             }
-            (State::Initializing { .. } | State::Up, Some(stream)) => {
+            (State::Shaking { .. }, Some(_)) if self.is_parting => {
+                self.state = State::Terminating { until: now + TERM_TIMEOUT };
+            }
+            (State::Again, Some(_)) => {
+                self.state = State::Closing;
+                self.check_quiet();
+            }
+            (State::Shaking { .. } | State::Initializing { .. } | State::Up, Some(stream)) => {
+                let fault = fault.filter(|_| !matches!(self.state, State::Shaking { .. }));
                 let told = fault.is_some_and(|fault| {
                     let head = self.host.term_req(fault);
                     stream.push(&head, None, None, None).is_ok()
@@ -147,6 +201,18 @@ impl Link {
         progressed |= stream.poll();
         match self.state {
             State::Initializing { until } if now >= until => return Err(Loss::InitTimeout),
+            State::Shaking { until } if now >= until => {
+                return Err(Loss::Tls(
+                    "the target did not finish the handshake in time".to_owned(),
+                ));
+            }
+            State::Shaking { .. } => progressed |= self.shake(now)?,
+            State::Again if stream.is_quiet() => {
+                self.stream = None;
+                self.state = State::Closed;
+                self.connect()?;
+                return Ok(true);
+            }
             State::Terminating { until } => {
                 let mut is_over = now >= until || stream.failed().is_some();
                 while !is_over {
@@ -166,6 +232,40 @@ impl Link {
         }
         progressed |= self.check_quiet();
         Ok(progressed)
+    }
+
+    /// A step of the handshake.
+    fn shake(&mut self, now: Duration) -> Result<bool, Loss> {
+        let (Some(shake), Some(stream)) = (&mut self.shake, &mut self.stream) else {
+            return Ok(false);
+        };
+        match shake.step(stream, &self.local, &self.record_error) {
+            Shaken::Waits => Ok(false),
+            Shaken::Went => Ok(true),
+            Shaken::Done => {
+                self.shake = None;
+                self.initialize(now);
+                Ok(true)
+            }
+            Shaken::Next => {
+                stream.shutdown();
+                self.state = State::Again;
+                Ok(true)
+            }
+            Shaken::Failed(why, is_parting) => {
+                self.is_parting = is_parting;
+                Err(Loss::Tls(why))
+            }
+        }
+    }
+
+    /// The stream stands: the first PDU.
+    fn initialize(&mut self, now: Duration) {
+        let Some(stream) = &mut self.stream else { return };
+        let pushed = stream.push(&self.host.icreq(), None, None, None);
+        debug_assert!(pushed.is_ok() || stream.failed().is_some(), "a new stream has room");
+        stream.flush();
+        self.state = State::Initializing { until: now + self.connect_timeout };
     }
 
     fn check_quiet(&mut self) -> bool {
@@ -192,14 +292,17 @@ impl Link {
         };
         // What this connection has not sent when it is given up must never be sent.
         socket.set_reset_on_close().map_err(Loss::Socket)?;
-        let config =
-            StreamConfig { tx_entries_max: self.tx_entries_max, ..StreamConfig::default() };
-        let mut stream = Stream::new(&self.local, socket, config).map_err(Loss::Socket)?;
-        let pushed = stream.push(&self.host.icreq(), None, None, None);
-        debug_assert!(pushed.is_ok(), "a new stream has room");
-        stream.flush();
-        self.stream = Some(stream);
-        self.state = State::Initializing { until: now + self.connect_timeout };
+        let tx_entries_max = match self.is_tls {
+            true => self.tx_entries_max.max(shake::ENTRIES),
+            false => self.tx_entries_max,
+        };
+        let config = StreamConfig { tx_entries_max, ..StreamConfig::default() };
+        self.stream = Some(Stream::new(&self.local, socket, config).map_err(Loss::Socket)?);
+        if self.shake.is_some() {
+            self.state = State::Shaking { until: now + self.connect_timeout };
+        } else {
+            self.initialize(now);
+        }
         Ok(())
     }
 
@@ -209,15 +312,17 @@ impl Link {
             return Ok(None);
         }
         let Some(stream) = &mut self.stream else { return Ok(None) };
-        match stream.recv() {
+        let errno = match stream.recv() {
             Rx::Empty => match stream.failed() {
-                None => Ok(None),
-                Some(errno) => Err(Loss::Io(errno)),
+                None => return Ok(None),
+                Some(errno) => errno,
             },
-            Rx::Data(chunk) => Ok(Some(chunk)),
-            Rx::Eof => Err(Loss::Eof),
-            Rx::Failed(errno) => Err(Loss::Io(errno)),
-        }
+            Rx::Data(chunk) => return Ok(Some(chunk)),
+            Rx::Eof if !self.is_tls && self.state != State::Up => return Err(Loss::EofEarly),
+            Rx::Eof => return Err(Loss::Eof),
+            Rx::Failed(errno) => errno,
+        };
+        Err(self.record_error.get().map_or(Loss::Io(errno), Loss::Record))
     }
 
     /// The next event in `input`. Becoming `Up` and the end of the connection are noticed on the
@@ -305,7 +410,14 @@ impl Link {
 
     /// When `poll` must run although nothing happened.
     pub(crate) fn deadline(&self) -> Option<Duration> {
+        match (self.state, &self.shake, &self.stream) {
+            (State::Shaking { .. }, Some(shake), Some(stream)) if shake.is_due(stream) => {
+                return Some(self.local.now());
+            }
+            _ => {}
+        }
         match self.state {
+            State::Shaking { until } => Some(until),
             State::Initializing { until } | State::Terminating { until } => Some(until),
             _ => None,
         }

@@ -11,13 +11,15 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{AcquireAction, Io, Op, RegisterAction, Reserve};
+use crypto::dhchap::Concatenation;
 use iobuf::SgList;
-use nvme::host;
+use nvme::host::{self, Authentication};
 use nvme::spec::{CopyRange, Cqe, DsmRange, SCT_PATH, Status};
 use nvme::subsys::reservation::{self, PersistChange, ReleaseAction, ReservationRequest};
 use nvme::tcp::{HostConfig, HostEvent, Transfer};
 use reactor::Local;
 
+use crate::auth::{self, Auth, Computing, RECEIVE_BYTES};
 use crate::link::{Link, Loss};
 use crate::shared::{ChannelCounters, PathCounts, PathState, RemoteState, Shared};
 use crate::status::judge;
@@ -43,6 +45,8 @@ pub(crate) enum Stage {
     Opening,
     /// Connect is sent. Moved on by its completion.
     Connecting,
+    /// The host, and maybe the controller, prove themselves. Moved on by the end of that.
+    Authenticating,
     /// The queue takes commands. Ended by whatever ends the association.
     Ready,
     /// The link is closing. Moved on when nothing of it can be sent any more.
@@ -107,6 +111,20 @@ pub(crate) struct Env<'a> {
     pub(crate) now: Duration,
 }
 
+/// An authentication under way on the queue.
+struct AuthRun {
+    auth: Auth,
+    /// Of the command that is out, or the next.
+    cid: u16,
+    is_out: bool,
+    computing: Option<Computing>,
+    /// What a Receive brings.
+    data: Vec<u8>,
+    received: usize,
+    /// No I/O before its end.
+    is_urgent: bool,
+}
+
 /// See the [module](self).
 pub(crate) struct Queue {
     local: Local,
@@ -139,6 +157,13 @@ pub(crate) struct Queue {
     rescan_at: Duration,
     /// There was no memory for a command's data.
     is_starved: bool,
+    auth: Option<Box<AuthRun>>,
+    /// The host has authenticated on this connection.
+    is_authenticated: bool,
+    /// The controller wants it again, before I/O.
+    is_auth_due: bool,
+    /// [`RemoteState::auth_round`] of the last authentication.
+    auth_round: u64,
 }
 
 impl Queue {
@@ -188,6 +213,10 @@ impl Queue {
             next_check: None,
             rescan_at: Duration::ZERO,
             is_starved: false,
+            auth: None,
+            is_authenticated: false,
+            is_auth_due: false,
+            auth_round: 0,
         })
     }
 
@@ -209,7 +238,7 @@ impl Queue {
     /// Whether a command can be queued now.
     #[inline]
     pub(crate) fn has_room(&self) -> bool {
-        !self.free_cids.is_empty() && !self.is_starved && self.link.room() > 0
+        !self.free_cids.is_empty() && !self.is_starved && !self.is_auth_due && self.link.room() > 0
     }
 
     fn qid(&self) -> u16 {
@@ -233,10 +262,18 @@ impl Queue {
                 debug_assert!(!self.is_unfenced, "an association before the last one has ended");
                 self.generation = path.generation;
                 self.stage = Stage::Opening;
-                self.link.open()?;
+                self.link.open(env.shared.offers(usize::from(self.path)))?;
             }
-            Stage::Opening | Stage::Connecting | Stage::Ready if !path.is_live || !is_tried => {
+            Stage::Opening | Stage::Connecting | Stage::Authenticating | Stage::Ready
+                if !path.is_live || !is_tried =>
+            {
                 self.leave(env, None);
+            }
+            Stage::Ready if self.auth_round != env.state.auth_round => {
+                self.auth_round = env.state.auth_round;
+                if self.is_authenticated && self.auth.is_none() {
+                    self.begin_auth(Concatenation::No, false, env)?;
+                }
             }
             _ => {}
         }
@@ -259,6 +296,7 @@ impl Queue {
         self.stage = Stage::Leaving;
         self.next_check = None;
         self.out.clear();
+        (self.auth, self.is_auth_due, self.is_authenticated) = (None, false, false);
         self.link.close(env.now, loss.and_then(Loss::fault));
         if self.link.is_closed() {
             self.on_left(env);
@@ -310,6 +348,7 @@ impl Queue {
         if self.next_check.is_some_and(|at| at <= env.now) {
             self.check_overdue(env)?;
         }
+        self.run_auth(env)?;
         if self.stage == Stage::Ready {
             self.send_out(env)?;
         }
@@ -319,6 +358,12 @@ impl Queue {
     #[inline]
     fn on_event(&mut self, event: HostEvent<'_>, env: &mut Env<'_>) -> Result<(), Loss> {
         match event {
+            HostEvent::Data { cid, offset, bytes } if self.is_auth_command(cid) => {
+                self.on_auth_data(offset, bytes)?;
+            }
+            HostEvent::Complete { cid, cqe } if self.is_auth_command(cid) => {
+                self.on_auth_complete(Cqe::from_bytes(&cqe).status(), env)?;
+            }
             HostEvent::Data { cid, offset, bytes } => {
                 let command = &self.commands[usize::from(cid)];
                 let at = command.start + u64::from(offset);
@@ -336,10 +381,10 @@ impl Queue {
                 self.out.push_back(cid);
             }
             HostEvent::Complete { cid, cqe } => {
-                let status = Cqe::from_bytes(&cqe).status();
+                let cqe = Cqe::from_bytes(&cqe);
                 match self.stage {
-                    Stage::Ready => self.on_complete(cid, status, env),
-                    _ => self.on_connected(status, env)?,
+                    Stage::Ready => self.on_complete(cid, cqe.status(), env)?,
+                    _ => self.on_connected(&cqe, env)?,
                 }
             }
             HostEvent::Initialized => self.send_connect(env)?,
@@ -374,10 +419,24 @@ impl Queue {
         wanted.min(self.state(env).queue_entries).max(2)
     }
 
-    fn on_connected(&mut self, status: Status, env: &mut Env<'_>) -> Result<(), Loss> {
+    fn on_connected(&mut self, cqe: &Cqe, env: &mut Env<'_>) -> Result<(), Loss> {
+        let status = cqe.status();
         if !status.is_success() {
             return Err(Loss::Command(format!("Connect refused: {status}")));
         }
+        let asked = Authentication::asked(cqe.dw0());
+        match auth::wanted(&env.shared.config.security, asked, self.link.is_tls())? {
+            Some(concatenation) => {
+                self.stage = Stage::Authenticating;
+                self.begin_auth(concatenation, true, env)?;
+            }
+            None => self.on_ready(env),
+        }
+        Ok(())
+    }
+
+    /// The queue takes commands.
+    fn on_ready(&mut self, env: &mut Env<'_>) {
         let state = self.state(env);
         let block_bytes = u64::from(env.state.geometry.block_bytes);
         let bytes = |blocks: u32| u64::from(blocks.max(1)) * block_bytes;
@@ -394,12 +453,134 @@ impl Queue {
         self.free_cids.clear();
         self.free_cids.extend((0..self.queue_entries(env) - 1).rev());
         self.stage = Stage::Ready;
+        self.auth_round = env.state.auth_round;
         env.shared.note_connected(usize::from(self.path), self.generation);
+    }
+
+    /// Begins an authentication. An urgent one goes before all I/O.
+    #[cold]
+    fn begin_auth(
+        &mut self,
+        concatenation: Concatenation,
+        is_urgent: bool,
+        env: &Env<'_>,
+    ) -> Result<(), Loss> {
+        let config = &env.shared.config;
+        let Some(dhchap) = &config.security.dhchap else {
+            return Err(Loss::Authentication("the controller asks for it anew".to_owned()));
+        };
+        let until = env.now + config.command_timeout;
+        let local = &self.local;
+        let auth =
+            Auth::new(dhchap, &config.names(), concatenation, &mut || local.random_u64(), until);
+        self.auth = Some(Box::new(AuthRun {
+            auth,
+            cid: CONNECT_CID,
+            is_out: false,
+            computing: None,
+            data: vec![0; RECEIVE_BYTES],
+            received: 0,
+            is_urgent,
+        }));
+        self.is_auth_due |= is_urgent;
         Ok(())
     }
 
     #[inline]
-    fn on_complete(&mut self, cid: u16, status: Status, env: &mut Env<'_>) {
+    fn is_auth_command(&self, cid: u16) -> bool {
+        self.auth.as_ref().is_some_and(|run| run.is_out && run.cid == cid)
+    }
+
+    #[cold]
+    fn on_auth_data(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Loss> {
+        let Some(run) = &mut self.auth else { return Ok(()) };
+        let (start, end) = (offset as usize, offset as usize + bytes.len());
+        // The qpair machine lets no byte through that the command did not ask for.
+        let Some(place) = run.data.get_mut(start..end) else {
+            return Err(Loss::Command("data for no buffer".to_owned()));
+        };
+        place.copy_from_slice(bytes);
+        run.received = end;
+        Ok(())
+    }
+
+    #[cold]
+    fn on_auth_complete(&mut self, status: Status, env: &Env<'_>) -> Result<(), Loss> {
+        let Some(run) = &mut self.auth else { return Ok(()) };
+        run.is_out = false;
+        if self.stage == Stage::Ready {
+            self.free_cids.push(run.cid);
+        }
+        let task = run.auth.on_completion(status, &run.data[..run.received])?;
+        if let Some(task) = task {
+            run.computing = Some(Computing::start(task, &env.shared.worker, &self.local)?);
+        }
+        Ok(())
+    }
+
+    /// Goes on with an authentication, if there is one.
+    #[inline]
+    fn run_auth(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        if self.auth.is_none() {
+            return Ok(());
+        }
+        self.step_auth(env)
+    }
+
+    #[cold]
+    fn step_auth(&mut self, env: &mut Env<'_>) -> Result<(), Loss> {
+        let Some(run) = &mut self.auth else { return Ok(()) };
+        run.auth.is_late(env.now)?;
+        if let Some(done) = run.computing.as_ref().and_then(Computing::take) {
+            run.computing = None;
+            run.auth.on_computed(done);
+        }
+        if run.is_out || run.computing.is_some() || self.link.room() == 0 {
+            return Ok(());
+        }
+        // A queue that is in use has to have an entry free; one before it has no other command.
+        let cid = match self.stage {
+            Stage::Ready => self.free_cids.last().copied(),
+            _ => Some(CONNECT_CID),
+        };
+        let Some(cid) = cid else { return Ok(()) };
+        if let Some(command) = run.auth.next_command() {
+            (run.cid, run.is_out, run.received) = (cid, true, 0);
+            let head = self.link.host.command(cid, &command.sqe, command.transfer());
+            match &command.message {
+                None => self.link.push(&head, None, None)?,
+                Some(message) => {
+                    let mut list = SgList::with_capacity(1);
+                    self.local
+                        .pool()
+                        .alloc(message.len(), &mut list)
+                        .ok()
+                        .and_then(|()| list.copy_from_slice(0, message).ok())
+                        .ok_or_else(|| Loss::Command("no memory for a message".to_owned()))?;
+                    self.link.push(&head, Some((&list, 0, message.len())), None)?;
+                }
+            }
+            if self.stage == Stage::Ready {
+                self.free_cids.pop();
+            }
+            return Ok(());
+        }
+        if run.auth.outcome()?.is_some() {
+            let is_urgent = run.is_urgent;
+            self.auth = None;
+            self.is_authenticated = true;
+            if is_urgent {
+                self.is_auth_due = false;
+            }
+            if self.stage == Stage::Authenticating {
+                self.on_ready(env);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn on_complete(&mut self, cid: u16, status: Status, env: &mut Env<'_>) -> Result<(), Loss> {
         let command = &mut self.commands[usize::from(cid)];
         command.is_answered = true;
         command.out_left = 0;
@@ -414,6 +595,20 @@ impl Queue {
         if is_free {
             self.settle(cid, env);
         }
+        if status.is(Status::AUTHENTICATION_REQUIRED) {
+            self.on_auth_required(env)?;
+        }
+        Ok(())
+    }
+
+    /// The controller wants the host to prove itself again.
+    #[cold]
+    fn on_auth_required(&mut self, env: &Env<'_>) -> Result<(), Loss> {
+        match &mut self.auth {
+            Some(run) => (run.is_urgent, self.is_auth_due) = (true, true),
+            None => self.begin_auth(Concatenation::No, true, env)?,
+        }
+        Ok(())
     }
 
     /// The namespace cannot be reached this way, as far as the controller knows: its ANA state is
@@ -629,8 +824,9 @@ impl Queue {
 
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let connect = (self.stage == Stage::Connecting).then_some(self.connect_by);
+        let auth = self.auth.as_ref().map(|run| run.auth.until);
         let memory = self.is_starved.then(|| self.local.now() + MEMORY_RETRY);
-        [self.link.deadline(), connect, memory, self.next_check].into_iter().flatten().min()
+        [self.link.deadline(), connect, auth, memory, self.next_check].into_iter().flatten().min()
     }
 }
 

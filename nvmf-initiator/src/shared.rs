@@ -13,7 +13,9 @@ use block::{Geometry, Identity};
 use nvme::subsys::ana::AnaState;
 use reactor::CoreHandle;
 
+use crate::auth::Worker;
 use crate::config::{PathConfig, RemoteConfig};
+use crate::security::Offers;
 
 /// Where the volume stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +134,8 @@ pub struct RemoteState {
     pub attempts: u64,
     /// The paths, in the order of the configuration.
     pub paths: Vec<PathState>,
+    /// How often all queues were told to authenticate again.
+    pub(crate) auth_round: u64,
 }
 
 impl RemoteState {
@@ -146,6 +150,7 @@ impl RemoteState {
             losses: 0,
             attempts: 0,
             paths: config.paths.iter().map(PathState::unknown).collect(),
+            auth_round: 0,
         }
     }
 
@@ -254,6 +259,8 @@ pub(crate) struct AskedPath {
     pub(crate) connected: u64,
     /// I/O was refused because of the namespace's state. Taken once.
     pub(crate) rescan: bool,
+    /// The queue is to authenticate again. Taken once.
+    pub(crate) reauthenticate: bool,
 }
 
 /// What the admin task is asked for.
@@ -268,6 +275,8 @@ struct Inner {
     state: Arc<RemoteState>,
     asked: Asked,
     seats: Vec<Option<Seat>>,
+    /// What connections of each path offer; `None`: plaintext.
+    offers: Vec<Option<Arc<Offers>>>,
     /// Sums of the channels that were closed.
     closed: Counters,
 }
@@ -285,10 +294,18 @@ pub(crate) struct Shared {
     geometry: AtomicU64,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// For authentication.
+    pub(crate) worker: Worker,
 }
 
 impl Shared {
-    pub(crate) fn new(config: RemoteConfig, admin: CoreHandle, state: RemoteState) -> Arc<Shared> {
+    /// `offers`: for each path.
+    pub(crate) fn new(
+        config: RemoteConfig,
+        admin: CoreHandle,
+        state: RemoteState,
+        offers: Vec<Option<Arc<Offers>>>,
+    ) -> Arc<Shared> {
         let paths = config.paths.iter().map(|_| AskedPath::default()).collect();
         Arc::new(Shared {
             config,
@@ -300,10 +317,24 @@ impl Shared {
                 state: Arc::new(state),
                 asked: Asked { paths, stop: false },
                 seats: Vec::new(),
+                offers,
                 closed: Counters::default(),
             }),
             changed: Condvar::new(),
+            worker: Worker::default(),
         })
+    }
+
+    /// What connections of a path offer; `None`: plaintext.
+    pub(crate) fn offers(&self, path: usize) -> Option<Arc<Offers>> {
+        self.lock().offers.get(path).cloned().flatten()
+    }
+
+    /// An authentication has made a key for a path, or it is over with that key.
+    pub(crate) fn set_offers(&self, path: usize, offers: Option<Arc<Offers>>) {
+        if let Some(place) = self.lock().offers.get_mut(path) {
+            *place = offers;
+        }
     }
 
     /// A panic elsewhere leaves no half-made value here (every update is one assignment), so a
@@ -396,6 +427,12 @@ impl Shared {
         self.ask_path(path, |asked| asked.rescan = true);
     }
 
+    /// All queues are to authenticate again.
+    pub(crate) fn ask_reauthentication(&self) {
+        self.publish(|state| state.auth_round += 1);
+        self.ask(|asked| asked.paths.iter_mut().for_each(|path| path.reauthenticate = true));
+    }
+
     pub(crate) fn request_stop(&self) {
         self.ask(|asked| asked.stop = true);
     }
@@ -411,6 +448,7 @@ impl Shared {
             fault: path.fault.take(),
             connected: path.connected,
             rescan: std::mem::take(&mut path.rescan),
+            reauthenticate: std::mem::take(&mut path.reauthenticate),
         };
         Asked { paths: asked.paths.iter_mut().map(take).collect(), stop: asked.stop }
     }

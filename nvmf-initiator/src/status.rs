@@ -36,6 +36,10 @@ pub(crate) fn judge(status: Status) -> Verdict {
         return Verdict::Done;
     }
     let error = error_of(status);
+    if status.is(Status::AUTHENTICATION_REQUIRED) {
+        // The queue authenticates, or the association ends; the command itself is good.
+        return Verdict::Retry(error);
+    }
     if !status.is_dnr() && is_curable(status) {
         Verdict::Retry(error)
     } else {
@@ -99,6 +103,10 @@ mod tests {
     fn every_status_has_one_verdict_and_dnr_is_final() {
         for raw in 0..=0x7ffu16 {
             let status = Status(raw);
+            if status.is(Status::AUTHENTICATION_REQUIRED) {
+                assert_eq!(judge(status.dnr()), Verdict::Retry(IoError::Medium));
+                continue;
+            }
             match judge(status) {
                 Verdict::Done => assert!(status.is_success()),
                 Verdict::Retry(error) => assert_eq!(judge(status.dnr()), Verdict::Fail(error)),

@@ -44,7 +44,8 @@ impl RemoteVolume {
     ) -> Result<(Arc<RemoteVolume>, Box<dyn Task>), ConfigError> {
         config.check()?;
         let state = RemoteState::unknown(&config);
-        let shared = Shared::new(config, local.handle(), state);
+        let offers = config.offers()?;
+        let shared = Shared::new(config, local.handle(), state, offers);
         let task = Box::new(AdminTask::new(Arc::clone(&shared), local));
         Ok((Arc::new(RemoteVolume { shared }), task))
     }
@@ -87,6 +88,12 @@ impl RemoteVolume {
     pub fn wait_stopped(&self, timeout: Duration) -> bool {
         let over = Phase::Stopped { is_over: true };
         self.shared.wait(timeout, |state| state.phase == over).phase == over
+    }
+
+    /// Has every queue authenticate again, while I/O goes on, where the host has a secret and the
+    /// controller asked for it at first. A queue that fails ends its association.
+    pub fn reauthenticate(&self) {
+        self.shared.ask_reauthentication();
     }
 
     /// What is going on on each path, in the order of [`RemoteState::paths`].

@@ -47,6 +47,8 @@ pub struct Port {
     pub addr: SocketAddr,
     /// Whether connections are encrypted.
     pub tls: Tls,
+    /// Hosts may connect, but the discovery log does not tell of it.
+    pub hidden: bool,
 }
 
 /// One volume as a namespace.

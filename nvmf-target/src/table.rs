@@ -318,7 +318,7 @@ impl Table {
         let mut entries = vec![with_tls(own, port.tls)];
         let told = self.subsystems.values().filter(|s| !s.hidden && s.hosts.admits(hostnqn));
         for subsystem in told {
-            for port in self.ports.iter().filter(|p| p.kind == ListenerKind::Io) {
+            for port in self.ports.iter().filter(|p| p.kind == ListenerKind::Io && !p.hidden) {
                 let nqn = subsystem.fixed.nqn.clone();
                 let entry = DiscoveryEntry::tcp(SubsystemType::NVM, port.addr, port.id, nqn);
                 entries.push(with_tls(entry, port.tls));
@@ -427,11 +427,13 @@ mod tests {
     #[test]
     fn discovery_log_tells_each_host_what_it_may_use_and_itself_once() {
         let addr = |n: u8| SocketAddr::from(([10, 0, 0, n], 4420));
-        let port = |id, kind| Port { id, kind, addr: addr(id as u8), tls: Tls::Off };
+        let port =
+            |id, kind| Port { id, kind, addr: addr(id as u8), tls: Tls::Off, hidden: id == 4 };
         let ports: Arc<[Port]> = Arc::new([
             port(1, ListenerKind::Io),
             port(2, ListenerKind::Io),
             port(3, ListenerKind::Discovery),
+            port(4, ListenerKind::Io),
         ]);
         let info = crate::admin::discovery_info(Some(&nqn(99)), &Limits::default());
         let referral = DiscoveryEntry::tcp(SubsystemType::REFERRAL, addr(9), 0, nqn(98));

@@ -196,6 +196,7 @@ impl Core {
             handle,
             sim,
             now: Cell::new(Duration::ZERO),
+            is_long: Cell::new(false),
             cqes: Cell::new(Vec::with_capacity(2 * config.entries as usize)),
         });
         shared.read_clock();
@@ -239,6 +240,7 @@ impl Core {
     /// there is something to do.
     pub fn turn(&mut self, may_sleep: bool) -> bool {
         let now = self.local.0.read_clock();
+        self.local.0.is_long.set(false);
         let mut progressed = self.local.0.handle.0.flag.take();
         progressed |= self.run_messages();
         progressed |= self.poll_tasks(now);
@@ -384,6 +386,8 @@ pub(crate) struct Shared {
     handle: CoreHandle,
     sim: Option<SimCore>,
     now: Cell<Duration>,
+    /// Whether this turn has had its long step.
+    is_long: Cell<bool>,
     /// Reused by each reap.
     cqes: Cell<Vec<Cqe>>,
 }
@@ -493,6 +497,18 @@ impl Local {
     /// simulated world).
     pub fn now(&self) -> Duration {
         self.0.now.get()
+    }
+
+    /// Whether a step of some 100 us, such as one of a TLS handshake, may be done in this turn: one
+    /// may, so that the I/O of others goes on in between. Whoever does it says
+    /// [`take_long_step`](Local::take_long_step); whoever may not yet has a deadline that is due.
+    pub fn has_long_step(&self) -> bool {
+        !self.0.is_long.get()
+    }
+
+    /// This turn's long step is taken.
+    pub fn take_long_step(&self) {
+        self.0.is_long.set(true);
     }
 
     /// The core's buffer pool.

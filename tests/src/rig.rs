@@ -8,7 +8,8 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result};
 use block::Volume;
 use nvmf_target::{
-    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    KeyStore, Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    Tls,
 };
 use reactor::{Core, CoreConfig, CoreHandle, Socket};
 
@@ -46,6 +47,20 @@ impl Rig {
         volumes: Vec<Arc<dyn Volume>>,
         cores: usize,
         limits: Limits,
+    ) -> Result<Rig> {
+        Rig::start_secure(listen, volumes, cores, limits, (Tls::Off, Arc::default()))
+    }
+
+    /// The same with TLS on all ports, and keys of hosts.
+    ///
+    /// # Errors
+    /// As [`Rig::start_on`].
+    pub fn start_secure(
+        listen: &[IpAddr],
+        volumes: Vec<Arc<dyn Volume>>,
+        cores: usize,
+        limits: Limits,
+        (tls, keys): (Tls, Arc<KeyStore>),
     ) -> Result<Rig> {
         let (to_us, handles) = mpsc::channel();
         let (mut starts, mut threads) = (Vec::new(), Vec::new());
@@ -100,7 +115,8 @@ impl Rig {
             id,
             kind: ListenerKind::Io,
             addr: *addr,
-            tls: nvmf_target::Tls::Off,
+            tls,
+            hidden: false,
         });
         let config = TargetConfig {
             subsystems: vec![SubsystemConfig {
@@ -109,6 +125,7 @@ impl Rig {
             }],
             ports: ports.collect(),
             limits,
+            keys,
             ..TargetConfig::default()
         };
         let target = Target::new(config, cores.clone())?;

@@ -5,7 +5,9 @@ use core::time::Duration;
 
 use zerocopy::FromBytes;
 
-use super::{ADMIN_QUEUE_ENTRIES, ConnectNames, SessionError, connect};
+use super::{
+    ADMIN_QUEUE_ENTRIES, Authenticate, Authentication, ConnectNames, SessionError, connect,
+};
 use crate::ctrl::Instance;
 use crate::spec::fabrics::{CNTLID_DYNAMIC, CNTLID_MAX};
 use crate::spec::{
@@ -111,9 +113,14 @@ pub struct AnaInfo {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
     Connect,
+    /// The driver authenticates. Moved on by `authenticated`.
+    Authenticate(Authentication),
     Capabilities,
     Enable,
-    WaitReady { poll_at: Duration, until: Duration },
+    WaitReady {
+        poll_at: Duration,
+        until: Duration,
+    },
     Version,
     Identify,
     Done,
@@ -123,6 +130,7 @@ enum Stage {
 pub(super) struct BringUp {
     names: ConnectNames,
     kato: Duration,
+    authenticate: Authenticate,
     stage: Stage,
     cntlid: u16,
     cap: Cap,
@@ -130,9 +138,23 @@ pub(super) struct BringUp {
 }
 
 impl BringUp {
-    pub(super) fn new(names: ConnectNames, kato: Duration) -> BringUp {
+    pub(super) fn new(names: ConnectNames, kato: Duration, authenticate: Authenticate) -> BringUp {
         let stage = Stage::Connect;
-        BringUp { names, kato, stage, cntlid: 0, cap: Cap(0), version: 0 }
+        BringUp { names, kato, authenticate, stage, cntlid: 0, cap: Cap(0), version: 0 }
+    }
+
+    /// What the driver has to do before anything else is sent.
+    pub(super) fn authentication(&self) -> Option<Authentication> {
+        match self.stage {
+            Stage::Authenticate(wanted) => Some(wanted),
+            _ => None,
+        }
+    }
+
+    pub(super) fn authenticated(&mut self) {
+        if let Stage::Authenticate(_) = self.stage {
+            self.stage = Stage::Capabilities;
+        }
     }
 
     /// Whether CC.EN was set, so that other commands than fabrics ones may be sent and a shutdown
@@ -162,6 +184,7 @@ impl BringUp {
             }
             Stage::Capabilities => Request::property_get("Property Get CAP", Property::CAP),
             Stage::Enable => Request::set_cc("Property Set CC.EN", Cc::ENABLE),
+            Stage::Authenticate(_) => return None,
             Stage::WaitReady { poll_at, .. } if now < poll_at => return None,
             Stage::WaitReady { .. } => Request::property_get("Property Get CSTS", Property::CSTS),
             Stage::Version => Request::property_get("Property Get VS", Property::VS),
@@ -194,13 +217,19 @@ impl BringUp {
                     let value = u64::from(self.cntlid);
                     return Err(SessionError::Invalid { what: "controller ID", value });
                 }
-                // AUTHREQ: ATR and ASCR. This host cannot authenticate.
-                if dw0 >> 16 & 0b110 != 0 {
-                    let status = crate::spec::Status::AUTHENTICATION_REQUIRED;
-                    return Err(SessionError::Refused { status, dw0 });
-                }
-                self.stage = Stage::Capabilities;
+                let asked = Authentication::asked(dw0);
+                let is_asked = asked != Authentication::default();
+                self.stage = match self.authenticate {
+                    Authenticate::Never if is_asked => {
+                        let status = crate::spec::Status::AUTHENTICATION_REQUIRED;
+                        return Err(SessionError::Refused { status, dw0 });
+                    }
+                    Authenticate::WhenAsked if is_asked => Stage::Authenticate(asked),
+                    Authenticate::Always => Stage::Authenticate(asked),
+                    Authenticate::Never | Authenticate::WhenAsked => Stage::Capabilities,
+                };
             }
+            Stage::Authenticate(_) => {}
             Stage::Capabilities => {
                 self.cap = Cap(cqe.result.get());
                 let value = self.cap.0;

@@ -10,7 +10,7 @@
 use core::time::Duration;
 
 use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown};
-use super::{AdminCommand, ConnectNames, SessionError};
+use super::{AdminCommand, Authenticate, Authentication, ConnectNames, SessionError};
 use crate::spec::{AdminOpcode, Cqe, GetLogPage, LogPage, Sqe};
 use crate::subsys::discovery::{
     DiscoveryEntry, HEADER_LEN, HEADER_READ_LEN, HeaderInfo, InvalidEntry, RECORD_LEN,
@@ -31,6 +31,8 @@ pub struct ClientConfig {
     pub names: ConnectNames,
     /// How long an answer may take.
     pub command_timeout: Duration,
+    /// Whether the driver authenticates, see [`Client::authentication`].
+    pub authenticate: Authenticate,
 }
 
 /// A discovery log, read consistently.
@@ -94,7 +96,7 @@ impl Client {
         Client {
             step: Step::BringUp,
             // No keep alive: the association lives for a few commands.
-            bring_up: BringUp::new(config.names.clone(), Duration::ZERO),
+            bring_up: BringUp::new(config.names.clone(), Duration::ZERO, config.authenticate),
             shutdown: None,
             in_flight: None,
             controller: None,
@@ -114,6 +116,18 @@ impl Client {
             (None, Some(result), Step::Over) => ClientState::Done(result),
             _ => ClientState::Reading,
         }
+    }
+
+    /// `Some`: nothing else is sent before the driver has authenticated on this queue and said so
+    /// with [`Client::authenticated`].
+    #[must_use]
+    pub fn authentication(&self) -> Option<Authentication> {
+        if self.error.is_some() { None } else { self.bring_up.authentication() }
+    }
+
+    /// The authentication has ended well.
+    pub fn authenticated(&mut self) {
+        self.bring_up.authenticated();
     }
 
     /// The next command to send, if any. Call after every completion and at [`Client::deadline`].

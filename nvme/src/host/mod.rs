@@ -28,7 +28,7 @@ pub use self::session::{
 };
 use crate::fabrics::ConnectRequest;
 use crate::spec::fabrics::CONNECT_DATA_LEN;
-use crate::spec::{Nqn, Status};
+use crate::spec::{FabricsType, Nqn, SglDescriptor, Sqe, Status};
 
 /// Who connects to what: the same in every Connect of an association.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,6 +39,64 @@ pub struct ConnectNames {
     pub hostid: [u8; 16],
     /// Subsystem NQN.
     pub subnqn: Nqn,
+}
+
+/// Whether the host authenticates on its admin queue, right after Connect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Authenticate {
+    /// It cannot: a controller that asks for it is not used.
+    #[default]
+    Never,
+    /// If the controller asks for it.
+    WhenAsked,
+    /// Whether the controller asks for it or not, since it has to prove itself as well, or a key for
+    /// TLS is to come of it.
+    Always,
+}
+
+/// What a controller asks for in its answer to Connect (NVMe Base 2.1, "Connect Response", AUTHREQ).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Authentication {
+    /// ATR: an authentication has to come before any other command.
+    pub is_required: bool,
+    /// ASCR: it has to make a key for TLS ("secure channel concatenation").
+    pub is_concatenation_required: bool,
+}
+
+impl Authentication {
+    /// From dword 0 of the answer.
+    #[must_use]
+    pub fn asked(dw0: u32) -> Authentication {
+        Authentication {
+            is_required: dw0 & 1 << 17 != 0,
+            is_concatenation_required: dw0 & 1 << 18 != 0,
+        }
+    }
+}
+
+/// Authentication Send with a message of `len` bytes, which goes in the capsule (NVMe Base 2.1,
+/// "Authentication Send Command").
+#[must_use]
+pub fn authentication_send(len: u32) -> [u8; 64] {
+    let mut sqe = authentication(FabricsType::AUTHENTICATION_SEND, len);
+    sqe.dptr = SglDescriptor::in_capsule(0, len);
+    sqe.to_bytes()
+}
+
+/// Authentication Receive into a buffer of `len` bytes, all of which are transferred.
+#[must_use]
+pub fn authentication_receive(len: u32) -> [u8; 64] {
+    let mut sqe = authentication(FabricsType::AUTHENTICATION_RECEIVE, len);
+    sqe.dptr = SglDescriptor::transport(len);
+    sqe.to_bytes()
+}
+
+/// SECP E9h, SPSP 0101h: the protocols of NVMe (NVMe Base 2.1, "Authentication Send Command").
+fn authentication(fctype: FabricsType, len: u32) -> Sqe {
+    let mut sqe = Sqe::fabrics(fctype);
+    sqe.cdw10.set(0xe901_0100);
+    sqe.cdw11.set(len);
+    sqe
 }
 
 /// A command for the admin queue.

@@ -13,7 +13,7 @@
 use core::time::Duration;
 
 use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown, identify_data};
-use super::{AdminCommand, ConnectNames, SessionError};
+use super::{AdminCommand, Authenticate, Authentication, ConnectNames, SessionError};
 use crate::ctrl::{CROSS_RESET_IMMEDIATE, Instance};
 use crate::spec::{
     ANA_LSP_GROUPS_ONLY, AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController,
@@ -47,6 +47,8 @@ pub struct SessionConfig {
     pub queue_entries: u16,
     /// How long an answer may take.
     pub command_timeout: Duration,
+    /// Whether the driver authenticates, see [`Session::authentication`].
+    pub authenticate: Authenticate,
 }
 
 /// The controller that this host had before and lost the path to: its I/O may still land.
@@ -242,7 +244,7 @@ impl Session {
         Session {
             old: None,
             step: Step::BringUp,
-            bring_up: BringUp::new(config.names.clone(), config.kato),
+            bring_up: BringUp::new(config.names.clone(), config.kato, config.authenticate),
             shutdown: None,
             in_flight: None,
             keep_alive: None,
@@ -303,6 +305,18 @@ impl Session {
     /// The ANA state of the namespace is to be read again: I/O was refused because of it.
     pub fn rescan(&mut self, now: Duration) {
         self.rescan_at.get_or_insert(now + EVENT_INTERVAL);
+    }
+
+    /// `Some`: the controller has taken Connect, and nothing else is sent before the driver has
+    /// authenticated on this queue and said so with [`Session::authenticated`].
+    #[must_use]
+    pub fn authentication(&self) -> Option<Authentication> {
+        if self.error.is_some() { None } else { self.bring_up.authentication() }
+    }
+
+    /// The authentication has ended well.
+    pub fn authenticated(&mut self) {
+        self.bring_up.authenticated();
     }
 
     /// Where the session stands. While a changed namespace is looked at again it stays ready,

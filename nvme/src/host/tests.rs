@@ -37,6 +37,7 @@ fn config(nsid: u32) -> SessionConfig {
         queues_wanted: 4,
         queue_entries: 64,
         command_timeout: MS(3000),
+        authenticate: Authenticate::Never,
     }
 }
 
@@ -567,7 +568,11 @@ fn entries(count: u16) -> Vec<DiscoveryEntry> {
 /// Runs a client; `between` is called before each command is submitted.
 fn discover(peer: &mut Peer, mut between: impl FnMut(&mut Peer, &Sqe)) -> Client {
     let names = ConnectNames { subnqn: Nqn::discovery(), ..names() };
-    let mut client = Client::new(ClientConfig { names, command_timeout: MS(1000) });
+    let mut client = Client::new(ClientConfig {
+        names,
+        command_timeout: MS(1000),
+        authenticate: Authenticate::Never,
+    });
     while let Some(command) = client.next_command(MS(0)) {
         between(peer, &Sqe::from_bytes(&command.sqe));
         peer.submit(&command, MS(0));
@@ -700,7 +705,11 @@ proptest! {
     fn hostile_controller(answers in answers(), shutdown_after in 0usize..60) {
         let mut session = Session::new(config(1), MS(0));
         let names = ConnectNames { subnqn: Nqn::discovery(), ..names() };
-        let mut client = Client::new(ClientConfig { names, command_timeout: MS(1000) });
+        let mut client = Client::new(ClientConfig {
+            names,
+            command_timeout: MS(1000),
+            authenticate: Authenticate::Never,
+        });
         let mut now = MS(0);
         for (round, answer) in answers.iter().enumerate() {
             if round == shutdown_after {
@@ -760,4 +769,32 @@ fn data_descriptors() {
     assert_eq!(Sqe::from_bytes(&connect.sqe).dptr, SglDescriptor::in_capsule(0, 1024));
     assert_eq!(connect.write.unwrap().len(), 1024);
     assert!(IdentifyController::ref_from_bytes(good_controller().as_bytes()).is_ok());
+}
+
+#[test]
+fn nothing_is_sent_between_connect_and_the_end_of_the_authentication() {
+    let mut peer = Peer::io();
+    let authenticate = Authenticate::Always;
+    let mut session = Session::new(SessionConfig { authenticate, ..config(1) }, MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    assert_eq!(session.authentication(), Some(Authentication::default()));
+    assert_eq!(session.next_command(MS(2000)), None);
+    session.authenticated();
+    settle(&mut session, &mut peer, MS(2000));
+    assert_eq!(session.authentication(), None);
+    ready(&session);
+}
+
+#[test]
+fn authentication_commands_have_the_fields_of_the_specification() {
+    let send = authentication_send(72);
+    assert_eq!((send[0], send[4]), (0x7f, 5));
+    assert_eq!(send[40..48], [0, 1, 1, 0xe9, 72, 0, 0, 0]);
+    assert_eq!((send[32], send[39]), (72, SglDescriptor::DATA_BLOCK_OFFSET));
+    let receive = authentication_receive(4096);
+    assert_eq!((receive[4], receive[39]), (6, SglDescriptor::TRANSPORT_DATA_BLOCK));
+    assert_eq!(receive[44..48], [0, 16, 0, 0]);
+    let asked = Authentication::asked(0x0006_0001);
+    assert!(asked.is_required && asked.is_concatenation_required);
+    assert_eq!(Authentication::asked(0xffff), Authentication::default());
 }

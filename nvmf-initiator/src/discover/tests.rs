@@ -1,4 +1,5 @@
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -23,6 +24,7 @@ fn config(addr: SocketAddr) -> DiscoverConfig {
         hostnqn: nqn("nqn.2025-01.io.example:host"),
         hostid: [9; 16],
         timeout: Duration::from_secs(20),
+        security: Security::default(),
     }
 }
 

@@ -172,6 +172,7 @@ impl World {
                 kind: ListenerKind::Io,
                 addr,
                 tls: nvmf_target::Tls::Off,
+                hidden: false,
             });
         });
         let below = Below { ram, local: rig.cores[2].local() };

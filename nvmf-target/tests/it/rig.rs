@@ -85,6 +85,7 @@ impl Rig {
                 kind: ListenerKind::Io,
                 addr: "10.0.0.1:4420".parse().expect("an address"),
                 tls: Tls::Off,
+                hidden: false,
             }],
             limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
             ..TargetConfig::default()

@@ -178,7 +178,7 @@ pub(crate) fn path(count: u64, shape: Shape) {
             namespaces: vec![NamespaceConfig::new(1, volume)],
             ..SubsystemConfig::new(SUBNQN, "GATE")
         }],
-        ports: vec![Port { id: 1, kind: ListenerKind::Io, addr, tls: Tls::Off }],
+        ports: vec![Port { id: 1, kind: ListenerKind::Io, addr, tls: Tls::Off, hidden: false }],
         limits: Limits::default(),
         ..nvmf_target::TargetConfig::default()
     };

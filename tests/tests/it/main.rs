@@ -8,6 +8,7 @@ mod ipv6;
 mod junk;
 mod pass_through;
 mod scale;
+mod secure;
 mod sim;
 mod sim_paths;
 mod transport;

@@ -21,13 +21,15 @@ use block::{Busy, Channel, Extent, Identity, Io, Op, Volume};
 use nvme::spec::Nqn;
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
 use nvmf_target::{
-    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    KeyStore, Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    Tls,
 };
 use reactor::sim::{NetFaults, World};
 use reactor::{Core, Local, Progress, Task};
 
 pub(crate) const SUBNQN: &str = "nqn.2026-11.io.penstock:sim";
-const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000005";
+pub(crate) const HOSTNQN: &str =
+    "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000005";
 const BLOCK: usize = 512;
 const BLOCKS: usize = 1024;
 /// Longest request: more than fits a capsule, and more than one R2T may ask for.
@@ -250,20 +252,26 @@ pub(crate) fn start_target(
     volume: &Arc<dyn Volume>,
     ports: u16,
 ) -> Arc<Target> {
+    start_secure_target(world, core, volume, ports, (Tls::Off, Arc::default()))
+}
+
+pub(crate) fn start_secure_target(
+    world: &World,
+    core: &mut Core,
+    volume: &Arc<dyn Volume>,
+    ports: u16,
+    (tls, keys): (Tls, Arc<KeyStore>),
+) -> Arc<Target> {
     let config = TargetConfig {
         subsystems: vec![SubsystemConfig {
             namespaces: vec![NamespaceConfig::new(1, Arc::clone(volume))],
             ..SubsystemConfig::new(SUBNQN, "SIM")
         }],
         ports: (1..=ports)
-            .map(|id| Port {
-                id,
-                kind: ListenerKind::Io,
-                addr: addr(id),
-                tls: nvmf_target::Tls::Off,
-            })
+            .map(|id| Port { id, kind: ListenerKind::Io, addr: addr(id), tls, hidden: false })
             .collect(),
         limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
+        keys,
         ..TargetConfig::default()
     };
     let target = Target::new(config, vec![core.handle()]).expect("a sound configuration");
@@ -290,6 +298,17 @@ pub(crate) fn build_with(
     ports: u16,
     change: impl FnOnce(RemoteConfig) -> RemoteConfig,
 ) -> Sim {
+    build_secure(seed, requests, ports, change, (Tls::Off, Arc::default()))
+}
+
+/// The same with what the target asks of hosts.
+pub(crate) fn build_secure(
+    seed: u64,
+    requests: u64,
+    ports: u16,
+    change: impl FnOnce(RemoteConfig) -> RemoteConfig,
+    secure: (Tls, Arc<KeyStore>),
+) -> Sim {
     let world = World::new(seed);
     let mut random = Random::new(seed);
     let mut cores = vec![world.core(), world.core()];
@@ -307,7 +326,7 @@ pub(crate) fn build_with(
         ..FaultPlan::default()
     });
     let volume: Arc<dyn Volume> = Arc::new(slow);
-    let target = start_target(&world, &mut cores[0], &volume, ports);
+    let target = start_secure_target(&world, &mut cores[0], &volume, ports, secure);
     let digests = random.below(4);
     let config = RemoteConfig {
         header_digest: digests & 1 != 0,
