@@ -1,7 +1,7 @@
 //! The keys of hosts, as the operator keeps them.
 //!
 //! ```text
-//!   penstock key ... ─► management API ─► KeyBook ─► keys      (replaced as a whole, mode 0600)
+//!   penstock key ... ─► management API ─► KeyBook ─► keys      (mode 0600)
 //!   penstock key ... --data DIR ──────────► KeyBook └► KeyStore of the running target
 //! ```
 //!
@@ -9,12 +9,14 @@
 //!
 //! The file has a line for each key: name, kind, host, subsystem, end and begin of its life, and the
 //! key in its interchange format; `-` where there is nothing. It is not TOML, so that key material
-//! stays in buffers that are wiped.
+//! stays in buffers that are wiped. A new key is appended, so that the hundred-thousandth takes as
+//! long as the first; any other change replaces the file as a whole. Each write ends with a line that
+//! counts the keys: what stands behind the last of them was not finished and never in force.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -35,6 +37,8 @@ const TEMPORARY_FILE: &str = "keys.new";
 /// Keys of one target; the file then has some 60 MB.
 const KEYS_MAX: usize = 200_000;
 const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Longest line of a key, with the one behind it: two names of 223 bytes, a key, and numbers.
+const LINE_BYTES_MAX: usize = 1024;
 const HEAD: &str = "penstock-keys 1";
 /// Longest overlap and lifetime that are believed: ten years.
 const SECONDS_MAX: u64 = 10 * 366 * 86_400;
@@ -161,6 +165,8 @@ fn random(bytes: &mut [u8]) -> Result<(), Problem> {
 /// See the module's documentation.
 pub(crate) struct KeyBook {
     dir: Option<PathBuf>,
+    /// The file ends in something that was not finished: it is not appended to.
+    is_torn: bool,
     records: Vec<Record>,
     store: Arc<KeyStore>,
 }
@@ -169,11 +175,11 @@ impl KeyBook {
     /// Reads the keys of a data directory that the caller has locked; `None`: nothing is kept. Gives
     /// all of them to `store`.
     pub(crate) fn open(dir: Option<&Path>, store: Arc<KeyStore>) -> Result<KeyBook, StateError> {
-        let records = match dir {
+        let (records, is_torn) = match dir {
             Some(dir) => read(&dir.join(FILE))?,
-            None => Vec::new(),
+            None => (Vec::new(), false),
         };
-        let book = KeyBook { dir: dir.map(Path::to_owned), records, store };
+        let book = KeyBook { dir: dir.map(Path::to_owned), is_torn, records, store };
         let mut by_host: BTreeMap<&str, HostKeys> = BTreeMap::new();
         for record in &book.records {
             give(by_host.entry(record.host.as_str()).or_default(), record);
@@ -187,18 +193,39 @@ impl KeyBook {
     /// Makes `records` durable, then puts the keys of `host` in force.
     fn commit(&mut self, records: Vec<Record>, host: &Nqn) -> Result<(), Problem> {
         if let Some(dir) = &self.dir {
-            save(dir, &records).map_err(|error| {
-                let error = format!("{:#}", anyhow::Error::new(error));
-                problem(Code::Failed, format!("the keys cannot be kept: {error}"), "")
-            })?;
+            save(dir, &records).map_err(not_kept)?;
+            self.is_torn = false;
         }
         self.records = records;
+        self.put_in_force(host);
+        Ok(())
+    }
+
+    /// The same for one more.
+    fn commit_one(&mut self, record: Record) -> Result<(), Problem> {
+        let host = record.host.clone();
+        self.records.push(record);
+        if let Some(dir) = &self.dir
+            && (self.is_torn || append(dir, &self.records).is_err())
+        {
+            // Whatever was written of it stays behind what counts.
+            self.is_torn = true;
+            if let Err(error) = save(dir, &self.records) {
+                self.records.pop();
+                return Err(not_kept(error));
+            }
+            self.is_torn = false;
+        }
+        self.put_in_force(&host);
+        Ok(())
+    }
+
+    fn put_in_force(&self, host: &Nqn) {
         let mut keys = HostKeys::default();
         for record in self.records.iter().filter(|record| record.host == *host) {
             give(&mut keys, record);
         }
         self.store.set(host.as_str(), keys);
-        Ok(())
     }
 
     /// All keys, or those of a host.
@@ -270,10 +297,7 @@ impl KeyBook {
             ));
         }
         let shown = record.shown(now);
-        let host = record.host.clone();
-        let mut records = self.records.clone();
-        records.push(record);
-        self.commit(records, &host)?;
+        self.commit_one(record)?;
         tracing::info!(
             key = shown.id,
             host = shown.host,
@@ -477,6 +501,22 @@ fn generated(kind: KeyKind, bits: Option<u32>) -> Result<Material, Problem> {
     Ok(Material::Dhchap(DhchapKey::generate(hash, &bytes)))
 }
 
+fn not_kept(error: StateError) -> Problem {
+    let error = format!("{:#}", anyhow::Error::new(error));
+    problem(Code::Failed, format!("the keys cannot be kept: {error}"), "")
+}
+
+/// Adds the last of `records` to the file, which has the others.
+fn append(dir: &Path, records: &[Record]) -> io::Result<()> {
+    let Some(last) = records.last() else { return Ok(()) };
+    let mut text = Zeroizing::new(String::with_capacity(LINE_BYTES_MAX));
+    last.write(&mut text);
+    let _ = writeln!(text, "end {}", records.len());
+    let mut file = File::options().append(true).open(dir.join(FILE))?;
+    file.write_all(text.as_bytes())?;
+    file.sync_data()
+}
+
 fn save(dir: &Path, records: &[Record]) -> Result<(), StateError> {
     // As long as it can get, so that growing leaves no copies: two names and a key in each line.
     let capacity = 256
@@ -491,33 +531,54 @@ fn save(dir: &Path, records: &[Record]) -> Result<(), StateError> {
     replace(dir, FILE, TEMPORARY_FILE, text.as_bytes())
 }
 
-fn read(path: &Path) -> Result<Vec<Record>, StateError> {
+/// The keys of a file, and whether it ends in something that was not finished.
+fn read(path: &Path) -> Result<(Vec<Record>, bool), StateError> {
     let damaged = |problem: String| StateError::Damaged { path: path.to_owned(), problem };
     let text = match private::read(path, FILE_BYTES_MAX) {
         Ok(text) => text,
-        Err(error) if error.is_missing() => return Ok(Vec::new()),
+        Err(error) if error.is_missing() => return Ok((Vec::new(), false)),
         Err(error) => return Err(error.into()),
     };
     parse(&text).map_err(damaged)
 }
 
-fn parse(text: &str) -> Result<Vec<Record>, String> {
-    let mut lines = text.lines();
-    if lines.next() != Some(HEAD) {
+fn parse(text: &str) -> Result<(Vec<Record>, bool), String> {
+    let mut lines = text.split_inclusive('\n');
+    if lines.next().map(str::trim_end) != Some(HEAD) {
         return Err(format!("it does not begin with {HEAD:?}"));
     }
     let mut records = Vec::new();
-    for (number, line) in lines.enumerate() {
-        if let Some(count) = line.strip_prefix("end ") {
-            return match count.parse() == Ok(records.len()) {
-                true => Ok(records),
-                false => Err(format!("it says {count} keys and has {}", records.len())),
-            };
+    // How many of them were counted, and where that stands.
+    let mut counted = None;
+    let mut at = HEAD.len() + 1;
+    let mut number = 1;
+    for line in lines {
+        at += line.len();
+        number += 1;
+        let is_whole = line.ends_with('\n');
+        let line = line.trim_end_matches('\n');
+        if let Some(count) = line.strip_prefix("end ").filter(|_| is_whole) {
+            if count.parse() != Ok(records.len()) {
+                return Err(format!("it says {count} keys and has {}", records.len()));
+            }
+            counted = Some(records.len());
+        } else if let Some(record) = Record::parse(line).filter(|_| is_whole) {
+            records.push(record);
+        } else if counted.is_none() || text.get(at - 1..).is_none_or(|rest| rest.contains("\nend "))
+        {
+            // The line is not shown: it has a key in it.
+            return Err(match is_whole {
+                true => format!("line {number} is no key"),
+                false => "it is cut off".to_owned(),
+            });
+        } else {
+            break;
         }
-        // The line is not shown: it has a key in it.
-        records.push(Record::parse(line).ok_or_else(|| format!("line {} is no key", number + 2))?);
     }
-    Err("it is cut off".to_owned())
+    let Some(count) = counted else { return Err("it is cut off".to_owned()) };
+    let is_torn = records.len() != count || at != text.len() || !text.ends_with('\n');
+    records.truncate(count);
+    Ok((records, is_torn))
 }
 
 /// The keys of a data directory that no process uses.
@@ -623,12 +684,114 @@ mod tests {
         let mut keys = OfflineKeys::open(scratch.path()).unwrap();
         keys.add(&request(KeyKind::Tls)).unwrap();
         let text = std::fs::read_to_string(scratch.path().join(FILE)).unwrap();
-        assert_eq!(parse(&text).map(|records| records.len()), Ok(1));
+        assert_eq!(parse(&text).map(|(records, torn)| (records.len(), torn)), Ok((1, false)));
         for len in 0..text.len() - 1 {
             let error = parse(&text[..len]).err().unwrap();
             assert!(!error.contains("NVMeTLSkey"), "{error}");
         }
         assert!(parse(&text.replace(" tls ", " dhchap ")).is_err());
+    }
+
+    #[test]
+    fn what_was_not_finished_was_never_in_force() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path();
+        let mut keys = OfflineKeys::open(dir).unwrap();
+        keys.add(&request(KeyKind::Tls)).unwrap();
+        let one = std::fs::read_to_string(dir.join(FILE)).unwrap();
+        keys.add(&request(KeyKind::Dhchap)).unwrap();
+        let two = std::fs::read_to_string(dir.join(FILE)).unwrap();
+        assert!(two.starts_with(&one), "a new key is appended");
+        drop(keys);
+        for len in one.len()..=two.len() {
+            let is_whole = len == two.len();
+            let (records, is_torn) = parse(&two[..len]).unwrap_or_else(|e| panic!("{len}: {e}"));
+            assert_eq!(records.len(), 1 + usize::from(is_whole), "{len}");
+            assert_eq!(is_torn, len != one.len() && !is_whole, "{len}");
+        }
+        // What is wrong before the end is damage.
+        assert!(parse(&two.replacen(" tls ", " tle ", 1)).is_err());
+        assert!(parse(&two.replacen("end 1", "end 2", 1)).is_err());
+        assert!(parse(&two.replacen(" dhchap ", " dhchop ", 1)).is_err());
+
+        // The next key goes to a file that is whole again.
+        std::fs::write(dir.join(FILE), &two[..two.len() - 3]).unwrap();
+        let mut keys = OfflineKeys::open(dir).unwrap();
+        assert_eq!(keys.list(None).len(), 1);
+        keys.add(&request(KeyKind::DhchapController)).unwrap();
+        drop(keys);
+        let (records, is_torn) = read(&dir.join(FILE)).unwrap();
+        assert_eq!((records.len(), is_torn), (2, false));
+        assert_eq!(std::fs::metadata(dir.join(FILE)).unwrap().mode() & 0o777, 0o600);
+    }
+
+    mod scale {
+        use std::time::{Duration, Instant};
+
+        use super::*;
+
+        fn resident() -> u64 {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+        }
+
+        /// What is kept of many hosts, how long a start takes for it, and what one more costs.
+        #[test]
+        #[ignore = "slow; a step of its own"]
+        fn a_hundred_thousand_hosts_with_keys() {
+            const HOSTS: usize = 100_000;
+            const HOST_BYTES_MAX: u64 = 2048;
+
+            let scratch = tempfile::tempdir().unwrap();
+            let dir = scratch.path();
+            let records: Vec<Record> = (0..HOSTS)
+                .map(|n| Record {
+                    id: format!("{n:08x}"),
+                    kind: KeyKind::Tls,
+                    host: Nqn::new(&format!("nqn.2014-08.org.example:host-{n}")).unwrap(),
+                    subsystem: None,
+                    expires: None,
+                    created: 1_700_000_000,
+                    material: generated(KeyKind::Tls, None).unwrap(),
+                })
+                .collect();
+            save(dir, &records).unwrap();
+            drop(records);
+            let file = std::fs::metadata(dir.join(FILE)).unwrap().len();
+
+            let (before, start) = (resident(), Instant::now());
+            let store = Arc::new(KeyStore::default());
+            let mut book = KeyBook::open(Some(dir), store.clone()).unwrap();
+            let opened = start.elapsed();
+            let bytes = resident().saturating_sub(before) / HOSTS as u64;
+            assert_eq!(store.len(), HOSTS);
+
+            let mut adds = [Duration::ZERO; 20];
+            let mut last = String::new();
+            for (n, took) in adds.iter_mut().enumerate() {
+                let start = Instant::now();
+                let host = format!("nqn.2014-08.org.example:new-{n}");
+                last = book.add(&AddKey { host, ..request(KeyKind::Tls) }).unwrap().id;
+                *took = start.elapsed();
+            }
+            adds.sort_unstable();
+            let start = Instant::now();
+            book.rotate(&last, &RotateKey { overlap_s: 60 }).unwrap();
+            let rotated = start.elapsed();
+            println!(
+                "{HOSTS} hosts: a file of {} MiB, read in {opened:?}; {bytes} bytes of memory each; \
+                 one more in {:?} (median), a rotation in {rotated:?}",
+                file >> 20,
+                adds[adds.len() / 2],
+            );
+            assert!(bytes < HOST_BYTES_MAX, "{bytes} bytes for each host");
+            assert!(opened < Duration::from_secs(10), "read in {opened:?}");
+            assert!(adds[adds.len() / 2] < Duration::from_secs(1), "one more in {adds:?}");
+            drop(book);
+            let again = KeyBook::open(Some(dir), Arc::default()).unwrap();
+            assert_eq!(again.list(None).len(), HOSTS + adds.len() + 1);
+        }
     }
 
     #[test]
