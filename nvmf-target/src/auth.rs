@@ -267,8 +267,18 @@ impl Conn {
                 // host until now takes commands to the end: an error is worse than a new path.
                 self.auth.deadline = Some(env.now + FAILED_LIMIT);
                 let (peer, port) = (self.peer().to_owned(), self.port().id);
-                env.shared.refusals.note(&peer, port, failure.to_string(), env.now);
+                env.shared.refusals.note(&peer, port, self.named(&failure.to_string()), env.now);
             }
+        }
+    }
+
+    /// What is said of a host, with its name.
+    fn named(&self, what: &str) -> String {
+        match &self.association {
+            Some(association) if !what.contains(&association.host.hostnqn) => {
+                format!("host `{}`: {what}", association.host.hostnqn)
+            }
+            _ => what.to_owned(),
         }
     }
 
@@ -281,8 +291,12 @@ impl Conn {
         if !self.auth.is_settled {
             let (peer, port) = (self.peer().to_owned(), self.port().id);
             let limit = env.shared.limits.handshake.as_secs();
-            let why = format!("the host did not finish DH-HMAC-CHAP within {limit} s");
-            env.shared.refusals.note(&peer, port, why, env.now);
+            let why = format!(
+                "did not finish DH-HMAC-CHAP within {limit} s, which it has to since there is a \
+                 secret for it; on the host, connect with the `--dhchap-secret` that `penstock key \
+                 export` prints for it"
+            );
+            env.shared.refusals.note(&peer, port, self.named(&why), env.now);
         }
         self.close("not authenticated in time");
     }

@@ -373,8 +373,10 @@ impl Controller {
         };
         let is_concatenated = sc_c != NO_SECURE_CHANNEL;
         if is_concatenated && Some(sc_c) != allowed {
-            let what =
-                format!("the host asks for secure channel {sc_c}, not possible on this queue");
+            let what = format!(
+                "the host asks for secure channel {sc_c}, not possible on this queue; on the \
+                     host, `--concat` takes a listener with tls=allowed and no `--tls`"
+            );
             return refuse(Reason::CONCATENATION_MISMATCH, what);
         }
         let mut ours = (self.config.hashes.clone(), self.config.groups.clone());
@@ -384,11 +386,17 @@ impl Controller {
             ours.1.retain(|group| *group != DhGroup::Null);
         }
         let Some(hash) = choose_hash(&ours.0, hashes) else {
-            let what = format!("the host offers {hashes:?}, allowed are {:?}", ours.0);
+            let what = format!(
+                "the host offers {hashes:?}, allowed are {:?}: allow another with `--auth-hash`",
+                ours.0
+            );
             return refuse(Reason::HASH_NOT_USABLE, what);
         };
         let Some(group) = choose_group(&ours.1, groups) else {
-            let what = format!("the host offers {groups:?}, allowed are {:?}", ours.1);
+            let what = format!(
+                "the host offers {groups:?}, allowed are {:?}: allow another with `--auth-group`",
+                ours.1
+            );
             return refuse(Reason::GROUP_NOT_USABLE, what);
         };
         let agreed = Agreed { hash, group, sc_c };

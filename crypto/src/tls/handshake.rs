@@ -228,7 +228,11 @@ impl fmt::Display for Cause {
             ),
             Cause::NoPsk => write!(f, "the host offered no pre-shared key: {EXPORT}"),
             Cause::NotNvme { received } => {
-                write!(f, "the host offered `{received}`, which is no identity of NVMe/TCP")
+                write!(
+                    f,
+                    "the host offered `{received}`, which is no identity of NVMe/TCP; expected \
+                     `NVMe1R01 HOSTNQN SUBNQN DIGEST` or one of its kind: {EXPORT}"
+                )
             }
             Cause::Unknown { received, why } => write!(
                 f,

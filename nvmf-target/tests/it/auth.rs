@@ -225,7 +225,29 @@ fn who_does_not_authenticate_in_time_is_cut_and_explained() {
     let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
     rig.until("the end of the connection", || admin.is_over());
     let refusal = rig.target.status().refusals.pop().expect("one");
-    assert!(refusal.why.contains("did not finish DH-HMAC-CHAP within 10 s"), "{}", refusal.why);
+    let why = refusal.why;
+    assert!(why.contains("did not finish DH-HMAC-CHAP within 10 s"), "{why}");
+    assert!(why.contains(&hostnqn(1)) && why.contains("`penstock key export`"), "{why}");
+}
+
+#[test]
+fn hosts_that_offer_nothing_that_is_allowed_are_told_of_with_what_to_change() {
+    let (mut rig, store) = rig(Tls::Off);
+    for (allowed, expected) in [
+        (policy(Hash::Sha512, DhGroup::Ffdhe2048), "--auth-hash"),
+        (policy(Hash::Sha256, DhGroup::Ffdhe8192), "--auth-group"),
+    ] {
+        store.set_policy(allowed);
+        let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+        let offer = HostConfig {
+            hashes: vec![Hash::Sha256],
+            groups: vec![DhGroup::Ffdhe2048],
+            ..host(1, 1, None)
+        };
+        assert!(authenticate(&mut rig, &admin, offer).is_err());
+        let why = rig.target.status().refusals.pop().expect("one").why;
+        assert!(why.contains(&hostnqn(1)) && why.contains(expected), "{why}");
+    }
 }
 
 #[test]
