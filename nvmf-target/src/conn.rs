@@ -845,6 +845,10 @@ impl Conn {
 
     /// Time-outs.
     pub(crate) fn tick(&mut self, env: &mut Env<'_>) {
+        if self.life == Life::Draining {
+            // The peer has not taken the end of TLS.
+            self.stream.shutdown();
+        }
         if self.handshake_deadline.is_some_and(|at| env.now >= at) {
             self.close("no Connect in time");
         }

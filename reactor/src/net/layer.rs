@@ -93,7 +93,8 @@ impl fmt::Debug for Gather<'_> {
 ///
 /// The stream promises: `seal` gets the bytes in the order of the pushes, and its output is sent in
 /// that order, all of it or none after a failure; `open` gets received bytes in order, in pieces
-/// cut anywhere. After an error neither is called again, only `farewell` after one of `open`.
+/// cut anywhere. After an error neither is called again, only `farewell` after one of `open`. `close` is
+/// the last call, when the stream is shut down without an error.
 pub trait Layer {
     /// Appends to `out` the records that carry `plain`, whose bytes are not needed afterwards.
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError>;
@@ -105,6 +106,18 @@ pub trait Layer {
     /// once at most, and nothing is called after it.
     fn farewell(&mut self, out: &mut Vec<u8>) {
         let _ = out;
+    }
+
+    /// Appends to `out` what the peer is to be told when this side ends in an orderly way, such as
+    /// close_notify of TLS. It is sent if nothing else is being sent.
+    fn close(&mut self, out: &mut Vec<u8>) {
+        let _ = out;
+    }
+
+    /// Whether the peer has said inside the layer that nothing follows. The stream has then ended like
+    /// one whose peer has closed its side.
+    fn is_ended(&self) -> bool {
+        false
     }
 }
 

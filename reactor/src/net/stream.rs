@@ -317,12 +317,20 @@ impl Stream {
 
     /// Stops sending and receiving, and forgets what was received. Tokens still come back through
     /// [`Stream::sent`] as the kernel lets go; call [`Stream::poll`] until [`Stream::is_quiet`].
+    ///
+    /// What the record layer has to say at the end is sent yet; a peer that does not take it holds the
+    /// stream until this is called again.
     pub fn shutdown(&mut self) {
+        let has_words = self.failed.is_none() && self.say_last(Layer::close);
         self.closing = true;
         self.rx_wanted = false;
         self.rx_chunks.clear();
         self.stop_recv();
-        self.stop_send();
+        if has_words {
+            self.tx.abandon_waiting();
+        } else {
+            self.stop_send();
+        }
     }
 
     /// Shut down or failed, and nothing is in flight: no byte of any payload will be touched after
@@ -372,25 +380,30 @@ impl Stream {
         if opened.is_err() {
             self.stop_recv();
             self.fail(Errno::BAD_MESSAGE);
-            self.say_farewell();
+            self.say_last(Layer::farewell);
+        } else if layer.is_ended() && !self.rx_eof {
+            self.rx_eof = true;
+            self.pause();
         }
     }
 
-    /// Sends what the layer has to say to a peer whose records were wrong, if nothing is under way
-    /// that it would have to wait for.
-    fn say_farewell(&mut self) {
-        let Some(layer) = &mut self.layer else { return };
+    /// Sends the last that the layer has to say, if there is something and nothing is under way that
+    /// it would have to wait for.
+    fn say_last(&mut self, words: fn(&mut (dyn Layer + 'static), &mut Vec<u8>)) -> bool {
+        let Some(layer) = &mut self.layer else { return false };
         if self.send != TxState::Idle || self.closing {
-            return;
+            return false;
         }
         // SAFETY: no send is in flight: `send` is `Idle`.
-        if unsafe { self.tx.prepare_farewell(&mut **layer) } {
+        if unsafe { self.tx.prepare_last(&mut |out| words(&mut **layer, out)) } {
             // Not tried again where the core has no slot: the connection is lost anyway.
             let request = Request::Send(Rc::clone(&self.tx));
             if let Ok(op) = self.port.start_fd(request, &self.fd, 0) {
                 self.send = TxState::Flying(op);
+                return true;
             }
         }
+        false
     }
 
     fn on_recv_end(&mut self, result: Result<(), Errno>) {

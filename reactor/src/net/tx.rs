@@ -241,13 +241,13 @@ impl Tx {
     /// # Safety
     ///
     /// No send of this queue is in flight.
-    pub(crate) unsafe fn prepare_farewell(&self, layer: &mut dyn Layer) -> bool {
+    pub(crate) unsafe fn prepare_last(&self, words: &mut dyn FnMut(&mut Vec<u8>)) -> bool {
         // SAFETY: as in `prepare`.
         let message = unsafe { &mut *self.message.get() };
         message.iovecs.clear();
         message.at = 0;
         message.sealed.clear();
-        layer.farewell(&mut message.sealed);
+        words(&mut message.sealed);
         if message.sealed.is_empty() {
             return false;
         }
