@@ -12,6 +12,7 @@ use reactor::{Local, Progress, Ready, Receiver, Task};
 
 use crate::conn::Conn;
 use crate::fence::CoreFences;
+use crate::secure::Handshakes;
 use crate::table::Table;
 use crate::target::{Handover, Shared};
 use crate::volume::VolumeState;
@@ -22,9 +23,6 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// I/O that a channel of this target may have in flight; past it commands wait their turn.
 const CHANNEL_DEPTH: u32 = 1024;
-
-/// Steps of TLS handshakes in a turn. One takes about 0.1 ms, and the I/O of others waits for it.
-const HANDSHAKE_STEPS: u32 = 1;
 
 /// Segments that an I/O has room for from the start: the pool's largest pieces of a full transfer.
 const SEGMENTS: usize = 16;
@@ -45,10 +43,8 @@ pub(crate) struct Env<'a> {
     pub(crate) lap: u64,
     /// Commands that wait for their turn, see `turn.rs`; each is looked at once per turn.
     pub(crate) awaiting: &'a mut Vec<(u32, u16)>,
-    /// Steps of TLS handshakes that this turn has left.
-    pub(crate) handshake_steps: u32,
     /// TLS handshakes under way on this core.
-    pub(crate) handshakes: &'a mut usize,
+    pub(crate) handshakes: &'a mut Handshakes,
     pub(crate) now: Duration,
 }
 
@@ -204,7 +200,7 @@ pub(crate) struct CoreTask {
     done: Vec<Box<Io>>,
     next_tick: Option<Duration>,
     /// TLS handshakes under way.
-    handshakes: usize,
+    handshakes: Handshakes,
 }
 
 impl CoreTask {
@@ -237,7 +233,7 @@ impl CoreTask {
             followed: Vec::new(),
             done: Vec::new(),
             next_tick: None,
-            handshakes: 0,
+            handshakes: Handshakes::default(),
         }
     }
 
@@ -290,7 +286,6 @@ impl CoreTask {
             rota: &mut self.rota,
             lap: self.lap,
             awaiting: &mut self.awaiting,
-            handshake_steps: HANDSHAKE_STEPS,
             handshakes: &mut self.handshakes,
             now,
         };
@@ -351,6 +346,7 @@ impl Task for CoreTask {
             (0..self.conns.len() as u32).for_each(|index| self.ready.mark(index));
         }
         self.lap += 1;
+        self.handshakes.begin_turn();
         let (mut env, Rest { conns, free, ready, followed, done }) = self.split(now);
         let (shared, lap) = (env.shared, env.lap);
 
@@ -372,6 +368,19 @@ impl Task for CoreTask {
                 if let Some(Some(conn)) = conns.get_mut(index as usize) {
                     worked |= conn.receive(&mut env);
                 }
+            }
+        }
+        while let Some(index) = env.handshakes.next_to_begin(now) {
+            worked = true;
+            ready.mark(index);
+            if let Some(Some(conn)) = conns.get_mut(index as usize) {
+                conn.answer_hello(&mut env);
+            }
+        }
+        while let Some(index) = env.handshakes.next_leaving() {
+            ready.mark(index);
+            if let Some(Some(conn)) = conns.get_mut(index as usize) {
+                conn.give_way(&mut env);
             }
         }
         env.volumes.poll(&mut |io| done.push(io));
@@ -432,7 +441,8 @@ impl Task for CoreTask {
     }
 
     fn deadline(&self) -> Option<Duration> {
-        let times = [self.next_tick, self.volumes.deadline(), self.rota.due()];
+        let times =
+            [self.next_tick, self.volumes.deadline(), self.rota.due(), self.handshakes.due()];
         times.into_iter().flatten().min()
     }
 }

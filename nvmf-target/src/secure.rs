@@ -2,25 +2,102 @@
 //!
 //! ```text
 //!   first byte ─► plain NVMe/TCP (if allowed)
-//!        └──────► ClientHello, collected ─► handshake ─► what is being sent leaves ─► record layer
+//!        └──────► ClientHello, collected ─► its turn comes ─► handshake ─► what is being sent leaves
+//!                                                                             └─► record layer
 //! ```
 //!
 //! A handshake runs on the connection's core: about 0.1 ms, one step in a turn, so that the I/O of
 //! others goes on in between. What a stranger can hold is bounded: before its ClientHello is whole,
-//! that many bytes; afterwards it has proven to have a key, or is closed.
+//! that many bytes; afterwards it has proven to have a key, or is closed. A ClientHello that was heard
+//! can be repeated, though: when too many of them are answered, the oldest goes for a new one once it has
+//! had time for a round trip, and those that come meanwhile wait for their turn in order.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use crypto::psk::{Identity, Suite};
 use crypto::tls::{self, Established, KeyUpdates, Progress, RecordError, Session};
 use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, SendPending};
 
 use crate::config::Tls;
-use crate::conn::Conn;
+use crate::conn::{Conn, Life};
 use crate::core::Env;
 use crate::limits::count;
 
 /// Handshakes that one core has under way at once, 30 KiB each: their peers have proven a key, or
 /// repeat what one sent that has.
-pub(crate) const HANDSHAKES_MAX: usize = 512;
+const HANDSHAKES_MAX: usize = 512;
+
+/// For how long a handshake that was answered does not make room: a round trip, and what a busy host
+/// needs. With all places taken, 2,560 handshakes begin in a second.
+const ROUND_TRIP: Duration = Duration::from_millis(200);
+
+/// Handshakes that may begin in a turn, and others that may go on. A step takes about 0.1 ms, and the
+/// I/O of others waits for it.
+const STEPS: u32 = 1;
+
+/// TLS handshakes of a core, by connection.
+#[derive(Debug, Default)]
+pub(crate) struct Handshakes {
+    /// Those whose ClientHello is there and has to be answered, by ticket.
+    waiting: BTreeMap<u64, u32>,
+    next_ticket: u64,
+    /// Those that were answered and wait for their peer, and since when: the oldest first.
+    running: VecDeque<(u32, Duration)>,
+    /// Those that have to make room.
+    leaving: Vec<u32>,
+    /// Steps of this turn.
+    begun: u32,
+    continued: u32,
+}
+
+impl Handshakes {
+    pub(crate) fn begin_turn(&mut self) {
+        (self.begun, self.continued) = (0, 0);
+    }
+
+    fn queue(&mut self, index: u32) -> u64 {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.waiting.insert(ticket, index);
+        ticket
+    }
+
+    /// The connection whose ClientHello is answered now.
+    pub(crate) fn next_to_begin(&mut self, now: Duration) -> Option<u32> {
+        if self.begun == STEPS || now < self.due()? {
+            return None;
+        }
+        self.begun += 1;
+        self.waiting.pop_first().map(|(_, index)| index)
+    }
+
+    /// When there is something to do without anything having come.
+    pub(crate) fn due(&self) -> Option<Duration> {
+        self.waiting.first_key_value()?;
+        match self.running.front() {
+            Some((_, since)) if self.running.len() == HANDSHAKES_MAX => Some(*since + ROUND_TRIP),
+            _ => Some(Duration::ZERO),
+        }
+    }
+
+    /// A connection that has to make room for newer ones.
+    pub(crate) fn next_leaving(&mut self) -> Option<u32> {
+        self.leaving.pop()
+    }
+
+    fn begin(&mut self, index: u32, now: Duration) {
+        if self.running.len() == HANDSHAKES_MAX {
+            self.leaving.extend(self.running.pop_front().map(|(index, _)| index));
+        }
+        self.running.push_back((index, now));
+    }
+
+    fn end(&mut self, index: u32) {
+        self.running.retain(|(other, _)| *other != index);
+        self.leaving.retain(|other| *other != index);
+    }
+}
 
 /// How far the begin of a connection is.
 pub(crate) enum Opening {
@@ -28,6 +105,8 @@ pub(crate) enum Opening {
     Begin,
     /// Waits for the rest of the first record.
     Hello(Vec<u8>),
+    /// Waits for its turn, by its ticket; what comes meanwhile stays with the stream.
+    Whole(Vec<u8>, u64),
     /// Waits for the peer's next message.
     Handshake(Box<tls::Server>),
     /// Waits for the end of what is being sent.
@@ -69,7 +148,14 @@ impl Conn {
             }
             Opening::Begin => self.hello(Vec::new(), bytes, env),
             Opening::Hello(received) => self.hello(received, bytes, env),
-            Opening::Handshake(server) => self.shake(server, bytes, env),
+            Opening::Handshake(server) => {
+                env.handshakes.continued += 1;
+                self.shake(server, bytes, env);
+            }
+            Opening::Whole(mut received, ticket) => {
+                received.extend_from_slice(bytes);
+                self.opening = Some(Opening::Whole(received, ticket));
+            }
             Opening::Switch(layer, mut leftover) => {
                 leftover.extend_from_slice(bytes);
                 self.opening = Some(Opening::Switch(layer, leftover));
@@ -83,8 +169,9 @@ impl Conn {
         match &self.opening {
             None => false,
             // Received bytes stay with the stream, which gives them to the layer.
-            Some(Opening::Switch(..)) => true,
-            Some(_) => env.handshake_steps == 0,
+            Some(Opening::Switch(..) | Opening::Whole(..)) => true,
+            Some(Opening::Handshake(_)) => env.handshakes.continued == STEPS,
+            Some(Opening::Begin | Opening::Hello(_)) => false,
         }
     }
 
@@ -98,16 +185,30 @@ impl Conn {
             self.opening = Some(Opening::Hello(received));
             return;
         }
-        if *env.handshakes >= HANDSHAKES_MAX {
-            count(&env.shared.hits.handshakes);
-            self.close("too many handshakes");
-            return;
+        if !is_tls {
+            // There is nothing to wait for: the library says what is wrong.
+            return self.begin_handshake(&received, env);
         }
+        let ticket = env.handshakes.queue(self.index);
+        self.opening = Some(Opening::Whole(received, ticket));
+    }
+
+    /// Its turn has come.
+    pub(crate) fn answer_hello(&mut self, env: &mut Env<'_>) {
+        match self.opening.take() {
+            Some(Opening::Whole(received, _)) if self.life == Life::Open => {
+                self.begin_handshake(&received, env);
+            }
+            opening => self.opening = opening,
+        }
+    }
+
+    fn begin_handshake(&mut self, received: &[u8], env: &mut Env<'_>) {
         match tls::Server::new(env.shared.keys.clone()) {
             Ok(server) => {
-                *env.handshakes += 1;
+                env.handshakes.begin(self.index, env.now);
                 self.is_shaking = true;
-                self.shake(Box::new(server), &received, env);
+                self.shake(Box::new(server), received, env);
             }
             Err(failure) => {
                 tracing::error!(%failure, "no TLS handshake is possible");
@@ -117,7 +218,6 @@ impl Conn {
     }
 
     fn shake(&mut self, mut server: Box<tls::Server>, bytes: &[u8], env: &mut Env<'_>) {
-        env.handshake_steps = env.handshake_steps.saturating_sub(1);
         let result = server.feed(bytes);
         let answer = server.take();
         match result {
@@ -147,8 +247,20 @@ impl Conn {
     /// The handshake is over, however it ended.
     pub(crate) fn end_handshake(&mut self, env: &mut Env<'_>) {
         if std::mem::take(&mut self.is_shaking) {
-            *env.handshakes -= 1;
+            env.handshakes.end(self.index);
         }
+        if let Some(Opening::Whole(_, ticket)) = &self.opening {
+            env.handshakes.waiting.remove(ticket);
+        }
+    }
+
+    /// Ends the handshake for newer ones.
+    pub(crate) fn give_way(&mut self, env: &mut Env<'_>) {
+        self.end_handshake(env);
+        // The library's part of the memory goes now.
+        self.opening = None;
+        count(&env.shared.hits.handshakes_dropped);
+        self.close("others begin TLS handshakes");
     }
 
     fn established(&mut self, established: Established) {
@@ -237,11 +349,54 @@ impl Layer for TlsLayer {
             self.session.farewell(error, out);
         }
     }
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        self.session.close(out);
+    }
+
+    fn is_ended(&self) -> bool {
+        self.session.is_peer_closed()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_oldest_handshakes_make_room() {
+        let mut handshakes = Handshakes::default();
+        let (most, now) = (HANDSHAKES_MAX as u32, Duration::from_secs(9));
+        (0..most).for_each(|index| handshakes.begin(index, now));
+        assert_eq!(handshakes.next_leaving(), None);
+        handshakes.end(0);
+        handshakes.begin(most, now);
+        assert_eq!(handshakes.next_leaving(), None, "one had come to its end");
+        handshakes.begin(most + 1, now);
+        assert_eq!(handshakes.next_leaving(), Some(1));
+        handshakes.begin(most + 2, now);
+        handshakes.end(2);
+        assert_eq!(handshakes.next_leaving(), None, "it has gone by itself");
+        assert_eq!(handshakes.running.len(), HANDSHAKES_MAX);
+    }
+
+    #[test]
+    fn new_handshakes_wait_until_the_oldest_had_its_time() {
+        let mut handshakes = Handshakes::default();
+        let now = Duration::from_secs(9);
+        assert_eq!((handshakes.due(), handshakes.next_to_begin(now)), (None, None));
+        handshakes.queue(7);
+        let ticket = handshakes.queue(8);
+        handshakes.queue(9);
+        handshakes.waiting.remove(&ticket);
+        assert_eq!(handshakes.next_to_begin(now), Some(7));
+        assert_eq!(handshakes.next_to_begin(now), None, "one in a turn");
+        handshakes.begin_turn();
+        (0..HANDSHAKES_MAX as u32).for_each(|index| handshakes.begin(index, now));
+        assert_eq!(handshakes.due(), Some(now + ROUND_TRIP));
+        assert_eq!(handshakes.next_to_begin(now), None);
+        assert_eq!(handshakes.next_to_begin(now + ROUND_TRIP), Some(9));
+    }
 
     #[test]
     fn the_length_of_the_first_record_is_known_after_five_bytes() {

@@ -125,7 +125,8 @@ pub struct LimitsHit {
     pub connections: u64,
     /// Connections closed at once: too many of one peer before their Connect command.
     pub handshakes: u64,
-    /// Connections closed before their Connect command to make room for newer ones.
+    /// Connections closed before their Connect command to make room for newer ones, among all or
+    /// among the TLS handshakes of a core.
     pub handshakes_dropped: u64,
     /// Queues refused: too many of one host.
     pub connections_of_host: u64,

@@ -11,4 +11,5 @@ pub mod link;
 pub mod load;
 pub mod process;
 pub mod rig;
+pub mod secure;
 pub mod wire;

@@ -1,12 +1,12 @@
 //! A host that sends what it is told to: one queue per connection, no opinion of its own.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
 use crypto::psk::Psk;
-use crypto::tls::{self, KeyUpdates, Progress as Step, Session};
+use crypto::tls::{self, Counters, KeyUpdates, Progress as Step, Session};
 use iobuf::SgList;
 use nvme::spec::{Cqe, Sqe};
 use nvme::tcp::{self, HostEvent, Transfer};
@@ -61,6 +61,20 @@ struct State {
     fault: Option<Option<u16>>,
     /// Why TLS came to nothing.
     refused: Option<String>,
+    /// What TLS is to do, and what it did.
+    control: Rc<Control>,
+}
+
+/// The record layer of a queue, from the test's side.
+#[derive(Default)]
+struct Control {
+    /// Before the next data, take new keys on both ends.
+    is_update_due: Cell<bool>,
+    /// With the next data, say that nothing follows.
+    is_close_due: Cell<bool>,
+    counters: Cell<Counters>,
+    /// The controller has said that nothing follows.
+    is_peer_closed: Cell<bool>,
 }
 
 /// A queue, from the test's side.
@@ -148,6 +162,26 @@ impl Queue {
         self.state.borrow().refused.clone()
     }
 
+    /// Takes new keys with the next data and asks the controller for new ones.
+    pub(crate) fn update_keys(&self) {
+        self.state.borrow().control.is_update_due.set(true);
+    }
+
+    /// Says with the next data that nothing follows it, and leaves the connection as it is.
+    pub(crate) fn say_close(&self) {
+        self.state.borrow().control.is_close_due.set(true);
+    }
+
+    /// What TLS did until the last that came or went.
+    pub(crate) fn tls_counters(&self) -> Counters {
+        self.state.borrow().control.counters.get()
+    }
+
+    /// The controller has ended TLS in an orderly way.
+    pub(crate) fn is_closed_in_order(&self) -> bool {
+        self.state.borrow().control.is_peer_closed.get()
+    }
+
     /// The connection has ended.
     pub(crate) fn is_over(&self) -> bool {
         self.state.borrow().is_over
@@ -184,18 +218,25 @@ impl Shaking {
     }
 }
 
-struct TlsLayer(Session, Option<Meddler>);
+struct TlsLayer(Session, Option<Meddler>, Rc<Control>);
 
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
         let fill = &mut |at, dst: &mut [u8]| plain.copy_to_slice(at, dst).expect("in range");
         let from = out.len();
+        if self.2.is_update_due.replace(false) {
+            self.0.update_key(true, out);
+        }
         self.0.seal(plain.len(), out, fill).map_err(|_| LayerError("seal"))?;
         if let Some(meddler) = &self.1 {
             let mut sealed = out.split_off(from);
             meddler.borrow_mut()(Sent::Records, &mut sealed);
             out.append(&mut sealed);
         }
+        if self.2.is_close_due.replace(false) {
+            self.0.close(out);
+        }
+        self.2.counters.set(self.0.counters());
         Ok(())
     }
 
@@ -204,6 +245,8 @@ impl Layer for TlsLayer {
             tls::Plain::InPlace(range, _) => sink(Plain::InPlace(range)),
             tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
         });
+        self.2.counters.set(self.0.counters());
+        self.2.is_peer_closed.set(self.0.is_peer_closed());
         opened.map_err(|_| LayerError("open"))
     }
 }
@@ -238,9 +281,12 @@ impl Driver {
                 Ok(Step::Done) => {
                     let mut established = client.finish().expect("it is done");
                     let leftover = std::mem::take(&mut established.leftover);
+                    let control = Rc::clone(&self.state.borrow().control);
                     let session = Session::new(&established, KeyUpdates::Never);
-                    shaking.layer =
-                        Some((Box::new(TlsLayer(session, self.meddler.clone())), leftover));
+                    shaking.layer = Some((
+                        Box::new(TlsLayer(session, self.meddler.clone(), control)),
+                        leftover,
+                    ));
                 }
                 Err(failure) => {
                     let mut state = self.state.borrow_mut();

@@ -12,8 +12,8 @@ use nvmf_target::{HostKeys, HostTlsKey, KeyStore, TargetConfig, Tls};
 use reactor::net::{Rx, Stream, StreamConfig};
 use reactor::{Core, Progress, Socket, Task};
 
-use crate::host::Data;
-use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, rw};
+use crate::host::{DEPTH, Data};
+use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, pattern, rw, write};
 
 pub(crate) fn key(n: u8, len: usize) -> TlsKey {
     TlsKey::new(KeyHash::Sha256, &vec![n; len]).expect("a key")
@@ -281,4 +281,53 @@ fn plain_bytes_behind_a_handshake_reach_nobody() {
     rig.until("the end", || raw.is_over());
     let done = rig.command(&host.io[0], rw(NvmOpcode::READ, 0, BLOCK), Data::Reply(BLOCK));
     assert_eq!(done.reply, [9; BLOCK]);
+}
+
+#[test]
+fn keys_change_under_load_and_io_is_right() {
+    let (mut rig, _keys) = rig(Tls::Required);
+    let host = rig.host(1, 1);
+    for round in 1..=20u64 {
+        // A queue full of writes, with new keys on both ends in the middle of them.
+        let ids: Vec<u64> = (0..u64::from(DEPTH))
+            .map(|n| {
+                let (sqe, data) = write(n * 8, &pattern(round * 100 + n, 8 * BLOCK));
+                host.io[0].send(sqe, data)
+            })
+            .collect();
+        host.io[0].update_keys();
+        for id in ids {
+            assert!(rig.outcome(&host.io[0], id).cqe.status().is_success());
+        }
+        for n in 0..u64::from(DEPTH) {
+            let read = rig.read(&host.io[0], n * 8, 8 * BLOCK);
+            assert!(read == pattern(round * 100 + n, 8 * BLOCK), "round {round}, {n}");
+        }
+        let counters = host.io[0].tls_counters();
+        assert_eq!((counters.tx_key_updates, counters.rx_key_updates), (round, round));
+    }
+    // The target changes none by itself: a Linux host could not follow.
+    assert_eq!(host.admin.tls_counters().rx_key_updates, 0);
+}
+
+#[test]
+fn both_ends_say_that_nothing_follows() {
+    let (mut rig, _keys) = rig(Tls::Required);
+    let host = rig.host(1, 2);
+    rig.write(&host.io[0], 3, &[3; BLOCK]);
+    // A host that says so and leaves the connection open: what it sent before counts, and it goes.
+    let (sqe, data) = write(4, &[4; BLOCK]);
+    host.io[0].send(sqe, data);
+    host.io[0].say_close();
+    rig.until("the end of the queue", || host.io[0].is_over());
+    assert!(host.io[0].is_closed_in_order(), "the target says so, too");
+    // A target that ends what is left of an association.
+    let host = rig.host(1, 1);
+    assert!(!host.io[0].is_closed_in_order());
+    host.admin.cut();
+    rig.until("the end of the association", || host.io[0].is_over());
+    assert!(host.io[0].is_closed_in_order(), "it was no accident");
+    assert!(rig.target.status().refusals.is_empty());
+    let host = rig.host(1, 1);
+    assert_eq!(rig.read(&host.io[0], 3, BLOCK), [3; BLOCK]);
 }

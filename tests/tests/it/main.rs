@@ -8,6 +8,7 @@ mod ipv6;
 mod junk;
 mod pass_through;
 mod scale;
+mod scale_tls;
 mod secure;
 mod sim;
 mod sim_paths;

@@ -32,7 +32,7 @@ fn hostnqn(n: usize) -> String {
 }
 
 /// Both ends of all connections are in this process. `false`: the limit cannot be had.
-fn allow_files(count: u64) -> bool {
+pub(crate) fn allow_files(count: u64) -> bool {
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < count) {
         limit.current = limit.maximum.map(|maximum| maximum.max(count)).or(Some(count));
@@ -56,7 +56,7 @@ fn limits() -> Limits {
     }
 }
 
-fn resident() -> u64 {
+pub(crate) fn resident() -> u64 {
     process::resident_bytes(std::process::id()).expect("our own memory")
 }
 

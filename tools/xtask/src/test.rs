@@ -34,7 +34,7 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
         // One after the other, since they measure.
         let mut scale = workspace::cargo();
         scale.args(["nextest", "run", "--workspace", "--run-ignored", "only", "--no-capture"]);
-        exec::run(scale.args(["-E", "package(it) & test(scale::)"]))?;
+        exec::run(scale.args(["-E", "test(/(^|::)scale(_tls)?::/)"]))?;
         Ok(Outcome::Passed)
     });
     report.step("documentation tests", || {
