@@ -16,11 +16,13 @@
 
 #![forbid(unsafe_code)]
 
+mod breakdown;
 mod change;
 mod device;
 mod keys;
 mod status;
 
+pub use breakdown::{Breakdown, SetSampling, StageTime, StageTimes};
 pub use change::{
     AddReferral, AddSubsystem, AttachVolume, DisconnectHost, MoveVolume, ResizeVolume, SetAna,
     SetHosts, SetReferrals, SetWriteProtect,
@@ -70,6 +72,8 @@ pub mod path {
     /// [`AddKey`](crate::AddKey). DELETE `/v1/keys/{id}`. POST `/v1/keys/{id}/rotate`:
     /// [`RotateKey`](crate::RotateKey). All but GET answer with a [`Key`](crate::Key).
     pub const KEYS: &str = "/v1/keys";
+    /// GET: [`Breakdown`](crate::Breakdown). PUT [`SetSampling`](crate::SetSampling): the same.
+    pub const BREAKDOWN: &str = "/v1/breakdown";
     /// POST [`ExportKeys`](crate::ExportKeys): [`Exported`](crate::Exported).
     pub const EXPORT_KEYS: &str = "/v1/keys-export";
 }

@@ -12,6 +12,7 @@
 //! buffer is made before the clock starts and only moved afterwards; a turn allocates nothing.
 //! Latency runs from the submission to the poll that brings the I/O back.
 
+mod breakdown;
 mod job;
 pub(crate) mod pattern;
 mod plan;
@@ -30,6 +31,7 @@ use reactor::{CoreConfig, CoreHandle};
 use crate::cores::{self, Cores, CoresError};
 use crate::identity;
 
+pub use breakdown::{Breakdown, OwnTarget, SAMPLE_EVERY, Share as StageShare, Way};
 pub use pattern::Mismatch;
 pub use report::{Latency, Report, Side, VerifyReport};
 
@@ -187,6 +189,19 @@ impl Load {
         };
         config.check()?;
         let name = format!("namespace {nsid} of {subnqn} at {addr}");
+        Ok(Load { name, source: Source::Remote(Box::new(config)) })
+    }
+
+    /// The volume of a target in this process, through the network.
+    pub fn of(target: &OwnTarget) -> anyhow::Result<Load> {
+        let subnqn: Nqn = target.subnqn().parse()?;
+        let host = identity::derive_host();
+        let config = RemoteConfig {
+            ctrl_loss_timeout: Some(TARGET_PATIENCE),
+            ..RemoteConfig::new(target.address()?, subnqn, 1, (host.nqn, host.id))
+        };
+        config.check()?;
+        let name = format!("{}, by a target in this process", target.spec());
         Ok(Load { name, source: Source::Remote(Box::new(config)) })
     }
 

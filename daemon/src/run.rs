@@ -230,6 +230,19 @@ impl Daemon {
         })
     }
 
+    /// Follows one I/O command in `every` on each core of the target, to see where its time goes; 0:
+    /// none.
+    pub fn set_sampling(&self, every: u32) {
+        if let Some(target) = &self.target {
+            target.target.set_sampling(every);
+        }
+    }
+
+    /// Where the time of followed commands went; nothing without a target.
+    pub fn breakdown(&self) -> api::Breakdown {
+        self.target.as_ref().map_or_else(Default::default, |target| target.manager.breakdown())
+    }
+
     /// Connections and associations of the target at this moment.
     pub fn connected(&self) -> (usize, usize) {
         self.target.as_ref().map_or((0, 0), |target| target.target.connected())

@@ -23,6 +23,7 @@ use crate::fence::Place;
 use crate::limits::{Pass, count};
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
+use crate::sample::{self, Stage};
 use crate::secure::{Opening, Proven};
 use crate::table::View;
 use crate::turn::Turn;
@@ -221,6 +222,8 @@ fn decode(
 
 /// Token of the last PDU of a connection; slots are fewer.
 const TERMINATION: u32 = u32::MAX;
+/// Token of an answer without data whose command is followed.
+const FOLLOWED: u32 = u32::MAX - 1;
 const TERMINATION_LIMIT: Duration = Duration::from_secs(1);
 
 /// Slots until Connect tells the queue's size: the Connect itself.
@@ -369,6 +372,7 @@ impl Conn {
 
     /// Takes what the socket has, as far as this turn goes.
     pub(crate) fn receive(&mut self, env: &mut Env<'_>) -> bool {
+        env.sampler.look();
         let mut worked = self.stream.poll();
         while let Some(token) = self.stream.sent() {
             worked = true;
@@ -400,7 +404,9 @@ impl Conn {
                 Rx::Empty => break,
                 Rx::Data(chunk) => {
                     worked = true;
+                    env.sampler.got();
                     self.take_chunk(&chunk, env);
+                    env.sampler.look();
                     if self.stalled.is_some() {
                         break;
                     }
@@ -502,6 +508,10 @@ impl Conn {
         debug_assert_eq!(entry.phase, Phase::Free, "the machine hands out free slots only");
         (entry.work, entry.sqe, entry.len, entry.skip, entry.step) = (work, sqe, len, skip, 0);
         entry.decoded = self.view.as_ref().map_or(0, |view| view.generation);
+        if let Work::Io(command) = &work {
+            let is_read = matches!(command, IoCommand::Read { .. });
+            env.sampler.command(sample::tag(self.index, slot), is_read);
+        }
         if in_capsule_len > 0 {
             // Data that nobody asked for is taken off the stream and dropped.
             entry.phase = Phase::Capsule;
@@ -609,6 +619,7 @@ impl Conn {
         }
         let entry = &mut self.slots[slot as usize];
         entry.phase = Phase::Fetching;
+        env.sampler.mark(sample::tag(self.index, slot), Stage::Queue);
         let r2t = self.machine.r2t(slot, 0, entry.len);
         self.push(r2t.as_ref(), None);
         true
@@ -629,6 +640,7 @@ impl Conn {
     }
 
     fn on_data_end(&mut self, slot: u16, env: &mut Env<'_>) {
+        env.sampler.mark(sample::tag(self.index, slot), Stage::Data);
         match self.slots[slot as usize].phase {
             Phase::Capsule | Phase::Fetching => self.execute(slot, env),
             phase => debug_assert!(false, "data ended for a command in {phase:?}"),
@@ -684,7 +696,10 @@ impl Conn {
     pub(crate) fn respond(&mut self, slot: u16, status: Status, result: u64, env: &mut Env<'_>) {
         let cqe = self.cqe(slot, status, result);
         let response = self.machine.response(slot, &cqe);
-        self.push(response.as_ref(), None);
+        let tag = sample::tag(self.index, slot);
+        env.sampler.mark(tag, Stage::Respond);
+        let token = env.sampler.is_answered(tag).then_some(FOLLOWED);
+        self.push(response.as_ref(), token);
         self.free(slot, env);
     }
 
@@ -770,8 +785,15 @@ impl Conn {
             self.close("terminated");
             return;
         }
+        if token == FOLLOWED {
+            env.sampler.sent(self.index, &env.shared.sampling, env.core);
+            return;
+        }
         let slot = token as u16;
         if self.slots[slot as usize].phase == Phase::Sending {
+            if env.sampler.is_answered(sample::tag(self.index, slot)) {
+                env.sampler.sent(self.index, &env.shared.sampling, env.core);
+            }
             self.free(slot, env);
         }
     }
@@ -961,6 +983,7 @@ impl Conn {
 
     /// Last call before the connection is dropped.
     pub(crate) fn leave(&mut self, env: &mut Env<'_>) {
+        env.sampler.forget(self.index);
         self.end_handshake(env);
         self.note_busy(false, env.now);
         self.leave_rota(env);

@@ -12,6 +12,7 @@ use reactor::{Local, Progress, Ready, Receiver, Task};
 
 use crate::conn::Conn;
 use crate::fence::CoreFences;
+use crate::sample::Sampler;
 use crate::secure::Handshakes;
 use crate::table::Table;
 use crate::target::{Handover, Shared};
@@ -45,6 +46,8 @@ pub(crate) struct Env<'a> {
     pub(crate) awaiting: &'a mut Vec<(u32, u16)>,
     /// TLS handshakes under way on this core.
     pub(crate) handshakes: &'a mut Handshakes,
+    /// Follows one request in many.
+    pub(crate) sampler: &'a mut Sampler,
     pub(crate) now: Duration,
 }
 
@@ -201,6 +204,7 @@ pub(crate) struct CoreTask {
     next_tick: Option<Duration>,
     /// TLS handshakes under way.
     handshakes: Handshakes,
+    sampler: Sampler,
 }
 
 impl CoreTask {
@@ -234,6 +238,7 @@ impl CoreTask {
             done: Vec::new(),
             next_tick: None,
             handshakes: Handshakes::default(),
+            sampler: Sampler::new(),
         }
     }
 
@@ -287,6 +292,7 @@ impl CoreTask {
             lap: self.lap,
             awaiting: &mut self.awaiting,
             handshakes: &mut self.handshakes,
+            sampler: &mut self.sampler,
             now,
         };
         let CoreTask { conns, free, ready, followed, done, .. } = self;
@@ -347,6 +353,7 @@ impl Task for CoreTask {
         }
         self.lap += 1;
         self.handshakes.begin_turn();
+        self.sampler.follow_setting(&self.shared.sampling);
         let (mut env, Rest { conns, free, ready, followed, done }) = self.split(now);
         let (shared, lap) = (env.shared, env.lap);
 

@@ -12,6 +12,7 @@ use crate::core::{Env, Refused};
 use crate::counters::Counters;
 use crate::fence::{Place, Scope};
 use crate::pieces;
+use crate::sample::{self, Stage};
 use crate::status;
 
 /// Slot number of I/O that belongs to no command.
@@ -219,6 +220,7 @@ impl Conn {
             Ok(()) => {
                 let entry = &mut self.slots[slot as usize];
                 (entry.phase, entry.place) = (Phase::Submitted, place);
+                env.sampler.mark(sample::tag(self.index, slot), Stage::Queue);
                 if let Work::Io(IoCommand::Flush { nsid: NSID_ALL }) = entry.work {
                     entry.step = view.info.namespaces()[volume].nsid;
                 }
@@ -305,6 +307,8 @@ impl Conn {
         if env.fences.is_counting() {
             self.count_back(slot, env);
         }
+        let tag = sample::tag(self.index, slot);
+        env.sampler.mark(tag, Stage::Backend);
         let (op, len, result) = (io.op, io.len, io.result);
         let failed = Failed::of(&io);
         self.keep_io(slot, io);
@@ -328,6 +332,7 @@ impl Conn {
             Op::Read => {
                 self.tally(env, |counters| counters.read(len));
                 self.respond_data(slot, len as u32, 0);
+                env.sampler.mark(tag, Stage::Respond);
             }
             _ => {
                 if op == Op::Write {

@@ -45,6 +45,7 @@ mod pieces;
 mod refusals;
 mod registry;
 mod reserve;
+mod sample;
 mod secure;
 mod state;
 mod status;
@@ -66,6 +67,7 @@ pub use keys::{
     AuthPolicy, Clock, DHCHAP_KEYS_MAX, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, TLS_KEYS_MAX,
 };
 pub use nvme::subsys::ana::AnaState;
+pub use sample::{Breakdown, Stage, Taken};
 pub use state::{
     ControllerStatus, HostStatus, LimitsHit, NamespaceStatus, RefusalStatus, SubsystemStatus,
     TargetStatus,

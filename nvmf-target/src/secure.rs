@@ -15,6 +15,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use std::rc::Rc;
+
 use crypto::psk::{Identity, Suite};
 use crypto::tls::{self, Established, KeyUpdates, Progress, RecordError, Session};
 use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, SendPending};
@@ -23,6 +25,7 @@ use crate::config::Tls;
 use crate::conn::{Conn, Life};
 use crate::core::Env;
 use crate::limits::count;
+use crate::sample::CipherTime;
 
 /// Handshakes that one core has under way at once, 30 KiB each: their peers have proven a key, or
 /// repeat what one sent that has.
@@ -231,7 +234,7 @@ impl Conn {
                 }
                 self.end_handshake(env);
                 match server.finish() {
-                    Some(established) => self.established(established),
+                    Some(established) => self.established(established, env),
                     None => self.close("the TLS handshake came to nothing"),
                 }
             }
@@ -263,7 +266,7 @@ impl Conn {
         self.close("others begin TLS handshakes");
     }
 
-    fn established(&mut self, established: Established) {
+    fn established(&mut self, established: Established, env: &Env<'_>) {
         let Some(identity) = Identity::parse(established.identity.as_bytes()) else {
             self.close("the TLS identity is none of NVMe/TCP");
             return;
@@ -284,7 +287,8 @@ impl Conn {
         });
         // A Linux host could not follow a change of keys when this was written.
         let session = Session::new(&established, KeyUpdates::Never);
-        let layer = Box::new(TlsLayer { session, error: None });
+        let layer =
+            Box::new(TlsLayer { session, error: None, cipher: Rc::clone(env.sampler.cipher()) });
         self.opening = Some(Opening::Switch(layer, established.leftover));
         self.switch();
     }
@@ -315,13 +319,17 @@ fn describe(suite: Suite, group: &str) -> String {
 struct TlsLayer {
     session: Session,
     error: Option<RecordError>,
+    /// What it takes, while somebody wants to know.
+    cipher: Rc<CipherTime>,
 }
 
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
         let mut is_short = false;
-        let sealed = self.session.seal(plain.len(), out, &mut |offset, dst| {
-            is_short |= plain.copy_to_slice(offset, dst).is_err();
+        let sealed = self.cipher.sealing(|| {
+            self.session.seal(plain.len(), out, &mut |offset, dst| {
+                is_short |= plain.copy_to_slice(offset, dst).is_err();
+            })
         });
         if is_short {
             return Err(LayerError("a message is shorter than it says"));
@@ -333,9 +341,11 @@ impl Layer for TlsLayer {
     }
 
     fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
-        let opened = self.session.open(wire, &mut |plain| match plain {
-            tls::Plain::InPlace(range, _) => sink(Plain::InPlace(range)),
-            tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
+        let opened = self.cipher.opening(|| {
+            self.session.open(wire, &mut |plain| match plain {
+                tls::Plain::InPlace(range, _) => sink(Plain::InPlace(range)),
+                tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
+            })
         });
         opened.map_err(|error| {
             tracing::debug!(%error, "a TLS record was refused");

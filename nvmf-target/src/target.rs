@@ -18,6 +18,7 @@ use crate::keys::KeyStore;
 use crate::limits::{Closed, Door, LimitCounters, Pass, Rate, count, peer_of};
 use crate::refusals::Refusals;
 use crate::registry::{Bounds, Registry, Served};
+use crate::sample::{Breakdown, Sampling};
 use crate::state::{ControllerStatus, NamespaceStatus, SubsystemStatus, TargetStatus};
 use crate::table::{Ana, Directory, Table};
 use crate::vitals::Vitals;
@@ -41,6 +42,7 @@ pub(crate) struct Shared {
     pub(crate) refusals: Refusals,
     pub(crate) limits: Limits,
     pub(crate) hits: LimitCounters,
+    pub(crate) sampling: Sampling,
     /// Of the admin commands of one host NQN.
     pub(crate) admin_rate: Rate,
     /// Counts connections from accept to close.
@@ -212,6 +214,7 @@ impl Target {
             door: Door::new(limits.connections, limits.handshakes_per_peer),
             limits,
             hits: LimitCounters::default(),
+            sampling: Sampling::new(cores.len()),
             cores,
             free_volumes: Arc::default(),
             next_volume: AtomicU32::new(0),
@@ -329,6 +332,17 @@ impl Target {
             hosts: self.shared.registry.hosts(),
             limits: self.shared.hits.snapshot(),
         }
+    }
+
+    /// Follows one I/O command in `every` on each core from now on, to see where its time goes; 0:
+    /// none, which costs nothing.
+    pub fn set_sampling(&self, every: u32) {
+        self.shared.sampling.set(every);
+    }
+
+    /// Where the time of followed commands went since the start.
+    pub fn breakdown(&self) -> Breakdown {
+        self.shared.sampling.breakdown()
     }
 
     /// I/O done for subsystem `nqn` so far.

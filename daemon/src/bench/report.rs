@@ -7,8 +7,8 @@ use block::Geometry;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::Workload;
 use super::job::{Counts, Outcome};
+use super::{Breakdown, Workload};
 
 /// The result of a run.
 #[derive(Debug, Clone, Serialize)]
@@ -47,6 +47,9 @@ pub struct Report {
     pub first_error: Option<String>,
     /// What `--verify` found, if asked for.
     pub verify: Option<VerifyReport>,
+    /// Where the time went at the target, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub breakdown: Option<Breakdown>,
 }
 
 /// One direction.
@@ -154,6 +157,7 @@ pub(super) fn combine(
                 .find_map(|outcome| outcome.first_mismatch.as_ref())
                 .map(ToString::to_string),
         }),
+        breakdown: None,
     }
 }
 
@@ -216,6 +220,16 @@ impl fmt::Display for Report {
             )?;
         }
         write!(f, "   cpu: {:.2} us per I/O, {:.0} %", self.cpu_us_per_io, self.cpu_percent)?;
+        if let Some(breakdown) = &self.breakdown {
+            write!(f, "\n{breakdown}")?;
+            let sides =
+                [("read", &self.read, &breakdown.read), ("write", &self.write, &breakdown.write)];
+            for (name, side, way) in sides {
+                let (Some(latency), Some(way)) = (side.latency_us, way) else { continue };
+                let rest = (latency.mean - way.total_us).max(0.0);
+                write!(f, "\na {name} was {rest:.2} us elsewhere: network, sockets, this end")?;
+            }
+        }
         if let Some(verify) = &self.verify {
             write!(
                 f,

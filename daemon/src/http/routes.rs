@@ -82,6 +82,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/keys/{name}", delete(remove_key))
         .route("/v1/keys/{name}/rotate", post(rotate_key))
         .route(api::path::EXPORT_KEYS, post(export_keys))
+        .route(api::path::BREAKDOWN, get(breakdown).put(set_sampling))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .with_state(app)
@@ -364,6 +365,15 @@ async fn disconnect(State(app): State<App>, query: Asked, request: Request) -> A
 
 async fn referrals(State(app): State<App>) -> Answer {
     ask(app, |manager| Ok(manager.referrals())).await
+}
+
+async fn breakdown(State(app): State<App>) -> Answer {
+    ask(app, |manager| Ok(manager.breakdown())).await
+}
+
+async fn set_sampling(State(app): State<App>, request: Request) -> Answer {
+    let body: api::SetSampling = body(request).await?;
+    ask(app, move |manager| Ok(manager.set_sampling(&body))).await
 }
 
 async fn set_referrals(State(app): State<App>, query: Asked, request: Request) -> Answer {

@@ -155,6 +155,15 @@ fn every_endpoint_does_what_it_says() {
         0
     );
 
+    let asked = rig.must("PUT", "/v1/breakdown", Some(json!({"every": 7})));
+    assert_eq!((&asked["every"], &asked["reads"]["requests"]), (&json!(7), &json!(0)));
+    let found = rig.must("GET", "/v1/breakdown", None);
+    assert_eq!(
+        (&found["every"], &found["others"]["stages"][0]["stage"]),
+        (&json!(7), &json!("receive"))
+    );
+    rig.refused("PUT", "/v1/breakdown", Some(json!({"often": 7})), 400, "invalid");
+
     rig.must("POST", "/v1/referrals", Some(json!({"addr": "192.0.2.9:8009"})));
     assert_eq!(rig.must("GET", "/v1/referrals", None)[0]["addr"], "192.0.2.9:8009");
     rig.must("DELETE", "/v1/referrals?addr=192.0.2.9:8009", None);

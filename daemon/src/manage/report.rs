@@ -2,7 +2,7 @@
 
 use api::{AnaEntry, Limit, Origin, PortKind, Problem};
 use nvme::spec::Nqn;
-use nvmf_target::{AnaState, NamespaceStatus, SubsystemStatus, TargetStatus};
+use nvmf_target::{AnaState, NamespaceStatus, Stage, SubsystemStatus, Taken, TargetStatus};
 use std::time::UNIX_EPOCH;
 use uuid::Uuid;
 
@@ -25,6 +25,18 @@ fn ana(state: AnaState) -> api::AnaState {
         AnaState::PersistentLoss => api::AnaState::PersistentLoss,
         AnaState::Change => api::AnaState::Change,
     }
+}
+
+fn breakdown(found: &nvmf_target::Breakdown) -> api::Breakdown {
+    let times = |taken: &Taken| api::StageTimes {
+        requests: taken.requests,
+        stages: Stage::ALL
+            .into_iter()
+            .zip(taken.ns)
+            .map(|(stage, total_ns)| api::StageTime { stage: stage.name().to_owned(), total_ns })
+            .collect(),
+    };
+    api::Breakdown { every: found.every, reads: times(&found.reads), others: times(&found.writes) }
 }
 
 fn subsystem_of<'a>(status: &'a TargetStatus, nqn: &str) -> Option<&'a SubsystemStatus> {
@@ -86,6 +98,17 @@ fn subsystem(record: &SubsystemRecord, status: &TargetStatus) -> api::Subsystem 
 
 impl Manager {
     /// Everything there is.
+    /// Where the time of commands that were followed went.
+    pub(crate) fn breakdown(&self) -> api::Breakdown {
+        breakdown(&self.target.breakdown())
+    }
+
+    /// Follows one command in so many from now on.
+    pub(crate) fn set_sampling(&self, request: &api::SetSampling) -> api::Breakdown {
+        self.target.set_sampling(request.every);
+        self.breakdown()
+    }
+
     pub(crate) fn status(&self) -> api::Status {
         let status = self.target.status();
         let book = self.book();

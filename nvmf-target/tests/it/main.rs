@@ -10,5 +10,6 @@ mod limits;
 mod manage;
 mod reservations;
 mod rig;
+mod sample;
 mod tamper;
 mod tls;

@@ -5,20 +5,87 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::anyhow;
-use daemon::bench::{Access, Load, Report, Workload};
+use anyhow::{anyhow, bail};
+use daemon::bench::{Access, Breakdown, Load, OwnTarget, Report, SAMPLE_EVERY, Workload};
 use daemon::size;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{BenchArgs, Rw};
+use crate::manage;
+use crate::manage::cli::Connection;
 use crate::signals::{self, Signals};
 use crate::{FAILED, WRONG_DATA};
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let workload = workload(args)?;
-    let load = load(args)?;
+    let watched = Watched::begin(args)?;
+    // Whatever becomes of the run, the target is asked, and left as it was.
+    let report = drive(args, &workload);
+    let breakdown = watched.map(Watched::end).transpose()?;
+    let mut report = report?;
+    report.breakdown = breakdown.or(report.breakdown);
+    print(&report, args.json)?;
+    Ok(verdict(&report))
+}
+
+/// A target whose requests are followed during a run.
+struct Watched {
+    connection: Connection,
+    before: api::Breakdown,
+    /// Nobody else had asked for it.
+    is_ours: bool,
+}
+
+impl Watched {
+    fn begin(args: &BenchArgs) -> anyhow::Result<Option<Watched>> {
+        if !args.breakdown || args.connect.is_none() {
+            return Ok(None);
+        }
+        let Some(api) = args.api.clone() else {
+            bail!(
+                "--breakdown asks the target: give its management API with --api (see `penstock \
+                 target --api`)"
+            );
+        };
+        let connection = Connection {
+            api,
+            api_cert: args.api_cert.clone(),
+            api_key: args.api_key.clone(),
+            api_ca: args.api_ca.clone(),
+            json: false,
+            timeout: api::TIMEOUT_S,
+        };
+        let mut before = manage::breakdown(&connection)?;
+        let is_ours = before.every == 0;
+        if is_ours {
+            before = manage::set_sampling(&connection, SAMPLE_EVERY)?;
+        }
+        Ok(Some(Watched { connection, before, is_ours }))
+    }
+
+    fn end(self) -> anyhow::Result<Breakdown> {
+        let after = match self.is_ours {
+            true => manage::set_sampling(&self.connection, 0)?,
+            false => manage::breakdown(&self.connection)?,
+        };
+        Ok(Breakdown::between(self.before.every, &self.before, &after))
+    }
+}
+
+fn drive(args: &BenchArgs, workload: &Workload) -> anyhow::Result<Report> {
     let stop = Arc::new(AtomicBool::new(false));
-    let report = signals::runtime()?.block_on(async {
+    signals::runtime()?.block_on(async {
+        let own = match &args.spec {
+            Some(spec) if args.breakdown => Some(OwnTarget::start(spec)?),
+            _ => None,
+        };
+        let load = match &own {
+            Some(own) => Load::of(own)?,
+            None => load(args)?,
+        };
+        if let Some(own) = &own {
+            own.set_sampling(SAMPLE_EVERY);
+        }
         let mut signals = Signals::new()?;
         let mut run = tokio::task::spawn_blocking({
             let stop = stop.clone();
@@ -33,19 +100,23 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 report
             }
         });
-        loop {
+        let mut report = loop {
             tokio::select! {
-                report = &mut run => return report?,
+                report = &mut run => break report??,
                 (_, code) = signals.next() => {
                     if stop.swap(true, Ordering::Relaxed) {
                         std::process::exit(i32::from(code));
                     }
                 }
             }
+        };
+        if let Some(own) = own {
+            let (nothing, found) = (api::Breakdown::default(), own.breakdown());
+            report.breakdown = Some(Breakdown::between(SAMPLE_EVERY, &nothing, &found));
+            own.stop()?;
         }
-    })?;
-    print(&report, args.json)?;
-    Ok(verdict(&report))
+        Ok(report)
+    })
 }
 
 fn verdict(report: &Report) -> ExitCode {

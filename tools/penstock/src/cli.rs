@@ -299,7 +299,9 @@ const BENCH_AFTER: &str = "Writes overwrite what is on the volume. SPEC is as fo
 Examples:
   penstock bench null:1GiB --rw randread --bs 4k --iodepth 128
   penstock bench file:/srv/t.img,size=4GiB --rw randwrite --verify --runtime 30
-  penstock bench --connect 127.0.0.1:4420 --subnqn NQN --nsid 1 --rw randrw --mix 70 --jobs 2 --json";
+  penstock bench --connect 127.0.0.1:4420 --subnqn NQN --nsid 1 --rw randrw --mix 70 --jobs 2 --json
+  penstock bench null:1GiB --iodepth 1 --breakdown
+  penstock bench --connect 127.0.0.1:4420 --subnqn NQN --nsid 1 --breakdown --api /run/penstock.sock";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "lower")]
@@ -367,6 +369,22 @@ pub(crate) struct BenchArgs {
     /// afterwards read back everything that was written
     #[arg(long)]
     pub(crate) verify: bool,
+    /// Show where each microsecond of a request goes at the target: with SPEC at one in this
+    /// process, with --connect at the one whose management API --api names
+    #[arg(long)]
+    pub(crate) breakdown: bool,
+    /// With --breakdown: where the target's management API is, as for `penstock status`
+    #[arg(long, value_name = "PATH|URL", env = "PENSTOCK_API")]
+    pub(crate) api: Option<String>,
+    /// With --breakdown and https: certificate of this client (PEM)
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_CERT")]
+    pub(crate) api_cert: Option<PathBuf>,
+    /// With --breakdown and https: private key of that certificate (PEM); mode 0600
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_KEY")]
+    pub(crate) api_key: Option<PathBuf>,
+    /// With --breakdown and https: authority of the target's certificate (PEM)
+    #[arg(long, value_name = "FILE", env = "PENSTOCK_API_CA")]
+    pub(crate) api_ca: Option<PathBuf>,
     /// Seed of the random offsets and of the pattern; a later --verify run needs the same
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,

@@ -172,6 +172,43 @@ fn a_target_is_found_loaded_and_stopped() {
 }
 
 #[test]
+fn a_breakdown_tells_where_the_time_goes() {
+    let stages = |output: &Output, side: &str| {
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let way = &report["breakdown"][side];
+        assert!(way["requests"].as_u64().unwrap() > 0, "{report}");
+        let stages = way["stages"].as_array().unwrap();
+        let sum: f64 = stages.iter().map(|stage| stage["mean_us"].as_f64().unwrap()).sum();
+        assert_eq!(stages.len(), 9, "{report}");
+        assert!(sum > 0.0, "{report}");
+    };
+    let own = penstock(&["bench", "ram:4MiB", "--runtime", "1", "--breakdown", "--json"]);
+    stages(&own, "read");
+
+    let scratch = tempfile::tempdir().unwrap();
+    let api = scratch.path().join("api.sock");
+    let api = api.to_str().unwrap();
+    let nqn = "nqn.2014-08.com.example:breakdown";
+    let target = Target::start(
+        &["--volume", "a=ram:4MiB", "--listen", "127.0.0.1:0", "--subnqn", nqn, "--api", api],
+        1,
+    );
+    let bench = |more: &[&str]| {
+        let base = ["bench", "--connect", &target.addresses[0], "--subnqn", nqn, "--nsid", "1"];
+        penstock(&[&base[..], &["--runtime", "1", "--rw", "randwrite", "--json"], more].concat())
+    };
+    stages(&bench(&["--breakdown", "--api", api]), "write");
+    let plain = bench(&[]);
+    let report: serde_json::Value = serde_json::from_slice(&plain.stdout).unwrap();
+    assert!(report["breakdown"].is_null(), "nobody asked: {report}");
+    let refused = bench(&["--breakdown"]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && text.contains("--api"), "{text}");
+    assert_eq!(target.end(Signal::TERM), Some(0));
+}
+
+#[test]
 fn up_proves_itself_twice() {
     let scratch = tempfile::tempdir().unwrap();
     let data = scratch.path().join("penstock-data");

@@ -11,8 +11,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use api::{
-    AddReferral, AddSubsystem, AnaState, AttachVolume, Device, DisconnectHost, Done, MoveVolume,
-    Referral, ResizeVolume, SetAna, SetHosts, SetWriteProtect, Status, Subsystem, Volume,
+    AddReferral, AddSubsystem, AnaState, AttachVolume, Breakdown, Device, DisconnectHost, Done,
+    MoveVolume, Referral, ResizeVolume, SetAna, SetHosts, SetSampling, SetWriteProtect, Status,
+    Subsystem, Volume,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -156,6 +157,18 @@ pub(crate) fn referral(args: &ReferralArgs) -> anyhow::Result<ExitCode> {
             change(connection, Method::DELETE, &path, None::<&()>)
         }
     }
+}
+
+/// Where the time of followed commands went at a target.
+pub(crate) fn breakdown(connection: &Connection) -> anyhow::Result<Breakdown> {
+    get(connection, api::path::BREAKDOWN)
+}
+
+/// Has a target follow one command in `every`.
+pub(crate) fn set_sampling(connection: &Connection, every: u32) -> anyhow::Result<Breakdown> {
+    let body = Some(serde_json::to_string(&SetSampling { every })?);
+    let ask = Ask { method: Method::PUT, path: api::path::BREAKDOWN.to_owned(), body };
+    client::send(connection, Duration::from_secs(connection.timeout), ask)
 }
 
 fn get<T: DeserializeOwned>(connection: &Connection, path: &str) -> anyhow::Result<T> {
