@@ -69,6 +69,37 @@ pub struct Config {
     pub api_tls: Option<ApiTls>,
     /// What a process that only emulates devices gives up after its start.
     pub containment: Containment,
+    /// Whom the process becomes after its start: a name, a number, or two; `None`: nobody else.
+    pub user: Option<String>,
+    /// Whether a process that only emulates devices has a supervisor.
+    pub supervise: Supervise,
+}
+
+impl Config {
+    /// Whether the process that starts is a supervisor, and another one emulates.
+    pub fn is_supervised(&self) -> bool {
+        match self.supervise {
+            Supervise::On => true,
+            Supervise::Off => false,
+            // A volume in the process's memory would not come back with another worker.
+            Supervise::Auto => self
+                .devices
+                .iter()
+                .any(|device| device.kind == DeviceKind::Nvme && device.volume.is_none()),
+        }
+    }
+}
+
+/// Whether a supervisor keeps what belongs to an emulator's guests, and starts it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Supervise {
+    /// Where there is a device whose guest would hang without: one of type `nvme` with a target.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    #[default]
+    Off,
 }
 
 /// The management API on TCP: TLS 1.3, with certificates on both ends.
@@ -399,6 +430,10 @@ pub struct Draft {
     cores: Option<Setting>,
     emulator_cores: Option<Setting>,
     containment: Option<Setting>,
+    supervise: Option<Setting>,
+    /// Of the emulator; that of a target is `user`.
+    emulator_user: Option<Setting>,
+    user: Option<Setting>,
     emulator_api: Option<Setting>,
     queue_entries_max: Option<Setting>,
     io_queues_max: Option<Setting>,
@@ -700,6 +735,21 @@ impl Draft {
         self.containment = Some(Setting::flag("--containment", mode));
     }
 
+    /// `--user USER` of an emulator.
+    pub fn set_emulator_user(&mut self, user: impl Into<String>) {
+        self.emulator_user = Some(Setting::flag("--user", user));
+    }
+
+    /// `--user USER` of a target.
+    pub fn set_user(&mut self, user: impl Into<String>) {
+        self.user = Some(Setting::flag("--user", user));
+    }
+
+    /// `--supervise[=auto|on|off]`.
+    pub fn set_supervise(&mut self, mode: impl Into<String>) {
+        self.supervise = Some(Setting::flag("--supervise", mode));
+    }
+
     /// `--queue-entries-max N`.
     pub fn set_queue_entries_max(&mut self, entries: impl Into<String>) {
         self.queue_entries_max = Some(Setting::flag("--queue-entries-max", entries));
@@ -728,6 +778,8 @@ impl Draft {
             data_dir: self.data_dir.take(),
             emulator_cores: self.emulator_cores.take(),
             containment: self.containment.take(),
+            supervise: self.supervise.take(),
+            user: self.emulator_user.take(),
             api: self.emulator_api.take(),
             is_emulator: true,
             devices,

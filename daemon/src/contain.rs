@@ -136,7 +136,15 @@ fn restrict(needs: &Needs) -> anyhow::Result<(RulesetStatus, LandlockStatus)> {
     }
     let mut ruleset = ruleset.create()?;
     for dir in &needs.socket_dirs {
-        let opened = PathFd::new(dir).with_context(|| format!("{}", dir.display()))?;
+        let opened = match PathFd::new(dir) {
+            Ok(opened) => opened,
+            Err(error) if is_closed(dir) => {
+                // Of a user who has become another one meanwhile.
+                tracing::debug!(dir = %dir.display(), %error, "sockets that stay behind");
+                continue;
+            }
+            Err(error) => return Err(error).with_context(|| format!("{}", dir.display())),
+        };
         ruleset = ruleset.add_rule(PathBeneath::new(opened, AccessFs::RemoveFile))?;
     }
     for port in needs.connect_ports.iter().flatten() {
@@ -144,6 +152,11 @@ fn restrict(needs: &Needs) -> anyhow::Result<(RulesetStatus, LandlockStatus)> {
     }
     let status = ruleset.restrict_self()?;
     Ok((status.ruleset, status.landlock))
+}
+
+/// Whether this process may not even look at a directory.
+fn is_closed(dir: &Path) -> bool {
+    dir.metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
 }
 
 /// Nothing of the superuser's is left, not even by running a program that has it.
@@ -164,7 +177,8 @@ fn drop_capabilities() -> std::io::Result<()> {
     Ok(rustix::thread::set_capabilities(None, none)?)
 }
 
-fn threads() -> Option<usize> {
+/// Threads of this process; `None`: /proc does not say.
+pub(crate) fn threads() -> Option<usize> {
     Some(std::fs::read_dir("/proc/self/task").ok()?.count())
 }
 

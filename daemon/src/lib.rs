@@ -44,8 +44,9 @@ pub mod state;
 pub mod supervise;
 pub mod tune;
 pub mod up;
+mod user;
 
-pub use config::{Config, ConfigError, Containment, Draft};
+pub use config::{Config, ConfigError, Containment, Draft, Supervise};
 pub use contain::probe::Attempt;
 pub use keys::OfflineKeys;
 pub use run::{Daemon, Served};

@@ -1,7 +1,7 @@
 //! The composition root: checked configuration in, a running target and emulator out.
 //!
-//! Order matters and is the same every time. Start: data directory, listeners bound (a port in use
-//! is found before anything is touched), identities stored, volumes opened, cores, target, devices.
+//! Order matters and is the same every time. Start: listeners bound (a port in use is found before
+//! anything is touched), another user become, data directory, identities stored, volumes opened, cores, target, devices.
 //! Stop: listeners closed, devices drained, associations shut down, target cores finished, volumes
 //! flushed.
 
@@ -27,6 +27,7 @@ use crate::manage::serial_text;
 use crate::serve::{self, Hidden, RunningTarget};
 use crate::state::State;
 use crate::supervise::Inherited;
+use crate::user::User;
 
 /// One volume as it is served.
 #[derive(Debug, Clone)]
@@ -41,6 +42,38 @@ pub struct Served {
     pub identity: Identity,
     /// Its shape.
     pub geometry: Geometry,
+}
+
+/// Everything that listens: a port or socket in use is found before anything is touched, and a
+/// process that has become another user or is contained makes none any more.
+struct Bound {
+    target: Option<listen::Bound>,
+    api: Option<http::Socket>,
+    api_tls: Option<http::tls::Listener>,
+    /// Of the devices, in their order.
+    places: Vec<Place>,
+}
+
+impl Bound {
+    fn new(config: &Config, inherited: Option<Inherited>) -> anyhow::Result<Bound> {
+        let target = config.target.as_ref().map(listen::bind_all).transpose()?;
+        let api = config.api.as_deref().map(http::bind).transpose()?;
+        let api_tls = match (&config.target, &config.api_tls) {
+            (Some(_), Some(api)) => Some(http::tls::bind(api)?),
+            _ => None,
+        };
+        let is_supervised = inherited.is_some();
+        let mut legacies = inherited.into_iter().flat_map(|inherited| inherited.devices);
+        let place = |device: &DeviceConfig| match legacies.next() {
+            Some(legacy) => Ok(Place::Kept(legacy)),
+            None if is_supervised => {
+                bail!("device {:?}: the supervisor has no socket for it", device.name)
+            }
+            None => Ok(Place::Own(devices::listen_for(device)?)),
+        };
+        let places = config.devices.iter().map(place).collect::<anyhow::Result<_>>()?;
+        Ok(Bound { target, api, api_tls, places })
+    }
 }
 
 struct RunningEmulator {
@@ -67,42 +100,50 @@ pub struct Daemon {
 impl Daemon {
     /// Starts everything `config` describes.
     pub fn start(config: Config) -> anyhow::Result<Daemon> {
-        let state = match &config.data_dir {
-            Some(dir) => State::open(dir)?,
-            None => State::fleeting(),
-        };
-        Daemon::start_with(config, state, None, None)
+        Daemon::start_as_user(config, None)
     }
 
     /// The same as a worker of a supervisor, with the sockets it keeps.
     pub fn start_supervised(config: Config, inherited: Inherited) -> anyhow::Result<Daemon> {
+        Daemon::start_as_user(config, Some(inherited))
+    }
+
+    fn start_as_user(config: Config, inherited: Option<Inherited>) -> anyhow::Result<Daemon> {
+        let user = config.user.as_deref().map(User::find).transpose()?;
+        let is_supervised = inherited.is_some();
+        let bound = Bound::new(&config, inherited)?;
+        if let Some(user) = user {
+            // Those of a supervisor have been given by it.
+            let devices = config.devices.iter().filter(|_| !is_supervised);
+            for path in devices.map(|device| &device.socket).chain(&config.api) {
+                user.own(path)?;
+            }
+            user.become_it()?;
+        }
         let state = match &config.data_dir {
             Some(dir) => State::open(dir)?,
             None => State::fleeting(),
         };
-        Daemon::start_with(config, state, None, Some(inherited))
+        Daemon::start_bound(config, state, None, bound)
     }
 
     /// Starts with a state that is already open, and a hidden subsystem beside the others.
     pub(crate) fn start_with(
         config: Config,
+        state: State,
+        hidden: Option<Hidden>,
+    ) -> anyhow::Result<Daemon> {
+        let bound = Bound::new(&config, None)?;
+        Daemon::start_bound(config, state, hidden, bound)
+    }
+
+    fn start_bound(
+        config: Config,
         mut state: State,
         hidden: Option<Hidden>,
-        inherited: Option<Inherited>,
+        bound: Bound,
     ) -> anyhow::Result<Daemon> {
-        // A port or socket in use is found before anything is touched.
-        let bound = match &config.target {
-            Some(target) => Some(listen::bind_all(target)?),
-            None => None,
-        };
-        let mut api = match &config.api {
-            Some(path) => Some(http::bind(path)?),
-            None => None,
-        };
-        let api_tls = match (&config.target, &config.api_tls) {
-            (Some(_), Some(api)) => Some(http::tls::bind(api)?),
-            _ => None,
-        };
+        let Bound { target: bound, mut api, api_tls, places } = bound;
         let host = state.host();
         let (failed, failures) = mpsc::unbounded_channel();
         let roles = usize::from(config.target.is_some()) + usize::from(!config.devices.is_empty());
@@ -137,37 +178,25 @@ impl Daemon {
             failed,
             _state: left,
         };
-        // Sockets first: a process that is contained makes none.
-        let mut listening = Vec::with_capacity(config.devices.len());
         let mut needs = Needs { connect_ports: Some(BTreeSet::new()), ..Needs::default() };
         if let (None, Some(path)) = (&daemon.target, &config.api) {
             needs.socket(path);
         }
-        let is_supervised = inherited.is_some();
-        let mut legacies = inherited.into_iter().flat_map(|inherited| inherited.devices);
-        for device in config.devices {
+        for (device, place) in config.devices.iter().zip(&places) {
             // Those of a supervisor are its own to take away.
-            if !is_supervised {
+            if matches!(place, Place::Own(_)) {
                 needs.socket(&device.socket);
             }
             needs.connect_ports.iter_mut().for_each(|ports| {
                 ports.extend(device.connect.iter().map(SocketAddr::port));
             });
-            let place = match legacies.next() {
-                Some(legacy) => Place::Kept(legacy),
-                None if is_supervised => {
-                    bail!("device {:?}: the supervisor has no socket for it", device.name)
-                }
-                None => Place::Own(devices::listen_for(&device)?),
-            };
-            listening.push((device, place));
         }
         let contained = match &daemon.target {
             None => contain::enter(config.containment, &needs)?,
             // It opens what it is told to at run time.
             Some(_) => None,
         };
-        for (device, place) in listening {
+        for (device, place) in config.devices.into_iter().zip(places) {
             daemon.add_device_on(device, place)?;
         }
         if let Some(socket) = api {

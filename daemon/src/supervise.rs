@@ -13,7 +13,8 @@
 //! A worker that dies, or is replaced by a newer program (SIGHUP), loses nothing: clients stay
 //! connected or come again to a socket that is still there. The supervisor looks into no file and
 //! reads nothing of a guest's; what a worker tells it are messages of 16 bytes with at most one file.
-//! It is not contained, because it starts programs; the worker is, and ends with it.
+//! It is not contained and stays the user that it was, because it starts programs; the worker is, and
+//! becomes the user it is told to be, and ends with it.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -37,6 +38,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::devices;
+use crate::user::User;
 
 /// Length of a message: kind (4), device (4), key (8), little-endian.
 const MESSAGE_BYTES: usize = 16;
@@ -240,6 +242,11 @@ pub async fn run(config: &Config, worker: impl Fn() -> Command) -> anyhow::Resul
         files_max: FILES_MAX,
         is_ready: false,
     };
+    if let Some(user) = config.user.as_deref().map(User::find).transpose()? {
+        for device in &config.devices {
+            user.own(&device.socket)?;
+        }
+    }
     raise_files_limit();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

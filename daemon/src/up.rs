@@ -58,10 +58,31 @@ pub struct Up {
     pub created: Option<String>,
     /// What the operator should know, one line each.
     pub notices: Vec<String>,
-    /// Devices: volume name and socket, absolute.
-    pub devices: Vec<(String, PathBuf)>,
+    /// Devices: each volume's disk of either kind.
+    pub devices: Vec<Disk>,
     connect: SocketAddr,
     check: Option<PathBuf>,
+}
+
+/// A volume as an emulated disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// The volume's name.
+    pub volume: String,
+    /// What a machine sees.
+    pub kind: DeviceKind,
+    /// Where it connects to; absolute.
+    pub socket: PathBuf,
+}
+
+impl Disk {
+    /// The device's name: for a second device of a volume one that no volume can have.
+    fn name(&self) -> String {
+        match self.kind {
+            DeviceKind::VirtioBlk => self.volume.clone(),
+            DeviceKind::Nvme => format!("nvme:{}", self.volume),
+        }
+    }
 }
 
 impl Up {
@@ -139,7 +160,7 @@ impl Up {
             false => None,
         };
         let scratch_nqn = hidden.as_ref().map(|hidden| hidden.subsystem.nqn.clone());
-        let mut daemon = Daemon::start_with(settings, data, hidden, None)?;
+        let mut daemon = Daemon::start_with(settings, data, hidden)?;
         let listen =
             *daemon.io_addresses().first().ok_or_else(|| anyhow!("there is no listener"))?;
         let connect = reachable(listen);
@@ -152,15 +173,21 @@ impl Up {
         let wanted: Vec<_> =
             daemon.served().iter().map(|served| (served.name.clone(), served.nsid)).collect();
         for (name, nsid) in wanted {
-            let socket = dir.join(format!("{name}.sock"));
-            daemon.add_device(device(&name, &socket, connect, &subnqn, nsid))?;
-            devices.push((name, socket));
+            // The endings differ, so that no other volume's socket is in the way.
+            for (kind, end) in [(DeviceKind::VirtioBlk, "sock"), (DeviceKind::Nvme, "nvme")] {
+                let socket = dir.join(format!("{name}.{end}"));
+                let disk = Disk { volume: name.clone(), kind, socket };
+                daemon.add_device(device(&disk, connect, &subnqn, nsid))?;
+                devices.push(disk);
+            }
         }
         let check = match scratch_nqn {
             Some(nqn) => {
                 let socket = dir.join(format!("{SCRATCH_DEVICE}.sock"));
-                daemon.add_device(device(SCRATCH_DEVICE, &socket, connect, &nqn, SCRATCH_NSID))?;
-                Some(socket)
+                let kind = DeviceKind::VirtioBlk;
+                let disk = Disk { volume: SCRATCH_DEVICE.to_owned(), kind, socket };
+                daemon.add_device(device(&disk, connect, &nqn, SCRATCH_NSID))?;
+                Some(disk.socket)
             }
             None => None,
         };
@@ -174,14 +201,14 @@ impl Up {
 
     /// Waits until every device is served. Blocks.
     pub fn wait_ready(&self) -> anyhow::Result<()> {
-        for (name, _) in &self.devices {
-            self.daemon.wait_device(name, READY)?;
+        for disk in &self.devices {
+            self.daemon.wait_device(&disk.name(), READY)?;
         }
         Ok(())
     }
 
     /// The self-check, if it was asked for: pattern through the scratch volume, then one look at
-    /// each of the user's devices. Blocks; `progress` gets the step, and bytes done and planned.
+    /// each of the user's virtio disks. Blocks; `progress` gets the step, and bytes done and planned.
     pub fn self_check(
         &mut self,
         progress: &mut dyn FnMut(Step, u64, u64),
@@ -195,7 +222,8 @@ impl Up {
         let figures = selfcheck::run(&socket, generation, progress);
         self.daemon.remove_device(SCRATCH_DEVICE);
         let figures = figures.context("self-check")?;
-        for (name, socket) in &self.devices {
+        let disks = self.devices.iter().filter(|disk| disk.kind == DeviceKind::VirtioBlk);
+        for Disk { volume: name, socket, .. } in disks {
             let capacity = selfcheck::look(socket)
                 .with_context(|| format!("self-check of device {name:?}"))?;
             let served = self.daemon.served().into_iter().find(|served| served.name == *name);
@@ -243,8 +271,12 @@ impl Up {
         for addr in self.daemon.discovery_addresses() {
             line("discovery", addr.to_string());
         }
-        for (name, socket) in &self.devices {
-            line("device", format!("{name}: virtio-blk (vhost-user) at {}", socket.display()));
+        for Disk { volume, kind, socket } in &self.devices {
+            let over = match kind {
+                DeviceKind::VirtioBlk => "vhost-user",
+                DeviceKind::Nvme => "vfio-user",
+            };
+            line("device", format!("{volume}: {kind} ({over}) at {}", socket.display()));
         }
         text
     }
@@ -254,9 +286,15 @@ impl Up {
         let discovery = self.daemon.discovery_addresses().first().copied().map(reachable);
         let nqn = self.daemon.subsystem().map(|subsystem| subsystem.nqn.to_string());
         let mut text = hints::kernel_host(discovery, self.connect, &nqn.unwrap_or_default());
-        if let Some((name, socket)) = self.devices.first() {
-            text.push_str(&hints::qemu(name, &socket.display().to_string(), DEVICE_QUEUES));
-            text.push_str(&hints::fio(&socket.display().to_string()));
+        let socket = |kind| {
+            let disk = self.devices.iter().find(|disk| disk.kind == kind)?;
+            Some((&disk.volume, disk.socket.display().to_string()))
+        };
+        if let (Some((name, virtio)), Some((_, nvme))) =
+            (socket(DeviceKind::VirtioBlk), socket(DeviceKind::Nvme))
+        {
+            text.push_str(&hints::qemu(name, &virtio, &nvme, DEVICE_QUEUES));
+            text.push_str(&hints::fio(&virtio));
         }
         text
     }
@@ -332,12 +370,12 @@ fn reachable(listen: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listen.port())
 }
 
-fn device(name: &str, socket: &Path, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceConfig {
+fn device(disk: &Disk, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceConfig {
     DeviceConfig {
         volume: None,
-        name: name.to_owned(),
-        kind: DeviceKind::VirtioBlk,
-        socket: socket.to_owned(),
+        name: disk.name(),
+        kind: disk.kind,
+        socket: disk.socket.clone(),
         connect: vec![connect],
         policy: PathPolicy::default(),
         subnqn: subnqn.clone(),

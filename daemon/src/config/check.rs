@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use super::{
     ApiTls, Config, ConfigError, Containment, DEVICE_QUEUES, DeviceConfig, DeviceDraft, DeviceKind,
-    Draft, IO_QUEUES_MAX, QUEUES_MAX, Setting, TargetConfig, VolumeConfig, VolumeDraft, WAYS_MAX,
-    fabric,
+    Draft, IO_QUEUES_MAX, QUEUES_MAX, Setting, Supervise, TargetConfig, VolumeConfig, VolumeDraft,
+    WAYS_MAX, fabric,
 };
 use crate::identity::{self, HostIdentity, UUID_NQN};
 
@@ -159,6 +159,16 @@ impl Draft {
                 (None, true) => Containment::On,
                 (None, false) => Containment::Off,
             },
+            user: match &self.user {
+                Some(setting) if setting.text.is_empty() => {
+                    return Err(setting.refuse("is empty; allowed: the name or number of a user"));
+                }
+                user => user.as_ref().map(|setting| setting.text.clone()),
+            },
+            supervise: match &self.supervise {
+                Some(setting) => supervise(setting)?,
+                None => Supervise::Off,
+            },
         })
     }
 }
@@ -217,6 +227,15 @@ fn containment(setting: &Setting) -> Result<Containment, ConfigError> {
         "on" => Ok(Containment::On),
         "require" => Ok(Containment::Require),
         _ => Err(setting.refuse("allowed: off, on or require")),
+    }
+}
+
+fn supervise(setting: &Setting) -> Result<Supervise, ConfigError> {
+    match setting.text.as_str() {
+        "auto" => Ok(Supervise::Auto),
+        "on" => Ok(Supervise::On),
+        "off" => Ok(Supervise::Off),
+        _ => Err(setting.refuse("allowed: auto, on or off")),
     }
 }
 

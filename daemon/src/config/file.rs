@@ -55,6 +55,7 @@ struct RawTarget {
     #[serde(default)]
     discovery: Vec<Spanned<String>>,
     subnqn: Option<Spanned<String>>,
+    user: Option<Spanned<String>>,
     cores: Option<Spanned<i64>>,
     queue_entries_max: Option<Spanned<i64>>,
     io_queues_max: Option<Spanned<i64>>,
@@ -65,6 +66,8 @@ struct RawTarget {
 struct RawEmulator {
     cores: Option<Spanned<i64>>,
     containment: Option<Spanned<String>>,
+    supervise: Option<Spanned<String>>,
+    user: Option<Spanned<String>>,
     api: Option<Spanned<String>>,
 }
 
@@ -234,6 +237,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     if let Some(emulator) = raw.emulator {
         draft.emulator_cores = source.optional("emulator.cores", &emulator.cores);
         draft.containment = source.optional("emulator.containment", &emulator.containment);
+        draft.emulator_user = source.optional("emulator.user", &emulator.user);
+        draft.supervise = source.optional("emulator.supervise", &emulator.supervise);
         draft.emulator_api = source.optional("emulator.api", &emulator.api);
     }
     if let Some(target) = raw.target {
@@ -243,6 +248,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         draft.discovery =
             target.discovery.iter().map(|text| source.setting("target.discovery", text)).collect();
         draft.subnqn = source.optional("target.subnqn", &target.subnqn);
+        draft.user = source.optional("target.user", &target.user);
         draft.cores = source.optional("target.cores", &target.cores);
         draft.queue_entries_max =
             source.optional("target.queue_entries_max", &target.queue_entries_max);

@@ -346,6 +346,7 @@ fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
     };
     let plain = check("").unwrap();
     assert_eq!(plain.containment, Containment::On);
+    assert!(!plain.is_supervised());
     assert_eq!((&plain.devices[0].host, plain.devices[0].ctrl_loss_timeout), (&None, None));
 
     let uuid = "6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11";
@@ -367,12 +368,17 @@ fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
 
     let mut draft = Draft::from_toml(
         Path::new("penstock.toml"),
-        &WHOLE.replace("cores = 1", "cores = 1\ncontainment = \"require\"\napi = \"/run/e\""),
+        &WHOLE.replace(
+            "cores = 1",
+            "cores = 1\ncontainment = \"require\"\nuser = \"disks\"\nsupervise = \"on\"\napi = \"/run/e\"",
+        ),
     )
     .unwrap();
     draft.keep_devices();
     let config = draft.check().unwrap();
     assert_eq!(config.containment, Containment::Require);
+    assert!(config.is_supervised());
+    assert_eq!(config.user.as_deref(), Some("disks"));
     assert_eq!(config.api.as_deref(), Some(Path::new("/run/e")));
     let mut draft = Draft::new();
     draft.set_containment("perhaps");
@@ -390,6 +396,8 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     let config = check("nvme,connect=192.0.2.7:1+[::1]:2,nsid=1+3,iopolicy=queue-depth").unwrap();
     let device = &config.devices[0];
     assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
+    assert!(!config.is_supervised());
+    assert!(Config { supervise: Supervise::Auto, ..config.clone() }.is_supervised());
     assert_eq!(device.connect, ["192.0.2.7:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
     assert_eq!(device.policy, PathPolicy::QueueDepth);
     for (text, expected) in [

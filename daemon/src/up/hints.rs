@@ -25,15 +25,23 @@ pub(super) fn kernel_host(discovery: Option<SocketAddr>, io: SocketAddr, nqn: &s
     text
 }
 
-pub(super) fn qemu(name: &str, socket: &str, queues: u16) -> String {
-    let chardev = format!("socket,id={name},path={},reconnect-ms=1000", qemu_value(socket));
+/// Lines for one volume by either kind of disk.
+pub(super) fn qemu(name: &str, virtio: &str, nvme: &str, queues: u16) -> String {
+    let machine = "qemu-system-x86_64 -machine q35,accel=kvm,memory-backend=mem -m 2G \\\n    \
+         -object memory-backend-memfd,id=mem,size=2G,share=on \\\n    ";
+    let chardev = format!("socket,id={name},path={},reconnect-ms=1000", qemu_value(virtio));
+    let controller = serde_json::json!({
+        "driver": "vfio-user-pci",
+        "socket": {"type": "unix", "path": nvme},
+    });
     format!(
-        "\nQEMU (9.2 or later; guest memory has to be shared):\n  \
-         qemu-system-x86_64 -machine q35,accel=kvm,memory-backend=mem -m 2G \\\n    \
-         -object memory-backend-memfd,id=mem,size=2G,share=on \\\n    \
+        "\nQEMU (9.2 or later; guest memory has to be shared), and the same disk by NVMe (10.1 or \
+         later):\n  {machine}\
          -chardev {} \\\n    \
-         -device vhost-user-blk-pci,chardev={name},num-queues={queues} ...\n",
-        word(&chardev)
+         -device vhost-user-blk-pci,chardev={name},num-queues={queues} ...\n  {machine}\
+         -device {} ...\n",
+        word(&chardev),
+        word(&controller.to_string())
     )
 }
 
@@ -75,9 +83,10 @@ mod tests {
             assert!(text.lines().any(|other| other == line), "{line:?} not in\n{text}");
         }
         assert!(!kernel_host(None, io, "nqn.a").contains("discover"));
-        let text = qemu("vol0", "/srv/a,b/vol0.sock", 2);
+        let text = qemu("vol0", "/srv/a,b/vol0.sock", "/srv/it's/vol0.nvme", 2);
         assert!(text.contains("path=/srv/a,,b/vol0.sock,reconnect-ms=1000"), "{text}");
         assert!(text.contains("chardev=vol0,num-queues=2"), "{text}");
+        assert!(text.contains(r#""path":"/srv/it'\''s/vol0.nvme""#), "{text}");
         assert!(fio("/srv/vol0.sock").contains("--libblkio_path=/srv/vol0.sock"));
     }
 }

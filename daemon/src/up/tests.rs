@@ -93,7 +93,8 @@ fn a_second_start_finds_the_data_again() {
     assert!(!figures.unwrap().unwrap().found_earlier);
     assert_eq!(steps, [Step::Writing, Step::Reading, Step::RandomReads]);
     let text = up.overview() + &up.next_steps();
-    for part in ["vol0: 64 MiB, created", "nvme connect-all", "vol0.sock", "libblkio"] {
+    for part in ["vol0: 64 MiB, created", "nvme connect-all", "vol0.sock", "vol0.nvme", "libblkio"]
+    {
         assert!(text.contains(part), "{part:?} not in\n{text}");
     }
 
@@ -120,7 +121,9 @@ fn a_second_start_finds_the_data_again() {
     let served = up.daemon.served()[0].clone();
     let host = up.daemon.host().clone();
     up.daemon.stop().unwrap();
-    assert!(!data.join("vol0.sock").exists(), "sockets go with the process");
+    for socket in ["vol0.sock", "vol0.nvme"] {
+        assert!(!data.join(socket).exists(), "sockets go with the process");
+    }
 
     let mut up = Up::start(&config(&data)).unwrap();
     assert_eq!(up.created, None);

@@ -81,7 +81,7 @@ pub(crate) enum Command {
 }
 
 const UP_AFTER: &str = "Makes a sparse file for the first volume if there is none, serves it over \
-NVMe/TCP and as a vhost-user-blk socket, proves the way from the device through the fabric to the \
+NVMe/TCP and as a disk of either kind (vhost-user-blk and vfio-user sockets), proves the way from the device through the fabric to the \
 file with a pattern in a scratch volume of its own (64 MiB, never your data), prints the lines to \
 use next, and stays until Ctrl-C. The next start finds the data again.
 
@@ -177,6 +177,10 @@ pub(crate) struct TargetArgs {
     /// Unique NQN of the discovery subsystem [default: kept in --data, or derived]
     #[arg(long, value_name = "NQN")]
     pub(crate) discovery_nqn: Option<String>,
+    /// User to become when the listeners are bound: a name, a number, or UID:GID. Volumes and the
+    /// data directory are opened as that user [default: stay who started it]
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
     /// Advertise the discovery listeners by multicast DNS
     #[arg(long)]
     pub(crate) mdns: bool,
@@ -246,12 +250,18 @@ pub(crate) struct EmulateArgs {
     /// [default: on]
     #[arg(long, value_name = "MODE")]
     pub(crate) containment: Option<String>,
+    /// User to become when the sockets are made: a name, a number, or UID:GID. It then owns the
+    /// sockets [default: stay who started it]
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
     /// Keep sockets in a process of their own, which starts the emulator again when it dies, and a
-    /// new one on SIGHUP
-    #[arg(long)]
-    pub(crate) supervise: bool,
+    /// new one on SIGHUP: auto (where there is an nvme device, whose guest would hang without), on,
+    /// off [default: off; without a value: on]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true,
+          default_missing_value = "on")]
+    pub(crate) supervise: Option<String>,
     /// Be the emulator that a supervisor starts
-    #[arg(long, hide = true, conflicts_with = "supervise")]
+    #[arg(long, hide = true)]
     pub(crate) worker: bool,
     /// Socket of the management API, for `penstock device` [default: none]
     #[arg(long, value_name = "PATH")]

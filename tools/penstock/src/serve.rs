@@ -53,6 +53,9 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if args.mdns {
         draft.set_mdns();
     }
+    if let Some(user) = &args.user {
+        draft.set_user(user);
+    }
     if let Some(api) = &args.api {
         draft.set_api(api);
     }
@@ -89,6 +92,12 @@ pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
     if let Some(mode) = &args.containment {
         draft.set_containment(mode);
     }
+    if let Some(user) = &args.user {
+        draft.set_emulator_user(user);
+    }
+    if let Some(when) = &args.supervise {
+        draft.set_supervise(when);
+    }
     if let Some(api) = &args.api {
         draft.set_emulator_api(api);
     }
@@ -100,10 +109,10 @@ pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
     if args.check_containment {
         return check_containment(config);
     }
-    match (args.supervise, args.worker) {
-        (true, _) => supervise(&config),
-        (_, true) => work(config),
-        _ => run(config),
+    match (args.worker, config.is_supervised()) {
+        (true, _) => work(config),
+        (false, true) => supervise(&config),
+        (false, false) => run(config),
     }
 }
 
@@ -113,8 +122,7 @@ fn supervise(config: &Config) -> anyhow::Result<ExitCode> {
     let program = std::env::current_exe()?;
     let worker = || {
         let mut command = std::process::Command::new(&program);
-        let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--supervise");
-        command.args(arguments).arg("--worker");
+        command.args(std::env::args_os().skip(1)).arg("--worker");
         command
     };
     let code = signals::runtime()?.block_on(supervise::run(config, worker))?;

@@ -160,19 +160,82 @@ fn a_worker_does_not_outlive_its_supervisor() {
     let dir = tempfile::tempdir().unwrap();
     let api = dir.path().join("api.sock");
     let socket = dir.path().join("disk.sock");
-    let text = format!(
-        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
-        socket.display()
-    );
+    let text =
+        format!("disk=nvme,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1", socket.display());
     let path = api.to_str().unwrap();
-    let arguments = ["emulate", "--cores", "1", "--supervise", "--device", &text, "--api", path];
+    let arguments =
+        ["emulate", "--cores", "1", "--supervise=auto", "--device", &text, "--api", path];
     let supervisor = Running::start(&arguments);
     wait(&api, |device| device["name"] == "disk");
+    // An NVMe device is one that wants a supervisor.
+    assert!(worker(&supervisor).is_some());
     drop(supervisor);
     // It ends in order, and takes the socket that is its own away.
     let start = Instant::now();
     while api.exists() {
         assert!(start.elapsed() < LIMIT, "the worker goes on");
         std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// What /proc says of every thread of a process behind `key`.
+fn status(pid: u32, key: &str) -> Vec<String> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let texts = threads.map(|entry| {
+        let text = std::fs::read_to_string(entry.unwrap().path().join("status")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    });
+    texts.collect()
+}
+
+#[test]
+fn a_process_becomes_the_user_it_is_told_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
+    let text = format!(
+        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        socket.display()
+    );
+    let path = api.to_str().unwrap();
+    let emulate = ["emulate", "--cores", "1", "--device", &text, "--api", path];
+    let other = dir.path().join("target.sock");
+    let volume = ["--volume", "a=ram:4MiB", "--listen", "127.0.0.1:0", "--cores", "1"];
+    let target = [&["target"][..], &volume, &["--api", other.to_str().unwrap()]].concat();
+    let user = ["--user", "4242:4243"];
+    if !rustix::process::geteuid().is_root() {
+        for arguments in [&emulate[..], &target] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+            let output = command.args(arguments).args(user).output().unwrap();
+            let text = String::from_utf8(output.stderr).unwrap();
+            assert!(text.contains("becoming user 4242 (start as root, or as that user)"), "{text}");
+        }
+        return;
+    }
+    let emulator = Running::start(&[&emulate[..], &user].concat());
+    let target = Running::start(&[&target[..], &user].concat());
+    wait(&api, |device| device["name"] == "disk");
+    let start = Instant::now();
+    while UnixStream::connect(&other).is_err() || status(target.0.id(), "Uid:").len() < 2 {
+        assert!(start.elapsed() < LIMIT, "the target does not come");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    for process in [&emulator, &target] {
+        let pid = process.0.id();
+        for (key, expected) in [
+            ("Uid:", "4242 4242 4242 4242"),
+            ("Gid:", "4243 4243 4243 4243"),
+            ("Groups:", ""),
+            ("NoNewPrivs:", "1"),
+            ("CapEff:", "0000000000000000"),
+            ("CapPrm:", "0000000000000000"),
+        ] {
+            let threads = status(pid, key);
+            assert!(threads.iter().all(|value| value == expected), "{key} {threads:?}");
+        }
+    }
+    for path in [&socket, &api, &other] {
+        let metadata = std::fs::metadata(path).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (4242, 4243), "{}", path.display());
     }
 }
