@@ -1,8 +1,11 @@
 #!/bin/sh
-# The virtio disk holds the files that /job/files.sha256 tells of.
+# Every disk named holds the files that /job/files.sha256 tells of: check-disk.sh DEV...
 . /job/lib.sh
 modprobe virtio_blk || fail modules
-wait_for 30 /dev/vda test -b /dev/vda
+modprobe nvme 2>/dev/null
 cp /job/files.sha256 /tmp/sums
-check_files /dev/vda
+for d in "$@"; do
+    wait_for 30 "$d" test -b "$d"
+    check_files "$d"
+done
 kernel_complaints "$IO_COMPLAINTS"

@@ -126,8 +126,17 @@ impl Service {
 
     /// SIGINT, as Ctrl-C on a terminal.
     pub(super) fn interrupt(&mut self) -> Result<()> {
+        self.signal("INT")
+    }
+
+    /// SIGHUP, by which a supervisor is told to replace its worker.
+    pub(super) fn hang_up(&mut self) -> Result<()> {
+        self.signal("HUP")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
         let pid = self.child.id().to_string();
-        exec::run(Command::new("sh").args(["-c", "kill -INT \"$1\"", "sh", &pid]))
+        exec::run(Command::new("sh").args(["-c", "kill -s \"$1\" \"$2\"", "sh", name, &pid]))
     }
 
     /// Fails if the program ended although it has to run on.

@@ -3,8 +3,10 @@
 //! The target, twice, under a kernel host and under a virtio disk; the emulator, twice, under a
 //! virtio disk with either kind of ring; the guest itself, whose disk the next one has.
 
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -19,7 +21,13 @@ use crate::exec;
 use crate::report::Outcome;
 
 const SIZE_MIB: u64 = 128;
+/// The last block of a volume.
+const END: u64 = (SIZE_MIB << 20) - 512;
 const SCRIPT: &str = "verify-outage.sh";
+/// The round in which a worker is replaced and not killed.
+const LAST: &str = "third";
+/// Time for a supervisor to start another worker, after its longest pause.
+const LIMIT: Duration = Duration::from_secs(60);
 /// Finished I/Os at which the target is killed for the first time, and more until the second.
 const KILL_AFTER_IOS: u64 = 400;
 
@@ -80,12 +88,13 @@ pub(super) fn worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
 /// The same with an NVMe controller. Its guest's QEMU does not connect again: the connection stays.
 pub(super) fn nvme_worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
     let start = |target: &Target, socket: &Path| {
-        nvme_emulator(scene, socket, target, "1", &["--supervise"])
+        nvme_emulator(scene, socket, target, "1", &["--supervise=auto"])
     };
     let job = |socket: &Path| Job::new(SCRIPT).args(&["pci"]).vfio_user(socket);
     workers_die(scene, start, job)
 }
 
+/// Three times: the worker is killed twice, and replaced at the supervisor's order.
 fn workers_die<'a>(
     scene: &Scene<'_>,
     start: impl Fn(&Target, &Path) -> Result<Service>,
@@ -99,13 +108,21 @@ fn workers_die<'a>(
     let job = job(&socket);
     let mut guest = scene.boot("guest", Kernel::Stable, &job)?;
     let mut goal = KILL_AFTER_IOS;
-    for round in ["first", "second", "third"] {
+    for round in ["first", "second", LAST] {
         guest.wait_until(&format!("I/O before the {round} death"), |console| {
             last(console).is_some_and(|progress| progress.ios >= goal)
         })?;
         let worker = device.only_child().context("the supervisor has no worker")?;
-        let pid = worker.to_string();
-        exec::run(Command::new("sh").args(["-c", "kill -KILL \"$1\"", "sh", &pid]))?;
+        if round == LAST {
+            // As after an update of the program.
+            device.hang_up()?;
+        } else {
+            let pid = worker.to_string();
+            exec::run(Command::new("sh").args(["-c", "kill -KILL \"$1\"", "sh", &pid]))?;
+        }
+        device.wait_until("another worker", LIMIT, |device| {
+            device.only_child().is_some_and(|now| now != worker)
+        })?;
         goal = last(&guest.console()).map_or(goal, |progress| progress.ios) + KILL_AFTER_IOS;
     }
     let results = guest.finish()?;
@@ -117,30 +134,38 @@ fn workers_die<'a>(
     Ok(Outcome::Passed)
 }
 
-/// The guest resets itself in mid-I/O, then one dies in mid-I/O: the device serves the next driver.
+/// The guest resets itself in mid-I/O, then one dies in mid-I/O: both kinds of disk serve the next
+/// driver.
 pub(super) fn guest_dies(scene: &Scene<'_>) -> Result<Outcome> {
-    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
-    let target = Target::new(scene, &[volume])?;
+    let (first, first_image) = file_volume(scene, "first", SIZE_MIB);
+    let (second, second_image) = file_volume(scene, "second", SIZE_MIB);
+    let target = Target::new(scene, &[first, second])?;
     let mut service = target.start(scene)?;
-    let socket = scene.socket("disk.sock");
-    let mut device = emulator(scene, &socket, &target, 1)?;
-    let job = Job::new("guest-reset.sh").vhost_user_blk(&socket).resets();
-    let results = scene.boot("reset", Kernel::Stable, &job)?.finish()?;
-    fio_verified(&results, 1)?;
+    let [virtio, nvme] = ["virtio", "nvme"].map(|name| scene.socket(name));
+    let mut devices =
+        [emulator(scene, &virtio, &target, 1)?, nvme_emulator(scene, &nvme, &target, "2", &[])?];
+    let job = |how: &str| {
+        Job::new("guest-reset.sh").args(&[how]).vhost_user_blk(&virtio).vfio_user(&nvme)
+    };
+    let results = scene.boot("reset", Kernel::Stable, &job("reset").resets())?.finish()?;
+    fio_verified(&results, 2)?;
 
-    let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
-    let mut guest = scene.boot("killed", Kernel::Stable, &job)?;
-    guest.wait_until("I/O before its end", |console| {
-        last(console).is_some_and(|progress| progress.ios >= KILL_AFTER_IOS)
-    })?;
+    // As if nobody had written to them.
+    for image in [&first_image, &second_image] {
+        std::fs::File::options().write(true).open(image)?.write_all_at(&[0; 512], END)?;
+    }
+    let mut guest = scene.boot("killed", Kernel::Stable, &job("die"))?;
+    guest.wait_for("please: kill")?;
     guest.kill()?;
-    let job = Job::new("guest-reset.sh").args(&["again"]).vhost_user_blk(&socket);
-    let results = scene.boot("next", Kernel::Stable, &job)?.finish()?;
-    fio_verified(&results, 1)?;
-    device.must_run()?;
+    let results = scene.boot("next", Kernel::Stable, &job("next"))?.finish()?;
+    fio_verified(&results, 2)?;
+    for device in &mut devices {
+        device.must_run()?;
+    }
     service.must_run()?;
-    drop((device, service));
-    std::fs::remove_file(image)?;
+    drop((devices, service));
+    std::fs::remove_file(first_image)?;
+    std::fs::remove_file(second_image)?;
     Ok(Outcome::Passed)
 }
 

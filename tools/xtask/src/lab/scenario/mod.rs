@@ -144,7 +144,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "kill-worker",
-        shows: "the worker of a supervised emulator is killed three times during fio verify",
+        shows: "the worker of a supervised emulator is killed twice and replaced during fio verify",
         needs_penstock: true,
         run: kill_target::worker_dies,
     },
@@ -156,7 +156,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "kill-guest",
-        shows: "a guest resets in mid-I/O, another one dies: the virtio disk serves the next",
+        shows: "a guest resets in mid-I/O, another one dies: both kinds of disk serve the next",
         needs_penstock: true,
         run: kill_target::guest_dies,
     },

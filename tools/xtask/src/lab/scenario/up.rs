@@ -67,8 +67,15 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     ensure!(text.contains("every byte right"), "the second start did not prove itself:\n{text}");
     ensure!(text.contains("found again"), "the second start did not find its pattern:\n{text}");
     let lines = joined(&text);
-    let machine = qemu_line(&lines)?;
-    let job = Job::new("check-disk.sh").machine(machine).file("files.sha256", sums);
+    // One machine sees the volume by both, one after the other.
+    let machine = qemu_line(&lines, "vhost-user-blk-pci")?;
+    let nvme = qemu_line(&lines, "vfio-user-pci")?;
+    let controller = nvme.iter().skip_while(|word| *word != "-device").cloned();
+    let job = Job::new("check-disk.sh")
+        .args(&["/dev/vda", "/dev/nvme0n1"])
+        .machine(machine)
+        .devices(controller)
+        .file("files.sha256", sums);
     scene.boot("machine", Kernel::Stable, &job)?.finish()?;
     let native = native_fio(scene, &lines)?;
     again.interrupt()?;
@@ -106,12 +113,13 @@ fn host_lines(lines: &[String]) -> Result<Vec<(&'static str, String)>> {
         .collect()
 }
 
-/// The words of the QEMU line, with the one change that there is no KVM here.
-fn qemu_line(lines: &[String]) -> Result<Vec<String>> {
+/// The words of the QEMU line with that kind of device, with the one change that there is no KVM
+/// here.
+fn qemu_line(lines: &[String], device: &str) -> Result<Vec<String>> {
     let program = "qemu-system-x86_64 ";
-    let line = lines.iter().find_map(|line| line.strip_prefix(program));
-    let words = words(line.with_context(|| format!("no QEMU line: {lines:?}"))?)?;
-    ensure!(words.iter().any(|word| word.contains("vhost-user-blk-pci")), "no disk in {words:?}");
+    let mut machines = lines.iter().filter_map(|line| line.strip_prefix(program));
+    let line = machines.find(|line| line.contains(device));
+    let words = words(line.with_context(|| format!("no QEMU line with {device}: {lines:?}"))?)?;
     Ok(words
         .iter()
         .filter(|word| *word != "...")
@@ -157,7 +165,7 @@ mod tests {
 
     #[test]
     fn the_qemu_line_is_taken_as_a_shell_would_take_it() {
-        let words = qemu_line(&joined(TEXT)).unwrap();
+        let words = qemu_line(&joined(TEXT), "vhost-user-blk-pci").unwrap();
         let expected =
             ["-machine", "q35,accel=tcg", "-m", "2G", "-chardev", "socket,id=a,path=/x y"];
         assert_eq!(words[..6], expected);
@@ -168,7 +176,7 @@ mod tests {
     fn a_missing_line_is_named() {
         let error = host_lines(&joined("  modprobe nvme-tcp\n")).unwrap_err();
         assert!(error.to_string().contains("nvme discover"), "{error}");
-        assert!(qemu_line(&[]).is_err());
+        assert!(qemu_line(&joined(TEXT), "vfio-user-pci").is_err());
     }
 
     #[test]
