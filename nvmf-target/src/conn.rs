@@ -942,6 +942,10 @@ impl Conn {
             }
         } else {
             self.stream.flush();
+            // Most of it has left already: its memory serves the next commands while it is warm.
+            while let Some(token) = self.stream.sent() {
+                self.sent(token, env);
+            }
         }
         worked
     }

@@ -1,14 +1,21 @@
 //! The kernel below a core: the real ring, or the simulated one. Both take a slot and answer with
 //! completions, so everything above is the same code in production and in simulation.
 
+// UNSAFETY: a send names memory by address.
+#![expect(unsafe_code)]
+
 use std::io;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use iobuf::Pool;
 
-use crate::fd::{Fd, SharedFd, Socket};
+use crate::error::Errno;
+use crate::fd::{Fd, SharedFd, Socket, Source};
+use crate::net::Tx;
 use crate::ops::Slot;
 use crate::sim::SimKernel;
+use crate::sys;
 use crate::uring::Uring;
 
 /// One completion, as the ring reports it.
@@ -96,6 +103,20 @@ impl Kernel {
         match self {
             Kernel::Uring(ring) => ring.must_stay(),
             Kernel::Sim(_) => false,
+        }
+    }
+
+    /// Sends of a prepared message what the socket takes without waiting; `EAGAIN`: nothing now.
+    pub(crate) fn send_now(&mut self, fd: &Fd, tx: &Tx) -> Result<usize, Errno> {
+        match (self, fd.source()) {
+            (Kernel::Uring(_), Source::Os(fd)) => {
+                // SAFETY: the caller has the queue, which keeps its message and what that names.
+                let sent = unsafe { sys::send_now(fd.as_fd(), tx.message()) };
+                sent.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
+            }
+            (Kernel::Sim(sim), Source::Socket(socket)) => sim.send_now(socket.end(), tx),
+            // The ring says what is wrong with such a descriptor.
+            _ => Err(Errno(libc::EAGAIN)),
         }
     }
 

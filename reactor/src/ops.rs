@@ -525,6 +525,15 @@ impl Ops {
         self.free.push(index);
     }
 
+    /// See [`Kernel::send_now`]. What it sends counts as recorded: its sender has to look again.
+    pub(crate) fn send_now(&mut self, tx: &Tx, fd: &Fd) -> Result<usize, Errno> {
+        if self.closed {
+            return Err(Errno::CANCELED);
+        }
+        self.recorded = true;
+        self.kernel.send_now(fd, tx)
+    }
+
     /// Whether ports may have new events since the last call.
     pub(crate) fn take_recorded(&mut self) -> bool {
         mem::take(&mut self.recorded)

@@ -10,6 +10,7 @@ use iobuf::SgList;
 use crate::core::{Local, Shared};
 use crate::error::{Busy, Errno};
 use crate::fd::{Fd, Socket};
+use crate::net::Tx;
 use crate::ops::{Connect, Event, OpId, Queue, Request};
 use crate::ready::Ready;
 use crate::sys::{self, RawAddr};
@@ -174,6 +175,11 @@ impl Port {
         let op = self.reserve()?;
         self.shared.ops.borrow_mut().start(op, token, request, Some(fd.clone()), None);
         Ok(op)
+    }
+
+    /// Sends of the message that `tx` has prepared what the socket takes without waiting.
+    pub(crate) fn send_now(&mut self, tx: &Tx, fd: &Fd) -> Result<usize, Errno> {
+        self.shared.ops.borrow_mut().send_now(tx, fd)
     }
 
     fn start_memory(

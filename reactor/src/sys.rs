@@ -28,6 +28,21 @@ pub(crate) fn eventfd_signal(fd: &OwnedFd) {
     unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), mem::size_of::<u64>()) };
 }
 
+/// Sends of a message what the socket takes without waiting.
+///
+/// # Safety
+///
+/// `message` and everything it names stay in place and readable during the call.
+pub(crate) unsafe fn send_now(
+    fd: BorrowedFd<'_>,
+    message: *const libc::msghdr,
+) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the caller promises the message; the kernel only reads it.
+    let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), message, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
 /// Binds the calling thread to one processor.
 pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
     if cpu >= 8 * mem::size_of::<libc::cpu_set_t>() {

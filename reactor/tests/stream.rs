@@ -18,6 +18,9 @@ use reactor::{Core, CoreConfig, Errno, Full, Local, Socket};
 use support::xor::Xor;
 use support::{content, core, core_with, list, pattern, small, until};
 
+/// More than the sockets of these tests take while nobody reads them.
+const MORE_THAN_A_SOCKET: usize = 1 << 20;
+
 fn unix() -> [Socket; 2] {
     let (a, b) = UnixStream::pair().unwrap();
     [a.into(), b.into()]
@@ -148,12 +151,17 @@ fn a_layer_is_put_on_a_stream_that_was_plain() {
     let mut core = core();
     let local = core.local();
     let [mut near, mut far] = streams(&local, unix(), false);
-    near.push(b"hello ", None, None, Some(1)).unwrap();
+    let hello = pattern(MORE_THAN_A_SOCKET, 5);
+    near.push(&[], Some((&list(&local, &hello), 0, hello.len())), None, Some(1)).unwrap();
     near.flush();
     let layer = near.set_layer(Box::new(Xor::default()), b"").unwrap_err().0;
     let mut layer = Some(layer);
+    let mut raw = Vec::new();
     until(&mut core, || {
         near.poll();
+        if let Rx::Data(chunk) = far.recv() {
+            raw.extend_from_slice(&chunk);
+        }
         let result = near.set_layer(layer.take().unwrap(), b"");
         layer = result.err().map(|pending| pending.0);
         layer.is_none().then_some(())
@@ -162,22 +170,20 @@ fn a_layer_is_put_on_a_stream_that_was_plain() {
     near.push(&[], Some((&list(&local, &text), 0, text.len())), None, None).unwrap();
     near.flush();
     // All of it is at the far end, which knows of no layer yet.
-    let mut raw = Vec::new();
-    let framed = 6 + text.len() + 3 * 4;
-    let mut leftover = Vec::new();
+    let framed = text.len() + 3 * 4;
     until(&mut core, || {
         near.poll();
         far.poll();
-        if raw.is_empty()
+        if raw.len() < hello.len()
             && let Rx::Data(chunk) = far.recv()
         {
             raw.extend_from_slice(&chunk);
-            leftover = raw.split_off(6.min(raw.len()));
         }
-        (!raw.is_empty() && !near.is_sending()).then_some(())
+        (raw.len() >= hello.len() && !near.is_sending()).then_some(())
     });
-    assert_eq!(raw, b"hello ");
-    assert!(leftover.len() < framed);
+    let leftover = raw.split_off(hello.len());
+    assert!(raw == hello, "bytes differ");
+    assert!(leftover.len() <= framed);
     far.set_layer(Box::new(Xor::default()), &leftover).unwrap();
     assert!(receive(&mut core, &mut far, Some(&mut near), text.len()) == text, "bytes differ");
 }
@@ -201,16 +207,51 @@ fn a_layer_tells_a_peer_whose_records_are_wrong() {
 }
 
 #[test]
+fn what_the_socket_takes_leaves_with_the_flush() {
+    let mut core = core();
+    let local = core.local();
+    for sockets in [unix(), tcp()] {
+        let [mut near, mut far] = streams(&local, sockets, false);
+        let sg = list(&local, &[7; 5000]);
+        let free = local.pool().available();
+        near.push(b"head", Some((&sg, 0, 5000)), None, Some(1)).unwrap();
+        drop(sg);
+        assert_eq!(local.pool().available(), free);
+        near.flush();
+        // Without a turn of the core: told, and the memory is back.
+        assert_eq!(near.sent(), Some(1));
+        assert!(!near.is_sending() && local.pool().available() > free);
+        assert_eq!(receive(&mut core, &mut far, None, 5004), [&b"head"[..], &[7; 5000]].concat());
+    }
+}
+
+#[test]
+fn a_flush_to_a_peer_that_is_gone_fails_and_gives_everything_back() {
+    let core = core();
+    let local = core.local();
+    let [near, far] = unix();
+    let mut near = Stream::new(&local, near, StreamConfig::default()).unwrap();
+    drop(far);
+    near.push(b"lost", None, None, Some(1)).unwrap();
+    near.flush();
+    assert!(near.failed().is_some() && near.wants_turn());
+    assert_eq!(near.sent(), Some(1));
+}
+
+#[test]
 fn pushes_during_a_send_go_with_the_next() {
     let mut core = core();
     let local = core.local();
     let [mut near, mut far] = streams(&local, unix(), false);
-    near.push(b"first ", None, None, Some(1)).unwrap();
+    let first = pattern(MORE_THAN_A_SOCKET, 3);
+    near.push(&[], Some((&list(&local, &first), 0, first.len())), None, Some(1)).unwrap();
     near.flush();
-    // The first is with the kernel (or about to be); these wait and need no flush of their own.
+    assert!(near.is_sending() && near.sent().is_none());
+    // The kernel has the rest of the first; these wait and need no flush of their own.
     near.push(b"second ", None, None, Some(2)).unwrap();
     near.push(b"third", None, None, Some(3)).unwrap();
-    assert_eq!(receive(&mut core, &mut far, Some(&mut near), 18), b"first second third");
+    let all = [&first[..], b"second third"].concat();
+    assert!(receive(&mut core, &mut far, Some(&mut near), all.len()) == all, "bytes differ");
     let mut tokens = Vec::new();
     until(&mut core, || {
         near.poll();
@@ -514,7 +555,9 @@ fn a_core_without_free_slots_sends_later() {
     let fd = reactor::Fd::from(std::os::fd::OwnedFd::from(reader));
     let sg = list(&local, &[0; 8]);
     while port.readv(&fd, 0, &sg, 1).is_ok() {}
-    near.push(b"late", None, None, Some(1)).unwrap();
+    // The socket takes a part at once; the rest needs a slot.
+    let late = pattern(MORE_THAN_A_SOCKET, 4);
+    near.push(&[], Some((&list(&local, &late), 0, late.len())), None, Some(1)).unwrap();
     near.flush();
     for _ in 0..5 {
         core.turn(false);
@@ -522,5 +565,5 @@ fn a_core_without_free_slots_sends_later() {
     }
     assert!(near.is_sending() && near.sent().is_none() && near.failed().is_none());
     port.cancel_all();
-    assert_eq!(receive(&mut core, &mut far, Some(&mut near), 4), b"late");
+    assert!(receive(&mut core, &mut far, Some(&mut near), late.len()) == late, "bytes differ");
 }

@@ -105,8 +105,9 @@ enum Opened {
 ///
 /// The owner calls, each turn: [`poll`](Stream::poll), [`recv`](Stream::recv) until empty,
 /// [`push`](Stream::push) for each PDU, [`flush`](Stream::flush) once, [`sent`](Stream::sent) until
-/// none. Exactly one `sendmsg` is in flight; whatever is pushed meanwhile goes with the next, which
-/// `poll` starts when the first is done.
+/// none. `flush` sends at once what the socket takes; the ring waits with the rest. Exactly one
+/// message is in flight; whatever is pushed meanwhile goes with the next, which `poll` starts when
+/// the first is done.
 ///
 /// Dropping a stream is safe at any time, but a send may still be in the kernel then, and read its
 /// payload later. Whoever needs to know calls [`shutdown`](Stream::shutdown), and drops it when it
@@ -245,7 +246,9 @@ impl Stream {
         if self.closing || self.failed.is_some() { 0 } else { self.tx.room() }
     }
 
-    /// Starts a send of what is queued, if none is in flight.
+    /// Sends what is queued, if nothing is in flight: as much as the socket takes now, so that tokens
+    /// may be there to be taken from [`Stream::sent`] when this returns. The connection may turn out
+    /// to have [`failed`](Stream::failed).
     pub fn flush(&mut self) {
         if self.closing || self.failed.is_some() {
             return;
@@ -288,8 +291,8 @@ impl Stream {
     }
 
     /// Whether [`poll`](Stream::poll) or [`recv`](Stream::recv) has something to do although the
-    /// kernel says nothing new: bytes or an end that were not taken, or an operation that the core had no
-    /// slot for.
+    /// kernel says nothing new: bytes, an end or tokens that were not taken, or an operation that the
+    /// core had no slot for.
     pub fn wants_turn(&self) -> bool {
         let is_over = self.closing || self.failed.is_some();
         self.port.has_event()
@@ -297,6 +300,7 @@ impl Stream {
             || !self.closing && (self.rx_eof || self.failed.is_some())
             || !is_over && self.rx == RxState::Off && self.rx_wanted
             || !is_over && self.send == TxState::Waiting
+            || self.tx.has_sent()
     }
 
     /// The next token whose PDU is sent, in the order of the pushes, or will never be, after a
@@ -415,17 +419,27 @@ impl Stream {
         }
     }
 
+    /// Sends what waits, message by message, until the socket takes no more.
     fn start_send(&mut self) {
-        let layer = self.layer.as_deref_mut().map(|layer| layer as &mut dyn Layer);
-        // SAFETY: no send is in flight: all callers know that `send` is `Idle`.
-        match unsafe { self.tx.prepare(layer) } {
-            Ok(true) => self.submit_send(),
-            Ok(false) => {}
-            Err(LayerError(_)) => self.fail(Errno::BAD_MESSAGE),
+        loop {
+            let layer = self.layer.as_deref_mut().map(|layer| layer as &mut dyn Layer);
+            // SAFETY: no send is in flight: all callers know that `send` is `Idle`, and what is sent
+            // here is over when the call returns.
+            match unsafe { self.tx.prepare(layer) } {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(LayerError(_)) => return self.fail(Errno::BAD_MESSAGE),
+            }
+            match self.port.send_now(&self.tx, &self.fd) {
+                // SAFETY: as above.
+                Ok(bytes) if unsafe { self.tx.on_sent(bytes, self.layer.is_some()) } => {}
+                Ok(_) | Err(Errno(libc::EINTR | libc::EAGAIN)) => return self.submit_send(),
+                Err(errno) => return self.fail(errno),
+            }
         }
     }
 
-    /// Sends what is left of the prepared message.
+    /// Has the ring send what is left of the prepared message.
     fn submit_send(&mut self) {
         let request = Request::Send(Rc::clone(&self.tx));
         self.send = match self.port.start_fd(request, &self.fd, 0) {

@@ -130,6 +130,11 @@ impl Tx {
         queue.taken_segments == queue.segments.len()
     }
 
+    /// Whether [`Tx::pop_sent`] has one.
+    pub(crate) fn has_sent(&self) -> bool {
+        !self.queue.borrow().sent.is_empty()
+    }
+
     pub(crate) fn pop_sent(&self) -> Option<u32> {
         self.queue.borrow_mut().sent.pop_front()
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use iobuf::Segment;
 
+use crate::error::Errno;
 use crate::fd::{Socket, SocketKind, Source};
 use crate::kernel::{Cqe, PushError};
 use crate::net::Tx;
@@ -315,6 +316,25 @@ impl SimKernel {
         }
     }
 
+    /// A send that does not wait. On a network that splits it takes something half of the time, so
+    /// that both ways are gone; on others nothing, so that what the simulation itself needs for it
+    /// is not done in a task's turn.
+    pub(crate) fn send_now(&mut self, end: EndId, tx: &Tx) -> Result<usize, Errno> {
+        let now = {
+            let mut state = self.world.lock();
+            if !state.net.faults.split || state.rng.one_in(2) {
+                return Err(Errno(libc::EAGAIN));
+            }
+            state.now
+        };
+        let (mut taken, mut ready) = (0, now);
+        match self.send(end, tx, &mut taken, &mut ready, now) {
+            Some(res) => usize::try_from(res).map_err(|_| Errno(-res)),
+            None if taken > 0 => Ok(taken),
+            None => Err(Errno(libc::EAGAIN)),
+        }
+    }
+
     /// Takes bytes of a message. `Some`: the result of the send.
     fn send(
         &mut self,
@@ -324,7 +344,7 @@ impl SimKernel {
         ready: &mut Duration,
         now: Duration,
     ) -> Option<i32> {
-        // SAFETY: the message is stable while the send is in flight, which it is.
+        // SAFETY: the message is stable while it is being sent, which it is.
         let header = unsafe { &*tx.message() };
         // SAFETY: the header names this array, in segments (laid out as iovecs), which is as
         // stable.

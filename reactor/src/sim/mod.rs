@@ -46,7 +46,8 @@ const STEP: Duration = Duration::from_micros(1);
 /// Faults of the simulated network. Default: none, and every byte takes the same short time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NetFaults {
-    /// Deliver in pieces cut at any byte; also cuts sends short and ends multishot receives.
+    /// Deliver in pieces cut at any byte; also cuts sends short, takes half of them at once, and ends
+    /// multishot receives.
     pub split: bool,
     /// Longest delay of a piece; pieces of one direction stay in order.
     pub delay_max: Duration,
