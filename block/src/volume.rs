@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use iobuf::SgList;
 use reactor::Local;
 
 use crate::io::Io;
@@ -163,6 +164,15 @@ pub trait Volume: Send + Sync {
 pub trait Channel {
     /// Takes an I/O, or gives it back when `depth` I/Os are in flight: then poll and try again.
     fn submit(&mut self, io: Box<Io>) -> Result<(), Busy>;
+
+    /// Lends memory of the core's own that has the `len` bytes at `offset` and will not change: a read
+    /// that is then submitted with it has nothing left to do. `false`: the reader brings memory.
+    ///
+    /// Nobody writes to lent memory.
+    fn lend(&mut self, offset: u64, len: usize, into: &mut SgList) -> bool {
+        let _ = (offset, len, into);
+        false
+    }
 
     /// Calls `done` with each I/O that has ended. Cheap when nothing is in flight.
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>));

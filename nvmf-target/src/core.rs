@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Busy, Channel, Io, IoError};
-use iobuf::Pool;
+use iobuf::{Pool, SgList};
 use reactor::net::{Stream, StreamConfig};
 use reactor::{Local, Progress, Ready, Receiver, Task};
 
@@ -111,6 +111,22 @@ impl Volumes {
             self.active.push(index);
         }
         Ok(())
+    }
+
+    /// See [`Channel::lend`]. A volume that is not open yet lends nothing.
+    pub(crate) fn lend(
+        &mut self,
+        volume: &VolumeState,
+        offset: u64,
+        len: usize,
+        into: &mut SgList,
+    ) -> bool {
+        match self.channels.get_mut(volume.index as usize) {
+            Some(Some(open)) if open.serial == volume.serial => {
+                open.channel.lend(offset, len, into)
+            }
+            _ => false,
+        }
     }
 
     #[cold]

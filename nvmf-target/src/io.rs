@@ -88,9 +88,9 @@ impl Conn {
 
     /// A command whose data, if it has any, is the volume's as it is the host's.
     fn submit_plain(&mut self, slot: u16, command: IoCommand, env: &mut Env<'_>) -> bool {
-        if let IoCommand::Read { len, .. } = command
+        if let IoCommand::Read { nsid, offset, len, .. } = command
             && self.slots[slot as usize].held == 0
-            && !self.take_read_buffer(slot, len, env)
+            && !self.take_read_buffer(slot, (nsid, offset, len), env)
         {
             return self.wait(slot, env);
         }

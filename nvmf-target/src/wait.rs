@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use block::Io;
 use nvme::spec::{AdminOpcode, Status};
 
 use crate::conn::{Conn, Life, Phase};
@@ -213,27 +214,51 @@ impl Conn {
             || (held == 0 || held + len <= FLOOR_BYTES) && available >= env.pool.capacity() / 4
     }
 
-    /// Gives a read its buffer; `false`: it has to wait.
-    pub(crate) fn take_read_buffer(&mut self, slot: u16, len: u32, env: &mut Env<'_>) -> bool {
+    /// Gives a read of `len` bytes at `offset` of a namespace its buffer, or memory that the volume
+    /// lends; `false`: it has to wait.
+    pub(crate) fn take_read_buffer(
+        &mut self,
+        slot: u16,
+        (nsid, offset, len): (u32, u64, u32),
+        env: &mut Env<'_>,
+    ) -> bool {
         let len = len as usize;
         if self.waits.lap != env.lap {
             (self.waits.lap, self.waits.begun) = (env.lap, 0);
         }
         let Waits { unsent, begun, .. } = self.waits;
-        if unsent > 0 && unsent + len > UNSENT_BYTES
-            || begun > 0 && begun + len > BEGUN_BYTES
-            || !self.may_take(len, false, env)
-        {
+        if unsent > 0 && unsent + len > UNSENT_BYTES || begun > 0 && begun + len > BEGUN_BYTES {
             return false;
         }
         let entry = &mut self.slots[slot as usize];
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
-        let got = env.pool.alloc(len, &mut io.data).is_ok();
-        entry.io = Some(io);
+        let (is_lent, got) = if self.may_borrow(nsid, offset, len, &mut io, env) {
+            (true, true)
+        } else if self.may_take(len, false, env) {
+            (false, env.pool.alloc(len, &mut io.data).is_ok())
+        } else {
+            self.slots[slot as usize].io = Some(io);
+            return false;
+        };
+        self.slots[slot as usize].io = Some(io);
         if got {
             self.waits.begun += len;
         }
-        self.taken(slot, len, got, env)
+        is_lent || self.taken(slot, len, got, env)
+    }
+
+    /// Has the volume lend the memory of a read, if it can and no command waits that would go first.
+    fn may_borrow(
+        &self,
+        nsid: u32,
+        offset: u64,
+        len: usize,
+        io: &mut Io,
+        env: &mut Env<'_>,
+    ) -> bool {
+        let is_next = self.waits.is_served || self.waits.list.is_empty();
+        let (Some(index), Some(view)) = (self.volume(nsid, 0), &self.view) else { return false };
+        is_next && env.volumes.lend(&view.volumes[index], offset, len, &mut io.data)
     }
 
     /// Notes that a command got `len` bytes of the pool, or found it empty.

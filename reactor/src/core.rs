@@ -1,13 +1,13 @@
 //! The loop of one core.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use iobuf::Pool;
+use iobuf::{Pool, Segment, SgList};
 
 use crate::error::SetupError;
 use crate::fd::{Fd, SharedFd};
@@ -23,6 +23,9 @@ use crate::uring::Uring;
 /// How long a core that is dropped waits for the kernel to let go of its operations. A device that
 /// hangs for longer costs memory: what the kernel may still touch is never freed.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(5);
+
+/// Zeros that [`Local::zeros`] repeats: a segment for each 16 KiB of a read, and little of the cache.
+const ZEROS_BYTES: usize = 16 << 10;
 
 /// Sizes and habits of one core. Build it with `..CoreConfig::default()`.
 #[derive(Clone, Debug)]
@@ -193,6 +196,7 @@ impl Core {
             ops: RefCell::new(Ops::new(kernel, config.entries)),
             rx,
             pool,
+            zeros: OnceCell::new(),
             handle,
             sim,
             now: Cell::new(Duration::ZERO),
@@ -383,6 +387,8 @@ pub(crate) struct Shared {
     pub(crate) ops: RefCell<Ops>,
     pub(crate) rx: Rc<RxPool>,
     pool: Pool,
+    /// See [`Local::zeros`]. Empty if the pool had no memory for it.
+    zeros: OnceCell<SgList>,
     handle: CoreHandle,
     sim: Option<SimCore>,
     now: Cell<Duration>,
@@ -514,6 +520,45 @@ impl Local {
     /// The core's buffer pool.
     pub fn pool(&self) -> &Pool {
         &self.0.pool
+    }
+
+    /// Fills `into` with `len` bytes of zeros, which all share one piece of memory of the core that
+    /// nobody writes to: they are for sending and reading. `false`: the pool had no memory for that
+    /// piece, and `into` is empty.
+    pub fn zeros(&self, len: usize, into: &mut SgList) -> bool {
+        into.clear();
+        let zeros = self.shared_zeros();
+        let mut left = len;
+        while left > 0 && !zeros.is_empty() {
+            let part = left.min(zeros.len());
+            if into.append_range(zeros, 0, part).is_err() {
+                break;
+            }
+            left -= part;
+        }
+        if left > 0 {
+            into.clear();
+        }
+        left == 0
+    }
+
+    /// Whether `data` is what [`Local::zeros`] gave.
+    pub fn is_zeros(&self, data: &SgList) -> bool {
+        let Some(zeros) = self.0.zeros.get() else { return false };
+        let start = |list: &SgList| list.segments().first().map(Segment::as_ptr);
+        // One page of a pool is in one list alone, or in the copies that `zeros` makes.
+        !data.is_empty() && start(zeros) == start(data)
+    }
+
+    fn shared_zeros(&self) -> &SgList {
+        self.0.zeros.get_or_init(|| {
+            let mut zeros = SgList::default();
+            if self.pool().alloc(ZEROS_BYTES, &mut zeros).is_ok() {
+                let filled = zeros.fill(0, ZEROS_BYTES, 0);
+                debug_assert!(filled.is_ok(), "the list has this length");
+            }
+            zeros
+        })
     }
 
     /// A new share of the ring.

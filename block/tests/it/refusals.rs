@@ -7,9 +7,10 @@ use block::null::NullVolume;
 use block::ram::RamVolume;
 use block::uring::{FileVolume, Layout};
 use block::{Busy, Extent, Io, IoError, Op, Volume};
+use iobuf::SgList;
 use reactor::sim::World;
 
-use crate::harness::{Bench, identity};
+use crate::harness::{Bench, bytes, identity};
 
 const BYTES: u64 = 1 << 20;
 
@@ -118,6 +119,35 @@ fn null_reads_zeros_whatever_was_written() {
     let mut bench = Bench::simulated(&world, &volume, 4);
     assert_eq!(bench.write(4096, &[1; 8192], true), Ok(()));
     assert_eq!(bench.read(0, 16384), Ok(vec![0; 16384]));
+}
+
+#[test]
+fn null_lends_zeros_and_what_may_change_is_not_lent() {
+    let world = World::new(1);
+    for (name, volume) in volumes(&world) {
+        let mut bench = Bench::simulated(&world, &*volume, 4);
+        let local = bench.local();
+        let mut channel = volume.open(&local, 4).unwrap();
+        let mut lent = SgList::default();
+        assert_eq!(channel.lend(0, 40_000, &mut lent), name == "null", "{name}");
+        if name != "null" {
+            assert!(lent.is_empty(), "{name}");
+            continue;
+        }
+        assert!(bytes(&lent) == vec![0; 40_000] && local.is_zeros(&lent));
+        // However many borrow, it is the same memory; and a buffer of the pool is none of it.
+        let free = local.pool().available();
+        let mut io = Io::new(Op::Read, 0, 4096);
+        assert!(channel.lend(0, 4096, &mut io.data));
+        assert_eq!(local.pool().available(), free);
+        let io = bench.run(io);
+        assert_eq!((io.result, bytes(&io.data)), (Ok(()), vec![0; 4096]));
+        drop((io, lent));
+        assert_eq!(local.pool().available(), free);
+        let mut own = SgList::default();
+        local.pool().alloc(4096, &mut own).unwrap();
+        assert!(!local.is_zeros(&own));
+    }
 }
 
 #[test]
