@@ -5,6 +5,7 @@
 //! carries.
 
 use std::hint::black_box;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -78,10 +79,10 @@ fn main() {
                 wire.clear();
                 let start = Instant::now();
                 for _ in 0..count {
-                    let mut fill = |at: usize, dst: &mut [u8]| {
-                        dst.copy_from_slice(&black_box(&data)[at..at + dst.len()]);
+                    let mut append = |part: Range<usize>, wire: &mut Vec<u8>| {
+                        wire.extend_from_slice(&black_box(&data)[part]);
                     };
-                    host.seal(size, &mut wire, &mut fill).expect("a good key");
+                    host.seal(size, &mut wire, &mut append).expect("a good key");
                 }
                 let copied = start.elapsed();
                 target.open(&mut wire, &mut |_| ()).expect("good");

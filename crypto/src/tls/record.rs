@@ -258,14 +258,18 @@ impl Session {
         len + (len.div_ceil(RECORD_PLAIN_MAX) + 1) * OVERHEAD + 5
     }
 
-    /// Appends to `out` the records that carry `len` bytes. `fill` writes the bytes from an offset
-    /// to a slice of `out`, ascending and without gaps, so that memory which others may change is
-    /// read once.
+    /// Appends to `out` the records that carry `len` bytes. `append` is asked for them piece by piece,
+    /// ascending and without gaps: it appends to `out` those of a range, so that memory which others
+    /// may change is read once, and the room for them is not filled before.
+    ///
+    /// # Panics
+    ///
+    /// If `append` appends another number of bytes than the range has: a mistake of the caller.
     pub fn seal(
         &mut self,
         len: usize,
         out: &mut Vec<u8>,
-        fill: &mut dyn FnMut(usize, &mut [u8]),
+        append: &mut dyn FnMut(Range<usize>, &mut Vec<u8>),
     ) -> Result<(), RecordError> {
         out.reserve(Self::sealed_len_max(len));
         let mut offset = 0;
@@ -275,8 +279,8 @@ impl Session {
             let header = header(part);
             out.extend_from_slice(&header);
             let start = out.len();
-            out.resize(start + part, 0);
-            fill(offset, &mut out[start..]);
+            append(offset..offset + part, out);
+            assert_eq!(out.len(), start + part, "as many bytes as were asked for");
             let mut tail = [0; 1 + TAG_LEN];
             self.tx.cipher.seal_in_place(header, &mut out[start..], APPLICATION_DATA, &mut tail);
             out.extend_from_slice(&tail);

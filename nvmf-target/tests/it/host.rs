@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -222,12 +223,14 @@ struct TlsLayer(Session, Option<Meddler>, Rc<Control>);
 
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
-        let fill = &mut |at, dst: &mut [u8]| plain.copy_to_slice(at, dst).expect("in range");
+        let append = &mut |part: Range<usize>, out: &mut Vec<u8>| {
+            plain.append_to(part.start, part.len(), out).expect("in range");
+        };
         let from = out.len();
         if self.2.is_update_due.replace(false) {
             self.0.update_key(true, out);
         }
-        self.0.seal(plain.len(), out, fill).map_err(|_| LayerError("seal"))?;
+        self.0.seal(plain.len(), out, append).map_err(|_| LayerError("seal"))?;
         if let Some(meddler) = &self.1 {
             let mut sealed = out.split_off(from);
             meddler.borrow_mut()(Sent::Records, &mut sealed);

@@ -55,29 +55,37 @@ impl<'a> Gather<'a> {
         self.len == 0
     }
 
-    /// Copies `dst.len()` bytes from `offset`.
-    pub fn copy_to_slice(&self, offset: usize, dst: &mut [u8]) -> Result<(), OutOfBounds> {
-        match offset.checked_add(dst.len()) {
+    /// Appends `len` bytes from `offset` to `out`, whose new room is not filled before.
+    pub fn append_to(
+        &self,
+        offset: usize,
+        len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), OutOfBounds> {
+        match offset.checked_add(len) {
             Some(end) if end <= self.len => {}
             _ => return Err(OutOfBounds),
         }
-        let (mut skip, mut done) = (offset, 0);
+        out.reserve(len);
+        let (mut skip, mut left) = (offset, len);
         for segment in self.segments {
+            if left == 0 {
+                break;
+            }
             if skip >= segment.len() {
                 skip -= segment.len();
                 continue;
             }
-            let part = (segment.len() - skip).min(dst.len() - done);
+            let part = (segment.len() - skip).min(left);
             let from = segment.as_ptr().wrapping_add(skip);
-            let to = &mut dst[done..done + part];
+            let room = &mut out.spare_capacity_mut()[..part];
             // SAFETY: `from` is inside a segment that is readable (invariant) and has `part` bytes
-            // from there; `to` is a separate buffer of that length.
-            unsafe { copy(from, to.as_mut_ptr(), part) };
-            done += part;
+            // from there; `room` is a separate buffer of that length.
+            unsafe { copy(from, room.as_mut_ptr().cast(), part) };
+            // SAFETY: the first `part` bytes behind the length have just been written.
+            unsafe { out.set_len(out.len() + part) };
+            left -= part;
             skip = 0;
-            if done == dst.len() {
-                break;
-            }
         }
         Ok(())
     }
@@ -147,12 +155,14 @@ mod tests {
         assert_eq!(gather.len(), 10);
         for start in 0..=10 {
             for end in start..=10 {
-                let mut out = vec![0; end - start];
-                gather.copy_to_slice(start, &mut out).unwrap();
-                assert_eq!(out, b"0123456789"[start..end]);
+                let mut out = b"before".to_vec();
+                gather.append_to(start, end - start, &mut out).unwrap();
+                assert_eq!(out, [b"before", &b"0123456789"[start..end]].concat());
             }
         }
-        assert_eq!(gather.copy_to_slice(5, &mut [0; 6]), Err(OutOfBounds));
-        assert_eq!(gather.copy_to_slice(usize::MAX, &mut [0; 2]), Err(OutOfBounds));
+        let mut out = Vec::new();
+        assert_eq!(gather.append_to(5, 6, &mut out), Err(OutOfBounds));
+        assert_eq!(gather.append_to(usize::MAX, 2, &mut out), Err(OutOfBounds));
+        assert!(out.is_empty());
     }
 }

@@ -21,8 +21,7 @@ impl Layer for Xor {
             out.extend([b'X', self.sealed]);
             out.extend((len as u16).to_be_bytes());
             let start = out.len();
-            out.resize(start + len, 0);
-            plain.copy_to_slice(at, &mut out[start..]).map_err(|_| LayerError("short"))?;
+            plain.append_to(at, len, out).map_err(|_| LayerError("short"))?;
             out[start..].iter_mut().for_each(|byte| *byte ^= self.sealed);
             self.sealed = self.sealed.wrapping_add(1);
             at += len;

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use proptest::prelude::*;
 
 use super::support::*;
@@ -47,8 +49,8 @@ fn the_two_ways_to_seal_agree() {
     }
     let mut session = Session::new(&done, KeyUpdates::Never);
     let mut wire = Vec::new();
-    let mut fill = |at: usize, dst: &mut [u8]| dst.copy_from_slice(&data[at..at + dst.len()]);
-    session.seal(data.len(), &mut wire, &mut fill).unwrap();
+    let mut append = |part: Range<usize>, wire: &mut Vec<u8>| wire.extend_from_slice(&data[part]);
+    session.seal(data.len(), &mut wire, &mut append).unwrap();
     assert!(wires.iter().all(|other| *other == wire));
     assert_eq!(open(&mut peer, &wire), (data, Ok(())));
     // Another connection with the same key has other keys.
