@@ -5,6 +5,7 @@
 #![expect(unsafe_code)]
 
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::rc::Rc;
 use std::slice;
 
@@ -339,25 +340,27 @@ impl SgList {
         f: &mut dyn FnMut(&[u8]),
     ) -> Result<(), OutOfBounds> {
         self.check(offset, len)?;
-        let mut bounce = [0; BOUNCE_BYTES];
+        let mut bounce = Bounce([MaybeUninit::uninit(); BOUNCE_BYTES]);
         let mut filled = 0;
         for mut segment in self.range(offset, len) {
             while segment.len > 0 {
                 let part = segment.len.min(BOUNCE_BYTES - filled);
-                let room = &mut bounce[filled..filled + part];
+                let room = &mut bounce.0[filled..filled + part];
                 // SAFETY: the segment is mapped (list invariant) and at least `part` long.
-                unsafe { raw::copy(segment.base, room.as_mut_ptr(), part) };
+                unsafe { raw::copy(segment.base, room.as_mut_ptr().cast(), part) };
                 segment =
                     Segment { base: segment.base.wrapping_add(part), len: segment.len - part };
                 filled += part;
                 if filled == BOUNCE_BYTES {
-                    f(&bounce);
+                    // SAFETY: all of it has been written.
+                    f(unsafe { bounce.first(filled) });
                     filled = 0;
                 }
             }
         }
         if filled > 0 {
-            f(&bounce[..filled]);
+            // SAFETY: so much of it has been written.
+            f(unsafe { bounce.first(filled) });
         }
         Ok(())
     }
@@ -380,6 +383,20 @@ impl SgList {
 /// Bytes shown at a time by `for_each_chunk`: one page, so that the copy stays in the first-level
 /// cache.
 const BOUNCE_BYTES: usize = 4096;
+
+/// Their memory, which is not filled before: that would be as dear as the copy.
+struct Bounce([MaybeUninit<u8>; BOUNCE_BYTES]);
+
+impl Bounce {
+    /// # Safety
+    ///
+    /// The first `len` bytes have been written.
+    unsafe fn first(&self, len: usize) -> &[u8] {
+        let bytes = &self.0[..len];
+        // SAFETY: all of these bytes are initialised (the caller's promise).
+        unsafe { slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) }
+    }
+}
 
 fn is_same(own: &Rc<dyn Hold>, other: *const ()) -> bool {
     std::ptr::addr_eq(Rc::as_ptr(own), other)

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::Io;
+use iobuf::SgList;
 use nvme::ctrl::Instance;
 use nvme::ctrl::io::{Fuse, FusedPairing, IoCommand};
 use nvme::fabrics::ConnectRequest;
@@ -218,6 +219,22 @@ fn decode(
         return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
     }
     Ok((command, data))
+}
+
+/// The data digest of the first `len` bytes of a buffer.
+fn digest_of(data: &SgList, len: usize) -> [u8; 4] {
+    let mut whole = None;
+    let mut running: Option<tcp::Crc32c> = None;
+    let read = data.for_each_chunk(0, len, &mut |bytes| {
+        if bytes.len() == len {
+            // All in one piece, as small reads are: making a running digest costs as much as this.
+            whole = Some(tcp::Crc32c::of(bytes));
+        } else {
+            running.get_or_insert_default().update(bytes);
+        }
+    });
+    debug_assert!(read.is_ok(), "the buffer has the command's length");
+    whole.unwrap_or_else(|| running.unwrap_or_default().finish())
 }
 
 /// Token of the last PDU of a connection; slots are fewer.
@@ -731,14 +748,7 @@ impl Conn {
             debug_assert!(false, "data comes from a buffer");
             return;
         };
-        let tail = self.machine.data_digest().then(|| {
-            let mut digest = tcp::Crc32c::new();
-            let read = io.data.for_each_chunk(0, len as usize, &mut |bytes| {
-                digest.update(bytes);
-            });
-            debug_assert!(read.is_ok(), "the buffer has the command's length");
-            digest.finish()
-        });
+        let tail = self.machine.data_digest().then(|| digest_of(&io.data, len as usize));
         let pushed = self.stream.push(
             head.as_ref(),
             Some((&io.data, 0, len as usize)),
