@@ -26,6 +26,8 @@ pub(crate) enum Comparison {
     Target,
     /// The same, TLS against plain and the bare loop.
     Tls,
+    /// Many connections, many volumes, memory and start of the target.
+    Scale,
     /// The working tree against a base revision, by counted instructions.
     Gate,
     /// fio's jobs on every engine that this machine can run.
@@ -53,6 +55,7 @@ pub(crate) fn build() -> Result<()> {
 pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
     let (binary, first): (_, &[&str]) = match name {
         Comparison::Target => ("bench-target", &[]),
+        Comparison::Scale => ("bench-scale", &[]),
         Comparison::Tls => ("bench-target", &["--sides", "plain,tls128,tls256"]),
         Comparison::Gate | Comparison::Fio | Comparison::Chart => {
             bail!("this comparison has no program of its own")
