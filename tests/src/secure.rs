@@ -101,11 +101,7 @@ fn carry(mut near: TcpStream, target: SocketAddr, psk: &Psk) -> io::Result<()> {
             let (mut buffer, mut sealed) = (vec![0; 64 << 10], Vec::new());
             while let Ok(len @ 1..) = near_in.read(&mut buffer) {
                 sealed.clear();
-                let fill = &mut |at, dst: &mut [u8]| {
-                    let len = dst.len();
-                    dst.copy_from_slice(&buffer[at..at + len]);
-                };
-                let is_sealed = lock().seal(len, &mut sealed, fill).is_ok();
+                let is_sealed = lock().seal_slices(&[&buffer[..len]], &mut sealed).is_ok();
                 if !is_sealed || far_out.write_all(&sealed).is_err() {
                     break;
                 }
