@@ -107,13 +107,17 @@ pub struct ExportKeys {
     pub subsystem: String,
     /// `ADDR:PORT` of the target as the host sees it.
     pub address: String,
-    /// Version of the host's nvme-cli, such as `2.13`.
+    /// Version of the host's nvme-cli, such as `2.13`; not needed with `emulator`.
+    #[serde(default)]
     pub nvme_cli: String,
     /// Version of the TLS identity: 0 or 1.
     pub identity: u8,
     /// TLS with a key that authentication makes, instead of a configured one.
     #[serde(default)]
     pub concat: bool,
+    /// The host is a `penstock emulate`.
+    #[serde(default)]
+    pub emulator: bool,
 }
 
 /// What a host has to run.

@@ -29,6 +29,7 @@ use nvmf_initiator::{RemoteConfig, RemoteVolume};
 use reactor::{CoreConfig, CoreHandle};
 
 use crate::cores::{self, Cores, CoresError};
+use crate::credentials::CredentialsConfig;
 use crate::identity;
 
 pub use breakdown::{Breakdown, OwnTarget, SAMPLE_EVERY, Share as StageShare, Way};
@@ -177,14 +178,22 @@ impl Load {
         subnqn: &str,
         nsid: u32,
         digests: bool,
+        hostnqn: Option<&str>,
+        credentials: &CredentialsConfig,
     ) -> anyhow::Result<Load> {
         let subnqn: Nqn =
             subnqn.parse().map_err(|problem| anyhow::anyhow!("--subnqn {subnqn:?}: {problem}"))?;
-        let host = identity::derive_host();
+        let mut host = identity::derive_host();
+        if let Some(text) = hostnqn {
+            host.nqn =
+                text.parse().map_err(|problem| anyhow::anyhow!("--hostnqn {text:?}: {problem}"))?;
+        }
+        let security = credentials.load(&host.nqn, &subnqn, None)?;
         let config = RemoteConfig {
             header_digest: digests,
             data_digest: digests,
             ctrl_loss_timeout: Some(TARGET_PATIENCE),
+            security,
             ..RemoteConfig::new(addr, subnqn.clone(), nsid, (host.nqn, host.id))
         };
         config.check()?;

@@ -29,6 +29,7 @@ use nvme::spec::Nqn;
 use nvmf_initiator::PathPolicy;
 use nvmf_target::{AuthPolicy, Tls};
 
+use crate::credentials::CredentialsConfig;
 use crate::identity::HostIdentity;
 
 pub(crate) use check::{is_name, parse_nqn};
@@ -192,6 +193,8 @@ pub struct Listen {
     pub portid: Option<u16>,
     /// Whether connections are encrypted.
     pub tls: Tls,
+    /// The discovery log does not tell of it.
+    pub hidden: bool,
 }
 
 impl fmt::Display for Listen {
@@ -259,6 +262,8 @@ pub struct DeviceConfig {
     pub queues: u16,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// TLS and authentication towards the target.
+    pub credentials: CredentialsConfig,
 }
 
 /// Where a piece of configuration came from.
@@ -400,7 +405,7 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 12] = [
+const DEVICE_KEYS: [&str; 16] = [
     "type",
     "socket",
     "connect",
@@ -413,6 +418,10 @@ const DEVICE_KEYS: [&str; 12] = [
     "ctrl_loss_tmo",
     "iopolicy",
     "volume",
+    "tls",
+    "psk",
+    "dhchap",
+    "dhchap_ctrl",
 ];
 
 /// Configuration as given, not yet checked.
@@ -669,7 +678,8 @@ impl Draft {
     /// `--device NAME=TYPE,key=value,...`.
     pub fn add_device(&mut self, argument: &str) -> Result<(), ConfigError> {
         const FORM: &str = "allowed: NAME=virtio-blk,socket=PATH,connect=ADDR:PORT,subnqn=NQN,\
-                            nsid=N[,queues=N][,read_only=true]";
+                            nsid=N,psk=FILE[,queues=N][,read_only=true], or tls=off in place \
+                            of psk=FILE";
         let whole = Setting::flag("--device", argument);
         let Some((name, rest)) = argument.split_once('=') else {
             return Err(whole.refuse(FORM));

@@ -11,7 +11,7 @@ use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
 use block::Volume;
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
-use nvmf_initiator::{PathConfig, PathState, Phase, RemoteConfig, RemoteVolume};
+use nvmf_initiator::{PathConfig, PathState, Phase, RemoteConfig, RemoteVolume, Security};
 use reactor::CoreHandle;
 use reactor::unix::Listener;
 use tokio::sync::mpsc;
@@ -92,6 +92,7 @@ impl RunningDevice {
     /// Begins to reach the target; core `first` of `cores` drives the association.
     pub(crate) fn start(
         config: DeviceConfig,
+        security: &Security,
         place: Place,
         host: &HostIdentity,
         (cores, first): (&Cores, usize),
@@ -123,6 +124,7 @@ impl RunningDevice {
                 paths: paths.clone(),
                 policy: config.policy,
                 ctrl_loss_timeout: config.ctrl_loss_timeout,
+                security: security.clone(),
                 ..RemoteConfig::new(
                     first_path,
                     config.subnqn.clone(),

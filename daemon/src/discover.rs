@@ -11,6 +11,7 @@ use nvme::subsys::discovery::DiscoveryEntry;
 use nvmf_initiator::DiscoverConfig;
 use serde::Serialize;
 
+use crate::credentials::CredentialsConfig;
 use crate::identity;
 
 /// A discovery log.
@@ -56,12 +57,13 @@ pub struct Record {
 }
 
 /// Asks discovery subsystem `subnqn` (the well-known one if `None`) at `address`, as host `hostnqn`
-/// (this machine's own if `None`): a target may tell each host something else. Blocks for at most
+/// (this machine's own if `None`) with its keys: a target may tell each host something else. Blocks for at most
 /// `timeout`.
 pub fn discover(
     address: SocketAddr,
     subnqn: Option<&str>,
     hostnqn: Option<&str>,
+    credentials: &CredentialsConfig,
     timeout: Duration,
 ) -> anyhow::Result<Discovery> {
     let parse = |flag: &str, text: &str| {
@@ -70,13 +72,15 @@ pub fn discover(
     let subnqn = subnqn.map(|text| parse("--subnqn", text)).transpose()?;
     let hostnqn = hostnqn.map(|text| parse("--hostnqn", text)).transpose()?;
     let host = identity::derive_host();
+    let subnqn = subnqn.unwrap_or_else(Nqn::discovery);
+    let hostnqn = hostnqn.unwrap_or(host.nqn);
     let found = nvmf_initiator::discover(&DiscoverConfig {
+        security: credentials.load(&hostnqn, &subnqn, None)?,
         addr: address,
-        subnqn: subnqn.unwrap_or_else(Nqn::discovery),
-        hostnqn: hostnqn.unwrap_or(host.nqn),
+        subnqn,
+        hostnqn,
         hostid: host.id,
         timeout,
-        security: nvmf_initiator::Security::default(),
     })?;
     let mut records = Vec::new();
     let mut problems = Vec::new();

@@ -27,8 +27,10 @@ use crypto::psk::{IdentityVersion, Suite};
 use crypto::{DhchapKey, KeyHash, SecretText, TlsKey};
 use nvme::spec::Nqn;
 use nvmf_target::{DHCHAP_KEYS_MAX, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, TLS_KEYS_MAX};
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
+use crate::identity::UUID_NQN;
 use crate::private;
 use crate::state::{State, StateError, replace};
 
@@ -366,10 +368,6 @@ impl KeyBook {
     pub(crate) fn export(&self, request: &ExportKeys) -> Result<Exported, Problem> {
         let host = nqn("host", &request.host)?;
         let subsystem = nqn("subsystem", &request.subsystem)?;
-        let version = NvmeCli::parse(&request.nvme_cli).ok_or_else(|| {
-            let what = format!("nvme-cli {:?} is no version", request.nvme_cli);
-            problem(Code::Invalid, what, "such as 2.13, as `nvme version` says on the host")
-        })?;
         let identity = match request.identity {
             0 => IdentityVersion::V0,
             1 => IdentityVersion::V1,
@@ -412,6 +410,14 @@ impl KeyBook {
                 format!("make one: penstock key generate --host {host}"),
             ));
         }
+        if request.emulator {
+            let dhchap_controller = controller.filter(|_| dhchap.is_some());
+            return Ok(emulator_lines(request, tls.map(|(key, _)| key), dhchap, dhchap_controller));
+        }
+        let version = NvmeCli::parse(&request.nvme_cli).ok_or_else(|| {
+            let what = format!("nvme-cli {:?} is no version", request.nvme_cli);
+            problem(Code::Invalid, what, "such as 2.13, as `nvme version` says on the host")
+        })?;
         let setup = HostSetup {
             version,
             hostnqn: host.as_str(),
@@ -427,6 +433,47 @@ impl KeyBook {
         })?;
         Ok(Exported { lines: SecretString::new(lines.expose().to_owned()) })
     }
+}
+
+/// What makes the files of an emulator and uses them.
+fn emulator_lines(
+    request: &ExportKeys,
+    tls: Option<&TlsKey>,
+    dhchap: Option<&DhchapKey>,
+    controller: Option<&DhchapKey>,
+) -> Exported {
+    // As long as it can get, so that growing leaves no copies.
+    let mut lines = Zeroizing::new(String::with_capacity(4096));
+    lines.push_str("umask 077\n");
+    let mut keys = String::new();
+    let mut file = |key: &str, name: &str, text: &SecretText| {
+        // Writing to a string does not fail.
+        let _ = writeln!(lines, "cat >{name} <<'END'\n{}\nEND", text.expose());
+        let _ = write!(keys, ",{key}={name}");
+    };
+    if let Some(key) = tls {
+        file("psk", "penstock.psk", &key.to_text());
+    }
+    if let Some(key) = dhchap {
+        file("dhchap", "penstock.dhchap", &key.to_text());
+    }
+    if let Some(key) = controller {
+        file("dhchap_ctrl", "penstock.dhchap-ctrl", &key.to_text());
+    }
+    if tls.is_none() {
+        keys.push_str(if request.concat { ",tls=concat" } else { ",tls=off" });
+    }
+    let ExportKeys { host, subsystem, address, .. } = request;
+    if !host.starts_with(UUID_NQN) {
+        let id = Uuid::new_v5(&Uuid::NAMESPACE_URL, host.as_bytes());
+        let _ = write!(keys, ",hostid={id}");
+    }
+    let _ = writeln!(
+        lines,
+        "penstock emulate --device disk=virtio-blk,socket=disk.sock,connect={address},\
+         subnqn={subsystem},nsid=1,hostnqn={host}{keys}"
+    );
+    Exported { lines: SecretString::new(std::mem::take(&mut *lines)) }
 }
 
 /// Adds a key to what a host can prove itself with.
@@ -581,6 +628,44 @@ fn parse(text: &str) -> Result<(Vec<Record>, bool), String> {
     Ok((records, is_torn))
 }
 
+/// What a host has in a data directory, to prove itself to a subsystem with.
+#[derive(Default)]
+pub(crate) struct OfHost {
+    /// For TLS, the newest first.
+    pub(crate) tls: Vec<TlsKey>,
+    /// The newest secret.
+    pub(crate) dhchap: Option<DhchapKey>,
+    /// What the controller proves itself with.
+    pub(crate) dhchap_controller: Option<DhchapKey>,
+}
+
+/// The keys of a host that have not expired, in a data directory that the caller has locked.
+pub(crate) fn of_host(dir: &Path, host: &Nqn, subsystem: &Nqn) -> Result<OfHost, StateError> {
+    let mut found = OfHost::default();
+    let now = now();
+    let records = read(&dir.join(FILE))?;
+    let fits = |record: &&Record| {
+        record.host == *host
+            && !record.is_expired(now)
+            && record.subsystem.as_ref().is_none_or(|nqn| nqn == subsystem)
+    };
+    for record in records.iter().rev().filter(fits) {
+        match (&record.material, record.kind) {
+            (Material::Tls(key), _) if found.tls.len() < TLS_KEYS_MAX => {
+                found.tls.push(key.clone());
+            }
+            (Material::Tls(_), _) => {}
+            (Material::Dhchap(key), KeyKind::DhchapController) => {
+                found.dhchap_controller.get_or_insert_with(|| key.clone());
+            }
+            (Material::Dhchap(key), _) => {
+                found.dhchap.get_or_insert_with(|| key.clone());
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// The keys of a data directory that no process uses.
 pub struct OfflineKeys {
     book: KeyBook,
@@ -651,6 +736,7 @@ mod tests {
             nvme_cli: "2.13".to_owned(),
             identity: 1,
             concat,
+            emulator: false,
         }
     }
 
@@ -823,6 +909,33 @@ mod tests {
         book.add(&request(KeyKind::Dhchap)).unwrap();
         let lines = book.export(&export(true)).unwrap().lines;
         assert!(lines.expose().contains("--concat") && !lines.expose().contains("--tls"));
+    }
+
+    #[test]
+    fn export_for_an_emulator_makes_its_files() {
+        let mut book = KeyBook::open(None, Arc::default()).unwrap();
+        book.add(&request(KeyKind::Dhchap)).unwrap();
+        let for_emulator =
+            |concat| ExportKeys { nvme_cli: String::new(), emulator: true, ..export(concat) };
+        let lines = |book: &KeyBook, concat| {
+            book.export(&for_emulator(concat)).unwrap().lines.expose().to_owned()
+        };
+        assert!(lines(&book, false).contains(",dhchap=penstock.dhchap,tls=off,hostid="));
+        assert!(lines(&book, true).contains(",dhchap=penstock.dhchap,tls=concat,hostid="));
+        book.add(&request(KeyKind::Tls)).unwrap();
+        book.add(&request(KeyKind::DhchapController)).unwrap();
+        let lines = lines(&book, false);
+        assert!(lines.starts_with("umask 077\ncat >penstock.psk <<'END'\nNVMeTLSkey-1:01:"));
+        // The line is one that the emulator takes.
+        let device = lines.lines().last().unwrap().strip_prefix("penstock emulate --device ");
+        let mut draft = crate::Draft::new();
+        draft.add_device(device.unwrap()).unwrap();
+        draft.keep_devices();
+        let config = draft.check().unwrap();
+        let credentials = &config.devices[0].credentials;
+        assert_eq!(credentials.psk.as_deref(), Some(Path::new("penstock.psk")));
+        assert_eq!(credentials.dhchap_ctrl.as_deref(), Some(Path::new("penstock.dhchap-ctrl")));
+        assert_eq!(config.devices[0].host.as_ref().unwrap().nqn.as_str(), HOST);
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod caretaker;
 pub mod config;
 mod contain;
 pub mod cores;
+pub mod credentials;
 mod devices;
 pub mod discover;
 mod flush;

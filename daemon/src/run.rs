@@ -7,12 +7,13 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use block::{Geometry, Identity};
+use nvmf_initiator::Security;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -85,6 +86,7 @@ struct RunningEmulator {
 /// A running process's parts. Must be made inside a tokio runtime.
 pub struct Daemon {
     host: HostIdentity,
+    data_dir: Option<PathBuf>,
     emulator_cores: Option<u16>,
     target: Option<RunningTarget>,
     emulator: Option<RunningEmulator>,
@@ -145,6 +147,7 @@ impl Daemon {
     ) -> anyhow::Result<Daemon> {
         let Bound { target: bound, mut api, api_tls, places } = bound;
         let host = state.host();
+        let data_dir = state.path().map(Path::to_owned);
         let (failed, failures) = mpsc::unbounded_channel();
         let roles = usize::from(config.target.is_some()) + usize::from(!config.devices.is_empty());
         let mut left = None;
@@ -169,6 +172,7 @@ impl Daemon {
         };
         let mut daemon = Daemon {
             host,
+            data_dir,
             emulator_cores: config.emulator_cores,
             target,
             emulator: None,
@@ -182,6 +186,8 @@ impl Daemon {
         if let (None, Some(path)) = (&daemon.target, &config.api) {
             needs.socket(path);
         }
+        // Files with keys are read while files can be opened.
+        let mut securities = Vec::with_capacity(places.len());
         for (device, place) in config.devices.iter().zip(&places) {
             // Those of a supervisor are its own to take away.
             if matches!(place, Place::Own(_)) {
@@ -190,14 +196,16 @@ impl Daemon {
             needs.connect_ports.iter_mut().for_each(|ports| {
                 ports.extend(device.connect.iter().map(SocketAddr::port));
             });
+            securities.push(daemon.security_of(device)?);
         }
         let contained = match &daemon.target {
             None => contain::enter(config.containment, &needs)?,
             // It opens what it is told to at run time.
             Some(_) => None,
         };
-        for (device, place) in config.devices.into_iter().zip(places) {
-            daemon.add_device_on(device, place)?;
+        let devices = config.devices.into_iter().zip(securities).zip(places);
+        for ((device, security), place) in devices {
+            daemon.add_device_on(device, &security, place)?;
         }
         if let Some(socket) = api {
             let router = http::devices(daemon.devices.clone());
@@ -277,6 +285,13 @@ impl Daemon {
         self.target.as_ref().map_or((0, 0), |target| target.target.connected())
     }
 
+    /// Associations of the target at this moment that are encrypted.
+    pub fn encrypted(&self) -> usize {
+        let Some(target) = &self.target else { return 0 };
+        let controllers = target.target.status().controllers;
+        controllers.iter().filter(|controller| controller.tls.is_some()).count()
+    }
+
     /// Looks whether backing objects have grown, soon.
     pub fn refresh(&self) {
         if let Some(target) = &self.target {
@@ -325,11 +340,26 @@ impl Daemon {
     /// Begins to emulate a device. Its socket is there at once; who connects to it is served as soon
     /// as the target has answered.
     pub fn add_device(&mut self, config: DeviceConfig) -> anyhow::Result<()> {
+        let security = self.security_of(&config)?;
         let place = Place::Own(devices::listen_for(&config)?);
-        self.add_device_on(config, place)
+        self.add_device_on(config, &security, place)
     }
 
-    fn add_device_on(&mut self, config: DeviceConfig, place: Place) -> anyhow::Result<()> {
+    /// What a device proves itself with. Opens files: not for a process that is contained.
+    fn security_of(&self, device: &DeviceConfig) -> anyhow::Result<Security> {
+        let host = device.host.as_ref().unwrap_or(&self.host);
+        device
+            .credentials
+            .load(&host.nqn, &device.subnqn, self.data_dir.as_deref())
+            .with_context(|| format!("device {:?}", device.name))
+    }
+
+    fn add_device_on(
+        &mut self,
+        config: DeviceConfig,
+        security: &Security,
+        place: Place,
+    ) -> anyhow::Result<()> {
         if self.emulator.is_none() {
             let roles = 1 + usize::from(self.target.is_some());
             let count = self.emulator_cores.unwrap_or_else(|| cores::default_count(roles));
@@ -342,7 +372,9 @@ impl Daemon {
         let first = emulator.next_core % emulator.cores.handles().len();
         emulator.next_core = emulator.next_core.wrapping_add(1);
         let cores = (&emulator.cores, first);
-        let device = RunningDevice::start(config, place, &self.host, cores, &self.devices, failed)?;
+        let host = &self.host;
+        let device =
+            RunningDevice::start(config, security, place, host, cores, &self.devices, failed)?;
         emulator.devices.push(device);
         Ok(())
     }

@@ -282,7 +282,7 @@ fn ports(
                 advertise: addr.to_string(),
                 tls: listen.tls,
             };
-            (Port { id, kind, addr, tls: listen.tls, hidden: false }, record)
+            (Port { id, kind, addr, tls: listen.tls, hidden: listen.hidden }, record)
         })
         .unzip()
 }

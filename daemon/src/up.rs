@@ -7,17 +7,21 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use api::{AddKey, Key, KeyKind};
 use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvmf_initiator::PathPolicy;
 use nvmf_target::Tls;
 use uuid::Uuid;
 
-use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft};
+use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft, Listen};
+use crate::credentials::CredentialsConfig;
 use crate::identity;
+use crate::keys::KeyBook;
 use crate::run::Daemon;
 use crate::selfcheck::{self, Figures, SCRATCH_BYTES, Step};
 use crate::serve::Hidden;
@@ -61,6 +65,8 @@ pub struct Up {
     /// Devices: each volume's disk of either kind.
     pub devices: Vec<Disk>,
     connect: SocketAddr,
+    /// The listener of the devices.
+    own: SocketAddr,
     check: Option<PathBuf>,
 }
 
@@ -104,7 +110,7 @@ impl Up {
         let mut listeners = judged.target.iter().flat_map(|target| &target.listen);
         if listeners.any(|listen| listen.tls == Tls::Required) {
             bail!(
-                "--listen ...,tls=required: `penstock up` connects to itself without TLS; use \
+                "--listen ...,tls=required: nobody can be given a key while `penstock up` runs; use \
                  tls=allowed here, or `penstock target`"
             );
         }
@@ -150,7 +156,17 @@ impl Up {
             }
             draft.add_volume(&format!("{name}={}", file_spec(&path, None)?))?;
         }
-        let settings = draft.check()?;
+        let mut settings = draft.check()?;
+        // The devices' own way: encrypted, and in nobody's discovery log.
+        let own = Listen {
+            addr: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0),
+            advertise: None,
+            portid: None,
+            tls: Tls::Required,
+            hidden: true,
+        };
+        settings.target.iter_mut().for_each(|target| target.listen.push(own));
+        own_key(&dir, &data.host().nqn)?;
 
         let hidden = match config.self_check {
             true => {
@@ -164,6 +180,7 @@ impl Up {
         let listen =
             *daemon.io_addresses().first().ok_or_else(|| anyhow!("there is no listener"))?;
         let connect = reachable(listen);
+        let own = *daemon.io_addresses().last().unwrap_or(&listen);
         let subnqn = match daemon.subsystem() {
             Some(subsystem) => subsystem.nqn,
             None => bail!("there is no subsystem"),
@@ -177,7 +194,7 @@ impl Up {
             for (kind, end) in [(DeviceKind::VirtioBlk, "sock"), (DeviceKind::Nvme, "nvme")] {
                 let socket = dir.join(format!("{name}.{end}"));
                 let disk = Disk { volume: name.clone(), kind, socket };
-                daemon.add_device(device(&disk, connect, &subnqn, nsid))?;
+                daemon.add_device(device(&disk, own, &subnqn, nsid))?;
                 devices.push(disk);
             }
         }
@@ -186,15 +203,15 @@ impl Up {
                 let socket = dir.join(format!("{SCRATCH_DEVICE}.sock"));
                 let kind = DeviceKind::VirtioBlk;
                 let disk = Disk { volume: SCRATCH_DEVICE.to_owned(), kind, socket };
-                daemon.add_device(device(&disk, connect, &nqn, SCRATCH_NSID))?;
+                daemon.add_device(device(&disk, own, &nqn, SCRATCH_NSID))?;
                 Some(disk.socket)
             }
             None => None,
         };
-        Ok(Up { daemon, data: dir, created, notices, devices, connect, check })
+        Ok(Up { daemon, data: dir, created, notices, devices, connect, own, check })
     }
 
-    /// The address the devices reach the target by.
+    /// The address that this machine's kernel reaches the target by.
     pub fn connect_address(&self) -> SocketAddr {
         self.connect
     }
@@ -265,7 +282,7 @@ impl Up {
         if let Some(subsystem) = self.daemon.subsystem() {
             line("subsystem", subsystem.nqn.to_string());
         }
-        for addr in self.daemon.io_addresses() {
+        for addr in self.daemon.io_addresses().iter().filter(|addr| **addr != self.own) {
             line("NVMe/TCP", addr.to_string());
         }
         for addr in self.daemon.discovery_addresses() {
@@ -276,7 +293,10 @@ impl Up {
                 DeviceKind::VirtioBlk => "vhost-user",
                 DeviceKind::Nvme => "vfio-user",
             };
-            line("device", format!("{volume}: {kind} ({over}) at {}", socket.display()));
+            line(
+                "device",
+                format!("{volume}: {kind} ({over}) at {}, over TLS", socket.display()),
+            );
         }
         text
     }
@@ -298,6 +318,26 @@ impl Up {
         }
         text
     }
+}
+
+/// Sees to it that the host of this directory has a key for TLS that is good for every subsystem.
+fn own_key(dir: &Path, host: &Nqn) -> anyhow::Result<()> {
+    let mut keys = KeyBook::open(Some(dir), Arc::default())?;
+    let is_good = |key: &Key| key.kind == KeyKind::Tls && key.subsystem.is_none() && !key.expired;
+    if keys.list(Some(host.as_str())).iter().any(is_good) {
+        return Ok(());
+    }
+    let request = AddKey {
+        kind: KeyKind::Tls,
+        host: host.to_string(),
+        subsystem: None,
+        expires_in_s: None,
+        key: None,
+        bits: None,
+    };
+    keys.add(&request)
+        .map_err(|problem| anyhow!("making the key of the devices: {}", problem.what))?;
+    Ok(())
 }
 
 fn volume_file(name: &str) -> String {
@@ -384,6 +424,7 @@ fn device(disk: &Disk, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceCo
         ctrl_loss_timeout: None,
         queues: DEVICE_QUEUES,
         read_only: false,
+        credentials: CredentialsConfig::default(),
     }
 }
 

@@ -15,6 +15,7 @@ use super::{
     Draft, IO_QUEUES_MAX, QUEUES_MAX, Setting, Supervise, TargetConfig, VolumeConfig, VolumeDraft,
     WAYS_MAX, fabric,
 };
+use crate::credentials::{CredentialsConfig, TlsSetting};
 use crate::identity::{self, HostIdentity, UUID_NQN};
 
 /// Names become file names, log fields and NQN suffixes.
@@ -40,7 +41,7 @@ impl Draft {
     /// Checks every value. The first refusal ends it: one message, about one thing.
     pub fn check(self) -> Result<Config, ConfigError> {
         let volumes = check_volumes(&self.volumes)?;
-        let devices = check_devices(&self.devices)?;
+        let devices = check_devices(&self.devices, self.data_dir.is_some())?;
         let api = match &self.api {
             Some(setting) => Some(socket_path(setting)?),
             None => None,
@@ -307,13 +308,13 @@ fn socket_path(socket: &Setting) -> Result<PathBuf, ConfigError> {
     Ok(PathBuf::from(&socket.text))
 }
 
-fn check_devices(drafts: &[DeviceDraft]) -> Result<Vec<DeviceConfig>, ConfigError> {
+fn check_devices(drafts: &[DeviceDraft], has_data: bool) -> Result<Vec<DeviceConfig>, ConfigError> {
     let mut devices: Vec<DeviceConfig> = Vec::with_capacity(drafts.len());
     for draft in drafts {
         if devices.len() == OBJECTS_MAX {
             return Err(draft.name.refuse(format!("allowed: at most {OBJECTS_MAX} devices")));
         }
-        let device = device(draft)?;
+        let device = device(draft, has_data)?;
         if devices.iter().any(|other| other.name == device.name) {
             return Err(draft.name.refuse("is the name of another device; allowed: unique names"));
         }
@@ -329,7 +330,7 @@ fn check_devices(drafts: &[DeviceDraft]) -> Result<Vec<DeviceConfig>, ConfigErro
     Ok(devices)
 }
 
-fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
+fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigError> {
     let name = name(&draft.name)?;
     let needed = |key: &'static str, form: &str| {
         draft.keys.get(key).ok_or_else(|| {
@@ -371,6 +372,7 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
             ctrl_loss_timeout: None,
             queues,
             read_only,
+            credentials: CredentialsConfig::none(),
         });
     }
     let connect = needed("connect", "ADDR:PORT")?;
@@ -406,6 +408,7 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         Some(setting) => Some(Duration::from_secs(number(setting, 1..=CTRL_LOSS_S_MAX)?)),
         None => None,
     };
+    let credentials = credentials(draft, has_data)?;
     Ok(DeviceConfig {
         name,
         kind,
@@ -419,6 +422,7 @@ fn device(draft: &DeviceDraft) -> Result<DeviceConfig, ConfigError> {
         ctrl_loss_timeout,
         queues,
         read_only,
+        credentials,
     })
 }
 
@@ -442,6 +446,51 @@ fn local_volume(draft: &DeviceDraft, setting: &Setting) -> Result<VolumeSpec, Co
         ));
     }
     Ok(spec)
+}
+
+/// How a device proves itself. What the files and the data directory hold is looked at by who opens
+/// them; that nothing can be there is said here.
+fn credentials(draft: &DeviceDraft, has_data: bool) -> Result<CredentialsConfig, ConfigError> {
+    let file = |key: &'static str| match draft.keys.get(key) {
+        Some(setting) if setting.text.is_empty() => {
+            Err(setting.refuse("is empty; allowed: the path of a file that nobody else can read"))
+        }
+        Some(setting) => Ok(Some(PathBuf::from(&setting.text))),
+        None => Ok(None),
+    };
+    let (psk, dhchap) = (file("psk")?, file("dhchap")?);
+    let dhchap_ctrl = file("dhchap_ctrl")?;
+    let setting = draft.keys.get("tls");
+    let tls = match setting.map(|setting| setting.text.as_str()) {
+        None | Some("required") => TlsSetting::Required,
+        Some("concat") => TlsSetting::Concat,
+        Some("off") => TlsSetting::Off,
+        Some(_) => {
+            let setting = setting.unwrap_or(&draft.name);
+            return Err(setting.refuse("allowed: required, concat or off"));
+        }
+    };
+    if let (Some(psk), TlsSetting::Off | TlsSetting::Concat) = (draft.keys.get("psk"), tls) {
+        return Err(psk.refuse("is not used with tls=off or tls=concat; leave one of them out"));
+    }
+    if let (Some(ctrl), None, false) = (draft.keys.get("dhchap_ctrl"), &dhchap, has_data) {
+        return Err(ctrl.refuse(
+            "a controller proves itself to a host that does; add dhchap=FILE with the host's secret",
+        ));
+    }
+    match tls {
+        TlsSetting::Required if psk.is_none() && !has_data => Err(draft.name.refuse(
+            "this device has no key for TLS to its target; add psk=FILE, a file that nobody else can \
+             read with the key that the target has for this host (`penstock key export --emulator` \
+             there prints it), or tls=off to connect in plaintext",
+        )),
+        TlsSetting::Concat if dhchap.is_none() && !has_data => {
+            Err(setting.unwrap_or(&draft.name).refuse(
+                "takes the key for TLS from an authentication; add dhchap=FILE with the host's secret",
+            ))
+        }
+        _ => Ok(CredentialsConfig { tls, psk, dhchap, dhchap_ctrl }),
+    }
 }
 
 /// The namespaces, `1` or `1+2`. Those of an NVMe device keep their identifiers.

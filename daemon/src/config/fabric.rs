@@ -468,7 +468,7 @@ fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
         }
         advertise = Some(value);
     }
-    Ok(Listen { addr, advertise, portid, tls: tls.unwrap_or_default() })
+    Ok(Listen { addr, advertise, portid, tls: tls.unwrap_or_default(), hidden: false })
 }
 
 const HASHES: [(&str, Hash); 3] =

@@ -164,6 +164,10 @@ struct RawDevice {
     ctrl_loss_tmo: Option<Spanned<String>>,
     iopolicy: Option<Spanned<String>>,
     volume: Option<Spanned<String>>,
+    tls: Option<Spanned<String>>,
+    psk: Option<Spanned<String>>,
+    dhchap: Option<Spanned<String>>,
+    dhchap_ctrl: Option<Spanned<String>>,
 }
 
 /// One number, or several as in the flag: `"1+2"`.
@@ -344,6 +348,10 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("hostnqn", source.optional("device.hostnqn", &device.hostnqn));
         add("hostid", source.optional("device.hostid", &device.hostid));
         add("ctrl_loss_tmo", source.optional("device.ctrl_loss_tmo", &device.ctrl_loss_tmo));
+        add("tls", source.optional("device.tls", &device.tls));
+        add("psk", source.optional("device.psk", &device.psk));
+        add("dhchap", source.optional("device.dhchap", &device.dhchap));
+        add("dhchap_ctrl", source.optional("device.dhchap_ctrl", &device.dhchap_ctrl));
         draft.devices.push(DeviceDraft { name: source.setting("device.name", &device.name), keys });
     }
     Ok(draft)

@@ -312,8 +312,10 @@ fn flags_are_named_like_keys() {
     assert!(device.contains("given twice"), "{device}");
     let device = flag(Draft::add_device, "d=virtio-blk,socket=/a,nsid=1,connect=x,subnqn=y");
     assert!(device.starts_with("--device \"x\": is no ADDR:PORT"), "{device}");
-    let long =
-        format!("d=virtio-blk,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket=/{}", "a".repeat(107));
+    let long = format!(
+        "d=virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket=/{}",
+        "a".repeat(107)
+    );
     let device = flag(Draft::add_device, &long);
     assert!(device.contains("is 108 bytes long; allowed: a path of 1 to 107 bytes"), "{device}");
 }
@@ -321,7 +323,7 @@ fn flags_are_named_like_keys() {
 #[test]
 fn two_devices_do_not_share_a_socket_or_a_name() {
     let device = |name: &str, socket: &str| {
-        format!("{name}=virtio-blk,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket={socket}")
+        format!("{name}=virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1,subnqn={NQN},socket={socket}")
     };
     let mut draft = Draft::new();
     draft.add_device(&device("a", "/run/a")).unwrap();
@@ -337,7 +339,7 @@ fn two_devices_do_not_share_a_socket_or_a_name() {
 
 #[test]
 fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
-    const DEVICE: &str = "d=virtio-blk,connect=192.0.2.7:1,nsid=1,socket=/run/d";
+    const DEVICE: &str = "d=virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1,socket=/run/d";
     let check = |more: &str| {
         let mut draft = Draft::new();
         draft.add_device(&format!("{DEVICE},subnqn={NQN}{more}")).unwrap();
@@ -393,7 +395,8 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
         draft.add_device(&format!("d={text},subnqn={NQN},socket=/run/d"))?;
         draft.check()
     };
-    let config = check("nvme,connect=192.0.2.7:1+[::1]:2,nsid=1+3,iopolicy=queue-depth").unwrap();
+    let config =
+        check("nvme,tls=off,connect=192.0.2.7:1+[::1]:2,nsid=1+3,iopolicy=queue-depth").unwrap();
     let device = &config.devices[0];
     assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
     assert!(!config.is_supervised());
@@ -401,11 +404,11 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!(device.connect, ["192.0.2.7:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
     assert_eq!(device.policy, PathPolicy::QueueDepth);
     for (text, expected) in [
-        ("virtio-blk,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
-        ("nvme,connect=192.0.2.7:1,nsid=1+1", "names 1 twice"),
-        ("nvme,connect=192.0.2.7:1,nsid=257", "allowed: 1 to 256"),
-        ("nvme,connect=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
-        ("nvme,connect=192.0.2.7:1,nsid=1,iopolicy=best", "allowed: numa, round-robin"),
+        ("virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
+        ("nvme,tls=off,connect=192.0.2.7:1,nsid=1+1", "names 1 twice"),
+        ("nvme,tls=off,connect=192.0.2.7:1,nsid=257", "allowed: 1 to 256"),
+        ("nvme,tls=off,connect=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
+        ("nvme,tls=off,connect=192.0.2.7:1,nsid=1,iopolicy=best", "allowed: numa, round-robin"),
     ] {
         let message = check(text).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");

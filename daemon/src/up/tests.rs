@@ -51,8 +51,15 @@ const BENCH_BYTES: u64 = 1 << 20;
 fn bench(up: &Up, read_percent: u8) -> Report {
     let subsystem = up.daemon.subsystem().unwrap();
     let served = &up.daemon.served()[0];
-    let load =
-        Load::remote(up.connect_address(), subsystem.nqn.as_str(), served.nsid, true).unwrap();
+    let load = Load::remote(
+        up.connect_address(),
+        subsystem.nqn.as_str(),
+        served.nsid,
+        true,
+        None,
+        &CredentialsConfig::none(),
+    )
+    .unwrap();
     let workload = Workload {
         access: Access { random: false, read_percent },
         io_bytes: 4096,
@@ -100,7 +107,12 @@ fn a_second_start_finds_the_data_again() {
 
     // The scratch volume is in nobody's discovery log.
     let discovery = up.daemon.discovery_addresses()[0];
-    let found = crate::discover::discover(discovery, None, None, Duration::from_secs(10)).unwrap();
+    let plain = CredentialsConfig::none();
+    let found =
+        crate::discover::discover(discovery, None, None, &plain, Duration::from_secs(10)).unwrap();
+    // Nor is the listener of the devices, which speaks TLS alone.
+    assert!(found.records.iter().all(|record| record.sectype == 0), "{found}");
+    assert_eq!(up.daemon.encrypted(), 1, "the device's association");
     let subsystem = up.daemon.subsystem().unwrap();
     assert_eq!(found.problems, [""; 0]);
     let of = |kind: &str| -> Vec<_> {

@@ -174,7 +174,9 @@ fn load(args: &BenchArgs) -> anyhow::Result<Load> {
     match (&args.spec, args.connect, &args.subnqn, args.nsid) {
         (Some(spec), ..) => Load::local(spec),
         (None, Some(addr), Some(subnqn), Some(nsid)) => {
-            Load::remote(addr, subnqn, nsid, args.digests)
+            let credentials = args.credentials.config();
+            let hostnqn = args.hostnqn.as_deref();
+            Load::remote(addr, subnqn, nsid, args.digests, hostnqn, &credentials)
         }
         _ => Err(anyhow!("give SPEC, or --connect with --subnqn and --nsid")),
     }

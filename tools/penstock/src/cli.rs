@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use daemon::credentials::{CredentialsConfig, TlsSetting};
 
 use crate::manage::cli as manage;
 
@@ -13,7 +14,7 @@ const ABOUT: &str = "Virtual block storage over NVMe/TCP: a target that serves v
 const AFTER: &str = "Examples:
   penstock up                                     everything on this machine, to try it
   penstock target --volume db0=file:/srv/db0.img,size=10GiB --listen 0.0.0.0:4420
-  penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,subnqn=NQN,nsid=1
+  penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,subnqn=NQN,nsid=1,tls=off
   penstock status --api /run/penstock.sock        what a running target serves, and to whom
   penstock volume attach db1 --spec file:/srv/db1.img,size=10GiB --api /run/penstock.sock
   penstock discover -a 192.0.2.7
@@ -216,6 +217,10 @@ needs the configuration file):
   socket=PATH         socket the machine connects to: vhost-user (virtio-blk) or vfio-user (nvme)
   connect=ADDR:PORT   the target; several ways to it are joined by +
   iopolicy=POLICY     which way an I/O takes: numa, round-robin, queue-depth [default: numa]
+  psk=FILE            key for TLS to the target, in a file that nobody else can read
+  tls=MODE            required, concat (key by authentication), off [default: required]
+  dhchap=FILE         secret of the host for DH-HMAC-CHAP, in such a file
+  dhchap_ctrl=FILE    secret that the controller has to prove itself with, in such a file
   subnqn=NQN          the subsystem
   nsid=N              the namespace; those of an nvme device are joined by +
   queues=N            request queues, 1 to 64 [default: 2]
@@ -226,9 +231,9 @@ needs the configuration file):
 
 Examples:
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
-subnqn=nqn.2014-08.com.example:db,nsid=1,queues=4
+subnqn=nqn.2014-08.com.example:db,nsid=1,queues=4,psk=/etc/penstock/db0.psk
   penstock emulate --supervise --device nvme0=nvme,socket=/run/nvme0.sock,\
-connect=192.0.2.7:4420+192.0.2.8:4420,subnqn=nqn.2014-08.com.example:db,nsid=1+2
+connect=192.0.2.7:4420+192.0.2.8:4420,subnqn=nqn.2014-08.com.example:db,nsid=1+2,tls=off
   penstock emulate --config /etc/penstock.toml";
 
 #[derive(Debug, Args)]
@@ -236,10 +241,11 @@ pub(crate) struct EmulateArgs {
     /// A device to emulate; may be given more than once
     #[arg(
         long,
-        value_name = "NAME=TYPE,socket=PATH,connect=ADDR:PORT,subnqn=NQN,nsid=N[,queues=N]"
+        value_name = "NAME=TYPE,socket=PATH,connect=ADDR:PORT,subnqn=NQN,nsid=N,psk=FILE[,queues=N]"
     )]
     pub(crate) device: Vec<String>,
-    /// Directory to keep the host NQN in [default: none, it is derived from this machine]
+    /// Directory to keep the host NQN in, and keys of `penstock key --data` for devices without
+    /// psk= or dhchap= [default: none, the NQN is derived from this machine]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<String>,
     /// Threads the devices run on [default: one for each CPU, up to 4]
@@ -274,10 +280,43 @@ pub(crate) struct EmulateArgs {
     pub(crate) config: Option<PathBuf>,
 }
 
+/// What a command that connects by itself proves itself with. Keys are in files, since every process
+/// of the machine can read arguments.
+#[derive(Debug, Args)]
+pub(crate) struct Credentials {
+    /// Connect with TLS, by the key in this file, which nobody else can read [default: in plaintext]
+    #[arg(long, value_name = "FILE", conflicts_with = "concat")]
+    psk: Option<PathBuf>,
+    /// Authenticate with the secret in this file (DH-HMAC-CHAP), which nobody else can read
+    #[arg(long, value_name = "FILE")]
+    dhchap: Option<PathBuf>,
+    /// The secret that the controller has to prove itself with, in such a file
+    #[arg(long, value_name = "FILE", requires = "dhchap")]
+    dhchap_ctrl: Option<PathBuf>,
+    /// Connect with TLS, by a key that the authentication makes (secure channel concatenation)
+    #[arg(long, requires = "dhchap")]
+    concat: bool,
+}
+
+impl Credentials {
+    pub(crate) fn config(&self) -> CredentialsConfig {
+        CredentialsConfig {
+            tls: match (self.concat, &self.psk) {
+                (true, _) => TlsSetting::Concat,
+                (false, Some(_)) => TlsSetting::Required,
+                (false, None) => TlsSetting::Off,
+            },
+            psk: self.psk.clone(),
+            dhchap: self.dhchap.clone(),
+            dhchap_ctrl: self.dhchap_ctrl.clone(),
+        }
+    }
+}
+
 const DISCOVER_AFTER: &str = "Examples:
   penstock discover -a 127.0.0.1
   penstock discover -a 192.0.2.7 -s 8009 --json
-  penstock discover -a 192.0.2.7 --hostnqn nqn.2014-08.com.example:host-a";
+  penstock discover -a 192.0.2.7 --hostnqn nqn.2014-08.com.example:host-a --psk host-a.psk";
 
 #[derive(Debug, Args)]
 pub(crate) struct DiscoverArgs {
@@ -294,6 +333,8 @@ pub(crate) struct DiscoverArgs {
     /// Ask as this host: a target may show each host something else [default: this machine's]
     #[arg(short = 'q', long, value_name = "NQN")]
     pub(crate) hostnqn: Option<String>,
+    #[command(flatten)]
+    pub(crate) credentials: Credentials,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -347,6 +388,11 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N", requires = "connect",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) nsid: Option<u32>,
+    /// Connect as this host [default: this machine's]
+    #[arg(long, value_name = "NQN", requires = "connect")]
+    pub(crate) hostnqn: Option<String>,
+    #[command(flatten)]
+    pub(crate) credentials: Credentials,
     /// Use CRC32C data and header digests on the way to the target
     #[arg(long, requires = "connect")]
     pub(crate) digests: bool,

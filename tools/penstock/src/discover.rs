@@ -13,6 +13,7 @@ pub(crate) fn run(args: &DiscoverArgs) -> anyhow::Result<ExitCode> {
         address,
         args.subnqn.as_deref(),
         args.hostnqn.as_deref(),
+        &args.credentials.config(),
         timeout,
     )?;
     if args.json {

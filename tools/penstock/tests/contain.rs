@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 fn device(dir: &Path) -> String {
     // Nobody listens there: a device is there before its target is.
     format!(
-        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn=nqn.2014-08.com.example:a,nsid=1",
+        "disk=virtio-blk,socket={},tls=off,connect=127.0.0.1:4,subnqn=nqn.2014-08.com.example:a,nsid=1",
         dir.join("disk.sock").display()
     )
 }

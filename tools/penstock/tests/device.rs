@@ -63,7 +63,7 @@ fn a_device_is_told_of_from_before_its_target_to_its_service() {
     // Free a moment ago; nobody on this machine is told to take it.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let text = format!(
-        "disk=virtio-blk,socket={},connect=127.0.0.1:{port},subnqn={NQN},nsid=1,\
+        "disk=virtio-blk,socket={},tls=off,connect=127.0.0.1:{port},subnqn={NQN},nsid=1,\
          hostnqn=nqn.2014-08.com.example:dpu,hostid=5f0e8a52-1c7b-4b0f-9d3b-0d5cbb6a4f22",
         socket.display()
     );
@@ -120,7 +120,7 @@ fn a_supervised_emulator_comes_back_and_its_socket_never_goes() {
     let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
     // Nobody listens there: the device waits, which is enough.
     let text = format!(
-        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        "disk=virtio-blk,socket={},tls=off,connect=127.0.0.1:4,subnqn={NQN},nsid=1",
         socket.display()
     );
     let path = api.to_str().unwrap();
@@ -160,8 +160,10 @@ fn a_worker_does_not_outlive_its_supervisor() {
     let dir = tempfile::tempdir().unwrap();
     let api = dir.path().join("api.sock");
     let socket = dir.path().join("disk.sock");
-    let text =
-        format!("disk=nvme,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1", socket.display());
+    let text = format!(
+        "disk=nvme,socket={},tls=off,connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        socket.display()
+    );
     let path = api.to_str().unwrap();
     let arguments =
         ["emulate", "--cores", "1", "--supervise=auto", "--device", &text, "--api", path];

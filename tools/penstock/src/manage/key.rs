@@ -28,6 +28,8 @@ Examples:
     --kind dhchap
   penstock key export --host nqn.2014-08.com.example:host-a --nvme-cli 2.13 \\
     --subsystem nqn.2014-08.com.example:db --address 192.0.2.7:4420
+  penstock key export --host nqn.2014-08.com.example:host-b --emulator \\
+    --subsystem nqn.2014-08.com.example:db --address 192.0.2.7:4420
   penstock key rotate 1f00a2c4 --overlap 86400
   penstock key list --data /var/lib/penstock";
 
@@ -132,7 +134,7 @@ enum KeyAction {
         #[command(flatten)]
         place: Place,
     },
-    /// Print the lines that a Linux host has to run; they contain the keys
+    /// Print the lines that a host has to run; they contain the keys
     Export {
         /// Host NQN
         #[arg(long, value_name = "NQN")]
@@ -144,8 +146,11 @@ enum KeyAction {
         #[arg(long, value_name = "ADDR:PORT")]
         address: String,
         /// Version of the host's nvme-cli (`nvme version`): they derive keys in two ways
-        #[arg(long, value_name = "VERSION")]
-        nvme_cli: String,
+        #[arg(long, value_name = "VERSION", required_unless_present = "emulator")]
+        nvme_cli: Option<String>,
+        /// The host is no kernel but a `penstock emulate`: print what makes its key files
+        #[arg(long, conflicts_with_all = ["nvme_cli", "identity"])]
+        emulator: bool,
         /// Version of the TLS identity: 1 gives the key at connect, 0 puts it in the keyring
         #[arg(long, value_name = "0|1", default_value_t = 1)]
         identity: u8,
@@ -248,14 +253,24 @@ pub(crate) fn run(args: &KeyArgs) -> anyhow::Result<ExitCode> {
             let key = place.ask(Method::DELETE, path, NOTHING, |keys| keys.remove(id))?;
             place.print(&[key])
         }
-        KeyAction::Export { host, subsystem, address, nvme_cli, identity, concat, place } => {
+        KeyAction::Export {
+            host,
+            subsystem,
+            address,
+            nvme_cli,
+            emulator,
+            identity,
+            concat,
+            place,
+        } => {
             let body = ExportKeys {
                 host: host.clone(),
                 subsystem: subsystem.clone(),
                 address: address.clone(),
-                nvme_cli: nvme_cli.clone(),
+                nvme_cli: nvme_cli.clone().unwrap_or_default(),
                 identity: *identity,
                 concat: *concat,
+                emulator: *emulator,
             };
             let path = api::path::EXPORT_KEYS.to_owned();
             let exported: Exported =

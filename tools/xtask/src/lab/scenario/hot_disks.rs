@@ -41,7 +41,7 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     let mut device = |name: &str, kind: &str, nsids: &str, queues: u16| {
         let socket = scene.socket(name);
         emulate.arg("--device").arg(format!(
-            "{name}={kind},socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues={queues}",
+            "{name}={kind},socket={},tls=off,connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues={queues}",
             socket.display(),
             target.ports[0],
         ));

@@ -230,7 +230,7 @@ fn nvme_emulator(
 ) -> Result<Service> {
     let mut command = scene.penstock();
     command.arg("emulate").args(more).arg("--device").arg(format!(
-        "nvme0=nvme,socket={},connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues=4",
+        "nvme0=nvme,socket={},tls=off,connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues=4",
         socket.display(),
         target.port,
     ));
@@ -267,7 +267,7 @@ fn emulator_named(
 ) -> Result<Service> {
     let mut command = scene.penstock();
     command.arg("emulate").args(more).arg("--device").arg(format!(
-        "disk{nsid}=virtio-blk,socket={},connect=127.0.0.1:{port},subnqn={SUBNQN},nsid={nsid},queues=2",
+        "disk{nsid}=virtio-blk,socket={},tls=off,connect=127.0.0.1:{port},subnqn={SUBNQN},nsid={nsid},queues=2",
         socket.display(),
     ));
     let log = scene.path(&format!("emulate-{name}.log"));
