@@ -198,6 +198,9 @@ impl Daemon {
             });
             securities.push(daemon.security_of(device)?);
         }
+        if !listening.is_empty() {
+            crypto::tls::prepare()?;
+        }
         let contained = match &daemon.target {
             None => contain::enter(config.containment, &needs)?,
             // It opens what it is told to at run time.

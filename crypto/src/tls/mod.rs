@@ -27,7 +27,7 @@ mod record;
 pub use alert::AlertCode;
 pub use handshake::{
     CANDIDATES_MAX, Cause, Client, Established, Failure, HANDSHAKE_BYTES_MAX, Progress, PskLookup,
-    Server, TrafficSecret, Unknown, candidates, looks_like_tls,
+    Server, TrafficSecret, Unknown, candidates, looks_like_tls, prepare,
 };
 pub use record::{
     Counters, KEY_RECORDS_MAX, KeyUpdates, Plain, RECORD_PLAIN_MAX, RecordError, Role, Session,

@@ -93,6 +93,64 @@ fn a_device_is_told_of_from_before_its_target_to_its_service() {
 }
 
 #[test]
+fn a_contained_device_reaches_its_target_by_the_lines_that_export_prints() {
+    const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:5f0e8a52-1c7b-4b0f-9d3b-0d5cbb6a4f22";
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("target");
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (data, address) = (data.to_str().unwrap(), format!("127.0.0.1:{port}"));
+    let key = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        let output = command.arg("key").args(arguments).args(["--data", data]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for kind in ["tls", "dhchap", "dhchap-controller"] {
+        key(&["generate", "--host", HOST, "--kind", kind]);
+    }
+    let to = ["--host", HOST, "--subsystem", NQN, "--address", &address];
+    let lines = key(&[&["export", "--emulator"], &to[..]].concat());
+    let (files, line) = lines.trim_end().rsplit_once('\n').unwrap();
+    let mut shell = Command::new("sh");
+    let made = shell.args(["-ec", files]).current_dir(dir.path()).status().unwrap();
+    assert!(made.success());
+
+    let listen = format!("{address},tls=required");
+    let volume = ["--volume", "a=ram:4MiB", "--listen", &listen, "--subnqn", NQN, "--cores", "1"];
+    let _target = Running::start(&[&["target", "--data", data][..], &volume].concat());
+    let text = line.strip_prefix("penstock emulate --device ").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+    command
+        .args(["--log", "error", "emulate", "--cores", "1", "--api", "api.sock", "--device", text]);
+    let _emulator = Running(command.current_dir(dir.path()).spawn().unwrap());
+    let served = wait(&dir.path().join("api.sock"), |device| device["is_served"] == true);
+    assert_eq!(served["namespaces"][0]["paths"][0]["state"], "live");
+}
+
+#[test]
+fn a_device_without_a_key_is_refused_and_told_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |more: &str, data: &[&str]| {
+        let text = format!(
+            "disk=virtio-blk,socket=disk.sock,connect=127.0.0.1:4,subnqn={NQN},nsid=1{more}"
+        );
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        command.args(["emulate", "--cores", "1", "--device", &text]).args(data);
+        let output = command.current_dir(dir.path()).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let why = refused("", &[]);
+    assert!(why.contains("psk=FILE") && why.contains("tls=off"), "{why}");
+    let why = refused("", &["--data", "empty"]);
+    assert!(why.contains("psk=FILE") && why.contains("tls=off"), "{why}");
+    std::fs::write(dir.path().join("open"), "NVMeTLSkey-1:01:broken:").unwrap();
+    let why = refused(",psk=open", &[]);
+    assert!(why.contains("chmod 600") && !why.contains("broken"), "{why}");
+    assert!(!dir.path().join("disk.sock").exists());
+}
+
+#[test]
 fn a_device_with_a_volume_of_its_own_needs_no_target() {
     let dir = tempfile::tempdir().unwrap();
     let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
