@@ -643,7 +643,7 @@ pub(crate) struct OfHost {
 pub(crate) fn of_host(dir: &Path, host: &Nqn, subsystem: &Nqn) -> Result<OfHost, StateError> {
     let mut found = OfHost::default();
     let now = now();
-    let records = read(&dir.join(FILE))?;
+    let (records, _) = read(&dir.join(FILE))?;
     let fits = |record: &&Record| {
         record.host == *host
             && !record.is_expired(now)
