@@ -37,6 +37,8 @@ pub(super) struct Job<'a> {
     pub(super) files: Vec<(String, Vec<u8>)>,
     /// Whether the guest reaches this machine's 127.0.0.1, as 10.0.2.2.
     pub(super) has_network: bool,
+    /// Ports of this machine's 127.0.0.1 that lead to ports of the guest.
+    pub(super) forwards: Vec<(u16, u16)>,
     /// More words for the kernel's command line.
     pub(super) kernel_words: &'a str,
     /// QEMU arguments for the machine and its memory, in place of the usual ones.
@@ -62,6 +64,7 @@ impl<'a> Job<'a> {
             args,
             files,
             has_network: false,
+            forwards: Vec::new(),
             kernel_words,
             machine: None,
             cpus: CPUS,
@@ -78,6 +81,13 @@ impl<'a> Job<'a> {
 
     pub(super) fn network(mut self) -> Self {
         self.has_network = true;
+        self
+    }
+
+    /// Gives the guest a network, and leads a port of this machine to one of it.
+    pub(super) fn forward(mut self, here: u16, there: u16) -> Self {
+        self.has_network = true;
+        self.forwards.push((here, there));
         self
     }
 
@@ -197,7 +207,11 @@ impl Guest {
         qemu.arg(format!("file,id=result,path={}", quoted(&folder.join("result.tar"))));
         qemu.args(["-device", "virtserialport,chardev=result,name=result"]);
         if job.has_network {
-            qemu.args(["-netdev", "user,id=net0"]);
+            let mut net = "user,id=net0".to_owned();
+            for (here, there) in &job.forwards {
+                net.push_str(&format!(",hostfwd=tcp:127.0.0.1:{here}-:{there}"));
+            }
+            qemu.args(["-netdev", &net]);
             qemu.args(["-device", "virtio-net-pci,netdev=net0,romfile="]);
         } else {
             qemu.args(["-nic", "none"]);

@@ -14,6 +14,7 @@ mod namespaces;
 mod nvme_cli;
 mod resv;
 mod secure_host;
+mod secure_target;
 mod selftest;
 mod up;
 mod virtio_disk;
@@ -81,6 +82,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "the same with Debian 13's own kernel, which has no concatenation",
         needs_penstock: true,
         run: secure_host::stable,
+    },
+    Scenario {
+        name: "secure-target",
+        shows: "our initiator with TLS and DH-HMAC-CHAP against the newest kernel's target",
+        needs_penstock: true,
+        run: secure_target::backports,
+    },
+    Scenario {
+        name: "secure-target-6.12",
+        shows: "the same with Debian 13's own kernel",
+        needs_penstock: true,
+        run: secure_target::stable,
     },
     Scenario {
         name: "ana-failover",
