@@ -65,16 +65,23 @@ fn read(input: &mut Input<'_>) {
         },
         command_timeout: Duration::from_secs(1),
         authenticate: Authenticate::Never,
+        // Some stay, and are told of changes.
+        kato: Duration::from_secs(u64::from(input.byte() % 3)),
     });
     let mut now = Duration::ZERO;
     let (mut commands, mut idle) = (0, 0);
-    while matches!(client.state(), ClientState::Reading) && !input.is_empty() {
+    while client.deadline().is_some() || matches!(client.state(), ClientState::Reading) {
+        if input.is_empty() || matches!(client.state(), ClientState::Failed(_)) {
+            break;
+        }
         let Some(command) = client.next_command(now) else {
-            now += Duration::from_millis(200);
+            let next = client.deadline().unwrap_or(now).max(now + Duration::from_millis(1));
+            now = next;
             idle += 1;
             assert!(idle < 1000, "a client that waits for nothing ends");
             continue;
         };
+        idle = 0;
         commands += 1;
         assert!(command.read_len <= 4096 && commands < 20_000);
         let how = input.byte();

@@ -108,6 +108,7 @@ fn attempt(
         command_timeout: config.timeout,
         // What the controller asks for is judged here.
         authenticate: Authenticate::Always,
+        kato: Duration::ZERO,
     });
     let host = Host::new(HostConfig { queue_depth: TAGS, ..HostConfig::default() });
     let mut reader =

@@ -917,7 +917,7 @@ fn has_ended(cqe: &Cqe) -> bool {
         || status.is(Status::INVALID_CONTROLLER_IDENTIFIER)
 }
 
-fn set_features(what: &'static str, fid: Feature, value: u32) -> Request {
+pub(super) fn set_features(what: &'static str, fid: Feature, value: u32) -> Request {
     let mut sqe = Sqe::new(AdminOpcode::SET_FEATURES.0);
     sqe.cdw10.set(u32::from(fid.0));
     sqe.cdw11.set(value);

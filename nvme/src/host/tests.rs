@@ -571,6 +571,7 @@ fn discover(peer: &mut Peer, mut between: impl FnMut(&mut Peer, &Sqe)) -> Client
     let mut client = Client::new(ClientConfig {
         names,
         command_timeout: MS(1000),
+        kato: MS(0),
         authenticate: Authenticate::Never,
     });
     while let Some(command) = client.next_command(MS(0)) {
@@ -621,6 +622,138 @@ fn a_log_that_changes_is_read_again_within_bounds() {
         }
     });
     assert_eq!(client.state(), ClientState::Failed(&SessionError::Unstable(11)));
+}
+
+/// A client that stays, and the log that it has.
+fn watch(peer: &mut Peer) -> Client {
+    let names = ConnectNames { subnqn: Nqn::discovery(), ..names() };
+    let mut client = Client::new(ClientConfig {
+        names,
+        command_timeout: MS(1000),
+        kato: MS(4000),
+        authenticate: Authenticate::Never,
+    });
+    watch_on(&mut client, peer, MS(0));
+    assert!(client.take_read() && !client.take_read());
+    client
+}
+
+/// Runs both until neither has anything to say.
+fn watch_on(client: &mut Client, peer: &mut Peer, now: Duration) {
+    loop {
+        let mut progressed = false;
+        while let Some(command) = client.next_command(now) {
+            peer.submit(&command, now);
+            progressed = true;
+        }
+        peer.events();
+        for (tag, cqe, data) in core::mem::take(&mut peer.replies) {
+            client.on_completion(tag, &cqe.to_bytes(), &data, now).unwrap();
+            progressed = true;
+        }
+        if !progressed {
+            return;
+        }
+    }
+}
+
+fn records(client: &Client) -> usize {
+    match client.state() {
+        ClientState::Done(log) => log.entries.len(),
+        state => panic!("{state:?}"),
+    }
+}
+
+#[test]
+fn a_persistent_client_is_told_of_changes_and_keeps_alive() {
+    let mut peer = Peer::discovery(&entries(3));
+    let mut client = watch(&mut peer);
+    assert_eq!(records(&client), 3);
+    let mut now = MS(0);
+    for (round, count) in [5, 0, 9].into_iter().enumerate() {
+        // Nothing happens but keep alives, for longer than the controller waits for them.
+        for _ in 0..5 {
+            now = client.deadline().expect("a keep alive").max(now);
+            watch_on(&mut client, &mut peer, now);
+            assert!(!client.take_read());
+        }
+        assert!(now >= MS(4000) && !peer.ctrl().is_expired(now));
+        let log = DiscoveryLog::new(2 + round as u64, &entries(count));
+        peer.ctrl().update_discovery(Arc::new(log));
+        watch_on(&mut client, &mut peer, now);
+        // Soon, not at once: several changes often come together.
+        now += EVENT_LATE;
+        watch_on(&mut client, &mut peer, now);
+        assert!(client.take_read());
+        assert_eq!(records(&client), usize::from(count));
+    }
+}
+
+const EVENT_LATE: Duration = Duration::from_millis(50);
+
+#[test]
+fn a_log_that_never_rests_is_read_once_a_second() {
+    let mut peer = Peer::discovery(&entries(1));
+    let mut client = watch(&mut peer);
+    let (mut reads, mut now) = (0, MS(0));
+    for round in 0..1000 {
+        now = MS(round * 10);
+        let log = DiscoveryLog::new(2 + round, &entries(1 + (round % 3) as u16));
+        peer.ctrl().update_discovery(Arc::new(log));
+        watch_on(&mut client, &mut peer, now);
+        reads += u64::from(client.take_read());
+    }
+    assert!((9..=10).contains(&reads), "{reads} reads until {now:?}");
+}
+
+#[test]
+fn a_controller_that_tells_nothing_is_asked_every_minute() {
+    let mut peer = Peer::discovery(&entries(1));
+    let names = ConnectNames { subnqn: Nqn::discovery(), ..names() };
+    let mut client = Client::new(ClientConfig {
+        names,
+        command_timeout: MS(1000),
+        kato: MS(4000),
+        authenticate: Authenticate::Never,
+    });
+    let (mut now, mut refused) = (MS(0), 0);
+    let mut reads = Vec::new();
+    while now < MS(130_000) {
+        while let Some(command) = client.next_command(now) {
+            let sqe = Sqe::from_bytes(&command.sqe);
+            let opcodes = [AdminOpcode::SET_FEATURES.0, AdminOpcode::KEEP_ALIVE.0];
+            if opcodes.contains(&sqe.opcode) {
+                refused += 1;
+                let cqe = Cqe::new(command.tag, Status::INVALID_COMMAND_OPCODE.dnr(), 0);
+                client.on_completion(command.tag, &cqe.to_bytes(), &[], now).unwrap();
+                continue;
+            }
+            assert_ne!(sqe.opcode, AdminOpcode::ASYNC_EVENT_REQUEST.0);
+            peer.submit(&command, now);
+            for (tag, cqe, data) in core::mem::take(&mut peer.replies) {
+                client.on_completion(tag, &cqe.to_bytes(), &data, now).unwrap();
+            }
+        }
+        if client.take_read() {
+            reads.push(now);
+        }
+        now = client.deadline().expect("the next reading");
+    }
+    assert_eq!((reads.as_slice(), refused), (&[MS(0), MS(60_000), MS(120_000)][..], 2));
+}
+
+#[test]
+fn a_persistent_client_notices_silence() {
+    let mut peer = Peer::discovery(&entries(2));
+    let mut client = watch(&mut peer);
+    let at = client.deadline().expect("a keep alive");
+    let command = client.next_command(at).expect("it");
+    assert_eq!(Sqe::from_bytes(&command.sqe).opcode, AdminOpcode::KEEP_ALIVE.0);
+    assert_eq!(client.deadline(), Some(at + MS(4000)));
+    assert_eq!(client.next_command(at + MS(4000)), None);
+    let error = SessionError::Timeout { what: "Keep Alive", after: MS(4000) };
+    assert_eq!(client.state(), ClientState::Failed(&error));
+    assert_eq!(client.deadline(), None);
 }
 
 #[test]
@@ -705,9 +838,11 @@ proptest! {
     fn hostile_controller(answers in answers(), shutdown_after in 0usize..60) {
         let mut session = Session::new(config(1), MS(0));
         let names = ConnectNames { subnqn: Nqn::discovery(), ..names() };
+        let kato = if shutdown_after % 2 == 0 { MS(0) } else { MS(2000) };
         let mut client = Client::new(ClientConfig {
             names,
             command_timeout: MS(1000),
+            kato,
             authenticate: Authenticate::Never,
         });
         let mut now = MS(0);
@@ -724,7 +859,8 @@ proptest! {
                 let (tag, cqe, data) = forge(&command, answer);
                 let _ = session.on_completion(tag, &cqe, &data, now);
             }
-            if let Some(command) = client.next_command(now) {
+            for _ in 0..TAGS {
+                let Some(command) = client.next_command(now) else { break };
                 let (tag, cqe, data) = forge(&command, answer);
                 let _ = client.on_completion(tag, &cqe, &data, now);
             }
