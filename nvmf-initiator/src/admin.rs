@@ -23,20 +23,21 @@ use std::time::Duration;
 use block::{CopyLimits, Geometry, Identity};
 use crypto::dhchap::{Concatenation, Outcome};
 use crypto::psk::IdentityVersion;
-use iobuf::SgList;
 use nvme::host::{
     ADMIN_QUEUE_ENTRIES, AdminCommand, Authenticate, Backoff, OldController, ReadyInfo,
     RemoteNamespace, Session, SessionConfig, SessionState, TAGS,
 };
 use nvme::spec::Cqe;
 use nvme::subsys::ana::AnaState;
-use nvme::tcp::{HostConfig, HostEvent, Transfer};
+use nvme::tcp::{HostConfig, HostEvent};
 use reactor::{Local, Progress, Task};
 
 use crate::auth::{self, Auth, Computing, RECEIVE_BYTES};
+use crate::config::PathConfig;
 use crate::link::{Link, Loss};
 use crate::security::{Offers, Tls};
 use crate::shared::{AskedPath, PathState, Phase, Shared};
+use crate::slots::Slots;
 
 /// An association that has been ready for so long counts as sound: the next loss starts with the
 /// shortest delay again.
@@ -46,10 +47,11 @@ const SOUND_AFTER: Duration = Duration::from_secs(10);
 const OLD_CONTROLLER_MARGIN: Duration = Duration::from_secs(5);
 /// How long the controller may take to shut down before the connection is closed without it.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest data of an admin command, in either direction (Identify, log pages).
-const ADMIN_DATA_BYTES: usize = 4096;
 /// The commands of an authentication go under this cid, behind those of the session.
 const AUTH_TAG: u16 = TAGS;
+/// How often a path that is to be left is asked for what it still has to do, and for how long.
+const DRAIN_POLL: Duration = Duration::from_millis(10);
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Longest read or write this volume takes. More than one command may carry is cut into several.
 const IO_BYTES_MAX: u32 = 4 << 20;
 
@@ -67,16 +69,10 @@ enum Stage {
     ShuttingDown { until: Duration },
     /// The link is closing. Moved on when it is quiet.
     Leaving,
+    /// There is no path here. Moved on when one gets the place.
+    Vacant,
     /// Nothing more happens.
     Stopped,
-}
-
-/// A command on the admin queue; its place is its tag and cid.
-#[derive(Default)]
-struct Slot {
-    data: Vec<u8>,
-    read_len: usize,
-    received: usize,
 }
 
 /// What the paths of a volume have in common.
@@ -98,15 +94,18 @@ struct Path {
     session: Option<Session>,
     /// Of `session`: each gets another.
     session_number: u64,
-    slots: Vec<Slot>,
-    /// Data of Connect or of an authentication; no other command here sends any.
-    write_data: SgList,
+    slots: Slots,
     /// An authentication under way, and an exponentiation of it.
     auth: Option<(Auth, Option<Computing>)>,
     /// The host has authenticated on this connection.
     is_authenticated: bool,
     /// The connection ended as its only purpose was to make the key for the next.
     is_renewed: bool,
+    /// It is one of those that the volume is to use.
+    is_wanted: bool,
+    /// No new I/O is sent on it since this time; it is left when nothing is out any more.
+    leaving_since: Option<Duration>,
+    drain_at: Duration,
     backoff: Backoff,
     /// Of the association in `Live`, or of the last one.
     generation: u64,
@@ -130,14 +129,20 @@ pub(crate) struct AdminTask {
     paths: Vec<Path>,
     group: Group,
     requests_seen: u64,
+    started: Duration,
+    /// What the paths are to be, as long as there is no place for all of them.
+    unplaced: Option<Vec<PathConfig>>,
 }
 
 impl AdminTask {
     pub(crate) fn new(shared: Arc<Shared>, local: &Local) -> AdminTask {
-        let paths = (0..shared.config.paths.len()).map(|index| Path::new(&shared, local, index));
+        let config = shared.config.paths.iter().enumerate();
+        let paths = config.map(|(index, path)| Path::new(&shared, local, index, path.addr));
         AdminTask {
             local: local.clone(),
             paths: paths.collect(),
+            started: local.now(),
+            unplaced: None,
             group: Group { known: None, is_stopping: false },
             requests_seen: 0,
             shared,
@@ -158,11 +163,74 @@ impl AdminTask {
         if asked.stop {
             self.stop(now);
         }
+        if asked.wanted.is_some() {
+            self.unplaced = asked.wanted;
+        }
         for (path, asked) in self.paths.iter_mut().zip(asked.paths) {
             if let Err(loss) = path.on_asked(asked, now) {
                 path.lose(now, &loss, self.group.is_stopping);
             }
         }
+    }
+
+    /// Makes the paths what they are to be, as far as that can be done now: a place is free again
+    /// when what was sent by the path that had it can do nothing any more.
+    fn place(&mut self, now: Duration) -> bool {
+        let Some(wanted) = self.unplaced.take() else { return false };
+        if self.group.is_stopping {
+            return false;
+        }
+        for path in self.paths.iter_mut().filter(|path| path.stage != Stage::Vacant) {
+            path.want(wanted.iter().any(|config| config.addr == path.addr));
+        }
+        let mut progressed = false;
+        for config in &wanted {
+            let has_place = |path: &Path| path.stage != Stage::Vacant && path.addr == config.addr;
+            if self.paths.iter().any(has_place) {
+                continue;
+            }
+            let free = |path: &Path| path.stage == Stage::Vacant && path.old.is_none();
+            match self.paths.iter().position(free) {
+                Some(index) => self.paths[index].settle(config, now),
+                None if self.paths.len() < self.shared.config.paths_max() => {
+                    let index = self.paths.len();
+                    self.paths.push(Path::new(&self.shared, &self.local, index, config.addr));
+                    let state = PathState::unknown(config);
+                    self.shared.publish(|all| all.paths.push(state));
+                }
+                None => {
+                    self.unplaced = Some(wanted);
+                    return progressed;
+                }
+            }
+            tracing::info!(addr = %config.addr, subnqn = %self.shared.config.subnqn, "new path");
+            progressed = true;
+        }
+        progressed
+    }
+
+    /// Leaves paths that are not wanted any more: live ones when another can be used.
+    fn leave_unwanted(&mut self, now: Duration) -> bool {
+        let mut progressed = false;
+        for index in 0..self.paths.len() {
+            let path = &self.paths[index];
+            if path.is_wanted || path.leaving_since.is_some() || self.group.is_stopping {
+                continue;
+            }
+            let is_replaced = || {
+                let mut others = self.paths.iter();
+                others.any(|other| other.is_wanted && other.down_since().is_none())
+            };
+            match path.stage {
+                Stage::Live { .. } if !is_replaced() => {}
+                Stage::Vacant | Stage::Stopped => {}
+                _ => {
+                    self.paths[index].begin_leaving(now);
+                    progressed = true;
+                }
+            }
+        }
+        progressed
     }
 
     /// Begins the orderly end.
@@ -232,7 +300,7 @@ impl AdminTask {
         if self.group.is_stopping {
             return None;
         }
-        let mut since = Duration::ZERO;
+        let mut since = self.started;
         for path in &self.paths {
             since = since.max(path.down_since()?);
         }
@@ -246,9 +314,12 @@ impl AdminTask {
 
     /// Fails held I/O when there has been no path for too long, or there will be none.
     fn check_gone(&mut self, now: Duration) {
-        let is_lost_for_good = self.paths.iter().all(|path| {
+        let mut is_lost_for_good = self.down_since().is_some();
+        let mut present = self.paths.iter().filter(|path| path.stage != Stage::Vacant).peekable();
+        is_lost_for_good &= present.peek().is_some();
+        is_lost_for_good &= present.all(|path| {
             matches!(path.stage, Stage::Live { .. }) && path.ana.0 == Some(AnaState::PersistentLoss)
-        }) && self.down_since().is_some();
+        });
         if !is_lost_for_good && self.gone_at().is_none_or(|at| now < at) {
             return;
         }
@@ -261,19 +332,10 @@ impl AdminTask {
 }
 
 impl Path {
-    fn new(shared: &Arc<Shared>, local: &Local, index: usize) -> Path {
+    fn new(shared: &Arc<Shared>, local: &Local, index: usize, addr: SocketAddr) -> Path {
         let config = &shared.config;
-        let host_config = HostConfig {
-            queue_depth: TAGS + 1,
-            header_digest: config.header_digest,
-            data_digest: config.data_digest,
-            ..HostConfig::default()
-        };
-        let tx_entries_max = usize::from(TAGS) + 3;
-        let addr = config.paths[index].addr;
-        let link = Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout);
+        let link = link_to(shared, local, addr);
         let now = local.now();
-        let slot = |_| Slot { data: vec![0; ADMIN_DATA_BYTES], ..Slot::default() };
         Path {
             local: local.clone(),
             index,
@@ -282,11 +344,13 @@ impl Path {
             link,
             session: None,
             session_number: 0,
-            slots: (0..=AUTH_TAG).map(slot).collect(),
-            write_data: SgList::with_capacity(1),
+            slots: Slots::new(TAGS + 1),
             auth: None,
             is_authenticated: false,
             is_renewed: false,
+            is_wanted: true,
+            leaving_since: None,
+            drain_at: Duration::MAX,
             backoff: Backoff::new(config.reconnect_delay, config.reconnect_delay_max),
             generation: 0,
             old: None,
@@ -296,6 +360,79 @@ impl Path {
             ana: (None, now),
             ana_transition_time: Duration::MAX,
             shared: Arc::clone(shared),
+        }
+    }
+
+    /// Another path takes this place, which is vacant. Associations are counted on: what channels
+    /// know of the old ones stays true.
+    fn settle(&mut self, config: &PathConfig, now: Duration) {
+        debug_assert!(self.stage == Stage::Vacant && self.old.is_none());
+        self.addr = config.addr;
+        self.link = link_to(&self.shared, &self.local, config.addr);
+        self.backoff.reset();
+        (self.is_wanted, self.leaving_since) = (true, None);
+        (self.ana, self.lost_at) = ((None, now), now);
+        self.stage = Stage::Waiting { until: now };
+        self.shared.settle(self.index, config, self.generation);
+    }
+
+    /// Whether the volume is to use it.
+    fn want(&mut self, is_wanted: bool) {
+        if self.is_wanted == is_wanted {
+            return;
+        }
+        self.is_wanted = is_wanted;
+        // What is being left already comes back as a new path does.
+        if is_wanted && self.leaving_since.is_some_and(|_| matches!(self.stage, Stage::Live { .. }))
+        {
+            self.leaving_since = None;
+        }
+        let is_leaving = self.leaving_since.is_some();
+        self.shared.publish_path(self.index, |path| {
+            (path.is_wanted, path.is_leaving) = (is_wanted, is_leaving);
+        });
+    }
+
+    /// It is not wanted any more, and is not needed.
+    fn begin_leaving(&mut self, now: Duration) {
+        self.leaving_since = Some(now);
+        self.drain_at = now + DRAIN_POLL;
+        tracing::info!(addr = %self.addr, subnqn = %self.shared.config.subnqn, "leaving the path");
+        match self.stage {
+            // What it has is waited for first.
+            Stage::Live { .. } => {
+                self.shared.publish_path(self.index, |path| path.is_leaving = true);
+            }
+            Stage::Leaving => {}
+            _ => self.leave(now, None, false),
+        }
+    }
+
+    /// Leaves a path that has nothing to do any more, or has had long enough to do it. What is out
+    /// nevertheless is lost, and treated so.
+    fn drain(&mut self, now: Duration) -> bool {
+        let (Some(since), Stage::Live { .. }) = (self.leaving_since, self.stage) else {
+            return false;
+        };
+        if now < self.drain_at {
+            return false;
+        }
+        self.drain_at = now + DRAIN_POLL;
+        if self.shared.path_in_flight(self.index) > 0 && now < since + DRAIN_MAX {
+            return false;
+        }
+        self.outlive_old(now);
+        self.lost_at = self.lost_at.min(now);
+        self.shared.publish_path(self.index, |path| path.is_live = false);
+        self.stop(now);
+        true
+    }
+
+    /// From now on the controller ends by itself, at the latest. With traffic based keep alive it
+    /// may count up to two time-outs from the last command.
+    fn outlive_old(&mut self, now: Duration) {
+        if let Some(old) = &mut self.old {
+            old.safe_at = now + self.shared.config.kato * 2 + OLD_CONTROLLER_MARGIN;
         }
     }
 
@@ -379,11 +516,7 @@ impl Path {
                 self.backoff.reset();
                 self.lost_at = Duration::MAX;
             }
-            // With traffic based keep alive a controller may count up to two time-outs from the
-            // last command.
-            if let Some(old) = &mut self.old {
-                old.safe_at = now + self.shared.config.kato * 2 + OLD_CONTROLLER_MARGIN;
-            }
+            self.outlive_old(now);
             // A sound association was lost just now, a doubtful one when the sound one before it
             // was.
             self.lost_at = self.lost_at.min(now);
@@ -394,10 +527,10 @@ impl Path {
                 state.paths[index].last_error = Some(text.clone());
                 state.last_error = Some(text);
             });
-        } else if !matches!(self.stage, Stage::Stopped | Stage::Leaving) {
+        } else if !matches!(self.stage, Stage::Stopped | Stage::Leaving | Stage::Vacant) {
             let index = self.index;
             let is_new = self.shared.state().paths[index].last_error.as_deref() != Some(&*text);
-            if is_new && !is_stopping {
+            if is_new && !is_stopping && self.leaving_since.is_none() {
                 tracing::warn!(
                     addr = %self.addr,
                     subnqn = %self.shared.config.subnqn,
@@ -432,7 +565,16 @@ impl Path {
             self.stage = Stage::Stopped;
             return;
         }
-        if std::mem::take(&mut self.is_renewed) {
+        let is_renewed = std::mem::take(&mut self.is_renewed);
+        if self.leaving_since.is_some() && !self.is_wanted {
+            self.stage = Stage::Vacant;
+            self.shared.publish_path(self.index, |path| path.is_vacant = true);
+            return;
+        }
+        if self.leaving_since.take().is_some() {
+            self.shared.publish_path(self.index, |path| path.is_leaving = false);
+        }
+        if is_renewed {
             self.stage = Stage::Waiting { until: now };
             return;
         }
@@ -443,7 +585,7 @@ impl Path {
     fn step(&mut self, now: Duration, group: &mut Group) -> Result<bool, Loss> {
         let mut progressed = self.link.poll(now)?;
         match self.stage {
-            Stage::Stopped => return Ok(progressed),
+            Stage::Stopped | Stage::Vacant => return Ok(progressed),
             Stage::Waiting { until } if now >= until => {
                 self.stage = Stage::Opening;
                 self.shared.publish_path(self.index, |path| path.attempts += 1);
@@ -460,6 +602,7 @@ impl Path {
             }
             _ => {}
         }
+        progressed |= self.drain(now);
         if self.ana_overdue_at().is_some_and(|at| now >= at) {
             let text = format!("the ANA state has changed for more than {:?}", now - self.ana.1);
             return Err(Loss::Command(text));
@@ -481,6 +624,7 @@ impl Path {
     fn deadline(&self) -> Option<Duration> {
         let stage = match self.stage {
             Stage::Waiting { until } | Stage::ShuttingDown { until } => Some(until),
+            Stage::Live { .. } => self.leaving_since.map(|_| self.drain_at),
             _ => None,
         };
         let session = self.session.as_ref().and_then(Session::deadline);
@@ -515,32 +659,22 @@ impl Path {
                 self.stage = Stage::BringUp;
             }
             HostEvent::Data { cid, offset, bytes } => {
-                let slot = &mut self.slots[usize::from(cid)];
-                let start = offset as usize;
-                let end = start + bytes.len();
-                // The qpair machine lets no byte through that the command did not ask for.
-                let Some(place) = slot.data.get_mut(start..end) else {
-                    return Err(Loss::Command("data for no buffer".to_owned()));
-                };
-                place.copy_from_slice(bytes);
-                slot.received = end;
+                self.slots.on_data(cid, offset, bytes)?;
             }
             HostEvent::Complete { cid: AUTH_TAG, cqe } => {
-                let slot = &self.slots[usize::from(AUTH_TAG)];
+                let data = self.slots.data(AUTH_TAG);
                 if let Some((auth, computing)) = &mut self.auth {
                     let status = Cqe::from_bytes(&cqe).status();
-                    if let Some(task) = auth.on_completion(status, &slot.data[..slot.received])? {
+                    if let Some(task) = auth.on_completion(status, data)? {
                         *computing =
                             Some(Computing::start(task, &self.shared.worker, &self.local)?);
                     }
                 }
             }
             HostEvent::Complete { cid, cqe } => {
-                let slot = &self.slots[usize::from(cid)];
                 let Some(session) = &mut self.session else { return Ok(()) };
-                session
-                    .on_completion(cid, &cqe, &slot.data[..slot.received.min(slot.read_len)], now)
-                    .map_err(Loss::Session)?;
+                let data = self.slots.data(cid);
+                session.on_completion(cid, &cqe, data, now).map_err(Loss::Session)?;
             }
             HostEvent::R2t { .. } => {
                 return Err(Loss::Command("R2T on the admin queue".to_owned()));
@@ -577,12 +711,9 @@ impl Path {
         }
         if let Some(command) = auth.next_command() {
             let read_len = if command.message.is_some() { 0 } else { RECEIVE_BYTES as u32 };
-            self.send(&AdminCommand {
-                tag: AUTH_TAG,
-                sqe: command.sqe,
-                write: command.message,
-                read_len,
-            })?;
+            let command =
+                AdminCommand { tag: AUTH_TAG, sqe: command.sqe, write: command.message, read_len };
+            self.slots.send(&command, &mut self.link, &self.local)?;
             return Ok(true);
         }
         let Some(outcome) = auth.outcome()?.cloned() else { return Ok(progressed) };
@@ -641,7 +772,7 @@ impl Path {
         while self.link.room() > 0 {
             let Some(session) = &mut self.session else { return Ok(progressed) };
             let Some(command) = session.next_command(now) else { break };
-            self.send(&command)?;
+            self.slots.send(&command, &mut self.link, &self.local)?;
             progressed = true;
         }
         let Some(session) = &mut self.session else { return Ok(progressed) };
@@ -682,32 +813,6 @@ impl Path {
             tracing::info!(addr = %self.addr, ?ana, "ANA state");
             self.ana = (ana, now);
         }
-    }
-
-    fn send(&mut self, command: &AdminCommand) -> Result<(), Loss> {
-        let read_len = command.read_len as usize;
-        let slot = self.slots.get_mut(usize::from(command.tag));
-        let Some(slot) = slot.filter(|slot| read_len <= slot.data.len()) else {
-            return Err(Loss::Command("an admin command too big".to_owned()));
-        };
-        (slot.read_len, slot.received) = (read_len, 0);
-        let Some(data) = &command.write else {
-            let transfer = match command.read_len {
-                0 => Transfer::None,
-                len => Transfer::Read { len },
-            };
-            let head = self.link.host.command(command.tag, &command.sqe, transfer);
-            return self.link.push(&head, None, None);
-        };
-        let no_memory = || Loss::Command("the core's buffer pool is exhausted".to_owned());
-        self.local.pool().alloc(data.len(), &mut self.write_data).map_err(|_| no_memory())?;
-        self.write_data.copy_from_slice(0, data).map_err(|_| no_memory())?;
-        let transfer = Transfer::Write { len: data.len() as u32, in_capsule: true };
-        let head = self.link.host.command(command.tag, &command.sqe, transfer);
-        // The stream keeps the memory until it is sent, so the list may be used for something else.
-        self.link.push(&head, Some((&self.write_data, 0, data.len())), None)?;
-        self.write_data.clear();
-        Ok(())
     }
 
     /// The controller is ready: checks that it is the right one, and lets the channels go.
@@ -769,6 +874,19 @@ impl Path {
     }
 }
 
+/// The connection of an admin queue to the listener at `addr`.
+fn link_to(shared: &Shared, local: &Local, addr: SocketAddr) -> Link {
+    let config = &shared.config;
+    let host_config = HostConfig {
+        queue_depth: TAGS + 1,
+        header_digest: config.header_digest,
+        data_digest: config.data_digest,
+        ..HostConfig::default()
+    };
+    let tx_entries_max = usize::from(TAGS) + 3;
+    Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout)
+}
+
 fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace) {
     path.ana = namespace.ana;
     path.write_zeroes_blocks_max = namespace.write_zeroes_blocks_max;
@@ -820,6 +938,8 @@ impl Task for AdminTask {
             };
         }
         progressed |= self.fence(now);
+        progressed |= self.leave_unwanted(now);
+        progressed |= self.place(now);
         self.check_gone(now);
         if self.is_stopped() {
             self.shared.publish(|state| state.phase = Phase::Stopped { is_over: true });

@@ -1,4 +1,5 @@
-//! One core's way to a remote namespace: a queue on each path.
+//! One core's way to a remote namespace: a queue on each path. Queues come with the paths; one whose
+//! path is gone is used again by the path that takes its place.
 //!
 //! An accepted I/O waits in the [`Table`], and is given back when all its commands are answered and
 //! no stream refers to any of its memory. For each command the best path there is is chosen anew.
@@ -31,6 +32,9 @@ pub(crate) struct RemoteChannel {
     /// Seat at the volume.
     index: u16,
     counters: Arc<ChannelCounters>,
+    /// For each path there can be.
+    counts: Vec<Arc<PathCounts>>,
+    depth: u16,
     /// Of the snapshot in `state`.
     epoch: u64,
     state: Arc<RemoteState>,
@@ -44,7 +48,7 @@ pub(crate) struct RemoteChannel {
 }
 
 impl RemoteChannel {
-    /// All memory the channel needs for I/O is allocated here.
+    /// All memory the channel needs for I/O is allocated here, but for that of paths to come.
     pub(crate) fn open(
         shared: Arc<Shared>,
         local: &Local,
@@ -52,15 +56,16 @@ impl RemoteChannel {
     ) -> io::Result<RemoteChannel> {
         let depth = depth.clamp(1, u32::from(u16::MAX)) as u16;
         let config = &shared.config;
-        let paths = config.paths.len();
-        let counts: Vec<Arc<PathCounts>> = (0..paths).map(|_| Arc::default()).collect();
-        let mut queues = Vec::with_capacity(paths);
-        for (path, counts) in counts.iter().enumerate() {
-            queues.push(Queue::new(&shared, local, path, depth, Arc::clone(counts))?);
+        let paths_max = config.paths_max();
+        let counts: Vec<Arc<PathCounts>> = (0..paths_max).map(|_| Arc::default()).collect();
+        let mut queues = Vec::with_capacity(paths_max);
+        for ((path, state), counts) in shared.state().paths.iter().enumerate().zip(&counts) {
+            let counts = Arc::clone(counts);
+            queues.push(Queue::new(&shared, local, path, state.addr, depth, counts)?);
         }
         let counters = Arc::new(ChannelCounters::default());
         let refuse = |text| io::Error::new(io::ErrorKind::ResourceBusy, text);
-        let seat = shared.take_seat(local.handle(), Arc::clone(&counters), counts);
+        let seat = shared.take_seat(local.handle(), Arc::clone(&counters), counts.clone());
         let index = seat.ok_or_else(|| {
             refuse(format!("all {} I/O queues of the remote volume are in use", config.queues))
         })?;
@@ -72,8 +77,8 @@ impl RemoteChannel {
             return Err(refuse(format!("the controller grants only {} I/O queues", path.queues)));
         }
         queues.iter_mut().for_each(|queue| queue.sit(index));
-        let table = Table::new(depth, config.retries_max, paths == 1);
-        let node = if paths > 1 { this_node() } else { None };
+        let table = Table::new(depth, config.retries_max, paths_max == 1);
+        let node = if paths_max > 1 { this_node() } else { None };
         Ok(RemoteChannel {
             epoch: 0, // never published, so that the first poll takes up the state
             state,
@@ -81,6 +86,8 @@ impl RemoteChannel {
             local: local.clone(),
             index,
             counters,
+            counts,
+            depth,
             table,
             queues,
             node,
@@ -94,6 +101,7 @@ impl RemoteChannel {
         if epoch != self.epoch {
             self.epoch = epoch;
             self.state = self.shared.state();
+            self.add_queues();
         }
         let usable = self.usable();
         let RemoteChannel { shared, state, table, counters, queues, .. } = self;
@@ -110,6 +118,26 @@ impl RemoteChannel {
         let resends = self.table.resends();
         if resends != self.counters.resends.load(Ordering::Relaxed) {
             self.counters.resends.store(resends, Ordering::Relaxed);
+        }
+    }
+
+    /// A queue for each path that has come since the channel was opened. Where there is no memory
+    /// for one, the path is not used before something else is published.
+    fn add_queues(&mut self) {
+        while self.queues.len() < self.state.paths.len() {
+            let path = self.queues.len();
+            let Some(counts) = self.counts.get(path).map(Arc::clone) else { return };
+            let addr = self.state.paths[path].addr;
+            match Queue::new(&self.shared, &self.local, path, addr, self.depth, counts) {
+                Ok(mut queue) => {
+                    queue.sit(self.index);
+                    self.queues.push(queue);
+                }
+                Err(error) => {
+                    tracing::warn!(%addr, %error, "no queue on the path");
+                    return;
+                }
+            }
         }
     }
 

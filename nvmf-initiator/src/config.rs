@@ -80,8 +80,11 @@ impl std::str::FromStr for PathPolicy {
 /// ```
 #[derive(Clone, Debug)]
 pub struct RemoteConfig {
-    /// Ways to the subsystem, 1 to 16, each at another address.
+    /// Ways to the subsystem, 1 to 16, each at another address. None are needed to begin with
+    /// where they change.
     pub paths: Vec<PathConfig>,
+    /// Paths come and go while the volume is used ([`crate::RemoteVolume::set_paths`]).
+    pub paths_change: bool,
     /// Which of them an I/O takes.
     pub policy: PathPolicy,
     /// NQN of the subsystem.
@@ -145,8 +148,15 @@ impl RemoteConfig {
     /// reconnects for ever between 0.2 and 5 s apart, no digests. `host` is the host's NQN and
     /// identifier.
     pub fn new(addr: SocketAddr, subnqn: Nqn, nsid: u32, host: (Nqn, [u8; 16])) -> RemoteConfig {
+        let paths = vec![addr.into()];
+        RemoteConfig { paths, paths_change: false, ..RemoteConfig::unplaced(subnqn, nsid, host) }
+    }
+
+    /// The same for a namespace whose paths are not known yet, and change.
+    pub fn unplaced(subnqn: Nqn, nsid: u32, host: (Nqn, [u8; 16])) -> RemoteConfig {
         RemoteConfig {
-            paths: vec![addr.into()],
+            paths: Vec::new(),
+            paths_change: true,
             policy: PathPolicy::default(),
             subnqn,
             nsid,
@@ -175,13 +185,9 @@ impl RemoteConfig {
         if self.hostid == [0; 16] {
             return wrong("hostid", &"zero", "any other 128-bit number");
         }
-        for (at, path) in self.paths.iter().enumerate() {
-            if self.paths[..at].iter().any(|other| other.addr == path.addr) {
-                return wrong("paths", &path.addr, "each address once");
-            }
-        }
-        if !(1..=PATHS_MAX).contains(&self.paths.len()) {
-            return wrong("paths", &self.paths.len(), "1 to 16");
+        check_paths(&self.paths)?;
+        if self.paths.is_empty() && !self.paths_change {
+            return wrong("paths", &0, "1 to 16");
         }
         if self.nsid == 0 || self.nsid == u32::MAX {
             return wrong("nsid", &self.nsid, "1 to 4294967294");
@@ -218,8 +224,8 @@ impl RemoteConfig {
 
     /// What connections of each path offer; `None`: plaintext, or no key yet.
     pub(crate) fn offers(&self) -> Result<Vec<Option<Arc<Offers>>>, ConfigError> {
-        let Tls::Keys(tls) = &self.security.tls else { return Ok(vec![None; self.paths.len()]) };
-        let offers = |_: &PathConfig| {
+        let Tls::Keys(tls) = &self.security.tls else { return Ok(vec![None; self.paths_max()]) };
+        let offers = |_| {
             Offers::new(tls, self.hostnqn.as_str(), self.subnqn.as_str()).map_err(|error| {
                 ConfigError {
                     key: "security.tls",
@@ -228,7 +234,12 @@ impl RemoteConfig {
                 }
             })
         };
-        self.paths.iter().map(|path| offers(path).map(Some)).collect()
+        (0..self.paths_max()).map(|path| offers(path).map(Some)).collect()
+    }
+
+    /// Paths that there can be at a time.
+    pub(crate) fn paths_max(&self) -> usize {
+        if self.paths_change { PATHS_MAX } else { self.paths.len() }
     }
 
     pub(crate) fn names(&self) -> ConnectNames {
@@ -238,6 +249,22 @@ impl RemoteConfig {
             subnqn: self.subnqn.clone(),
         }
     }
+}
+
+/// Whether these can be the paths of a volume.
+pub(crate) fn check_paths(paths: &[PathConfig]) -> Result<(), ConfigError> {
+    let wrong = |value: &dyn std::fmt::Display, allowed| {
+        Err(ConfigError { key: "paths", value: value.to_string(), allowed })
+    };
+    for (at, path) in paths.iter().enumerate() {
+        if paths[..at].iter().any(|other| other.addr == path.addr) {
+            return wrong(&path.addr, "each address once");
+        }
+    }
+    if paths.len() > PATHS_MAX {
+        return wrong(&paths.len(), "at most 16");
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -36,6 +36,15 @@
 //! [`Tls::Concatenate`] the first connection of an association only makes the key for those that
 //! follow. A path that is set up again does all of it again, and what is held waits meanwhile.
 //!
+//! # Paths by discovery
+//!
+//! A volume whose paths change ([`RemoteConfig::paths_change`]) takes them from
+//! [`RemoteVolume::set_paths`], or from a [`Watch`]: a task that stays connected to discovery
+//! controllers and those that they refer to, and is told when their logs change. A path that a log
+//! names no more is left as soon as another one works: no new I/O goes there, what is out is waited
+//! for, and what is out nevertheless is treated as on a lost path. It stays as long as it is the
+//! only one that works; and all of them stay when no discovery controller answers.
+//!
 //! # When a path is lost
 //!
 //! Any error on any queue of a path (the peer broke the protocol, closed, went silent, a command
@@ -90,8 +99,9 @@
 //!
 //! # What this crate does not do
 //!
-//! Paths found by discovery (they are configured one by one); fused commands; Abort commands (an
-//! overdue command ends the association instead). A channel that is closed closes its queue's connection without Disconnect.
+//! Names of hosts (paths and discovery controllers are addresses); TLS and authentication towards
+//! discovery controllers that a [`Watch`] asks; fused commands; Abort commands (an overdue command
+//! ends the association instead). A channel that is closed closes its queue's connection without Disconnect.
 //!
 //! Start reading at [`RemoteVolume::start`], then `channel.rs`.
 #![forbid(unsafe_code)]
@@ -107,9 +117,11 @@ mod queue;
 mod security;
 mod shake;
 mod shared;
+mod slots;
 mod status;
 mod table;
 mod volume;
+mod watch;
 
 pub use config::{ConfigError, PathConfig, PathPolicy, RemoteConfig};
 pub use discover::{DiscoverConfig, DiscoverError, discover};
@@ -118,3 +130,4 @@ pub use nvme::subsys::ana::AnaState;
 pub use security::{Dhchap, Security, Tls, TlsKeys};
 pub use shared::{Counters, PathCounters, PathState, Phase, RemoteState};
 pub use volume::{NotReady, RemoteVolume};
+pub use watch::{DiscoveryState, Watch, WatchConfig};

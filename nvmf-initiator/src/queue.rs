@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -136,9 +137,13 @@ pub(crate) struct Queue {
     stage: Stage,
     /// Association that the link belongs to, or belonged to: each is tried once.
     generation: u64,
+    /// Where the link leads.
+    addr: SocketAddr,
     /// Changes went down with the association `generation`, and its controller may still do them.
     is_unfenced: bool,
     link: Link,
+    /// To make another link with, when the path leads elsewhere.
+    host_config: HostConfig,
     limits: Limits,
     commands: Vec<Command>,
     /// Commands out.
@@ -172,6 +177,7 @@ impl Queue {
         shared: &Shared,
         local: &Local,
         path: usize,
+        addr: SocketAddr,
         depth: u16,
         counters: Arc<PathCounts>,
     ) -> io::Result<Queue> {
@@ -188,11 +194,7 @@ impl Queue {
             data_digest: config.data_digest,
             ..HostConfig::default()
         };
-        // A capsule and an H2CData PDU per command, and the ICReq; what does not fit waits for the
-        // next poll.
-        let tx_entries_max = usize::from(cids) * 2 + 2;
-        let addr = config.paths[path].addr;
-        let link = Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout);
+        let link = link_to(shared, local, addr, &host_config);
         Ok(Queue {
             local: local.clone(),
             path: path as u8,
@@ -200,8 +202,10 @@ impl Queue {
             counters,
             stage: Stage::Down,
             generation: 0,
+            addr,
             is_unfenced: false,
             link,
+            host_config,
             limits: Limits::default(),
             commands: vec![Command::IDLE; usize::from(cids)],
             in_flight: 0,
@@ -262,6 +266,10 @@ impl Queue {
                 debug_assert!(!self.is_unfenced, "an association before the last one has ended");
                 self.generation = path.generation;
                 self.stage = Stage::Opening;
+                if path.addr != self.addr {
+                    self.addr = path.addr;
+                    self.link = link_to(env.shared, &self.local, path.addr, &self.host_config);
+                }
                 self.link.open(env.shared.offers(usize::from(self.path)))?;
             }
             Stage::Opening | Stage::Connecting | Stage::Authenticating | Stage::Ready
@@ -828,6 +836,15 @@ impl Queue {
         let memory = self.is_starved.then(|| self.local.now() + MEMORY_RETRY);
         [self.link.deadline(), connect, auth, memory, self.next_check].into_iter().flatten().min()
     }
+}
+
+/// The connection of a queue to the listener at `addr`.
+fn link_to(shared: &Shared, local: &Local, addr: SocketAddr, host_config: &HostConfig) -> Link {
+    // A capsule and an H2CData PDU per command, and the ICReq; what does not fit waits for the
+    // next poll.
+    let tx_entries_max = usize::from(host_config.queue_depth) * 2 + 2;
+    let timeout = shared.config.connect_timeout;
+    Link::new(local, addr, host_config.clone(), tx_entries_max, timeout)
 }
 
 /// Bytes of a Dataset Management range (NVM Command Set 1.0, Dataset Management command).

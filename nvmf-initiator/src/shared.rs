@@ -39,6 +39,13 @@ pub enum Phase {
 pub struct PathState {
     /// Listener of the controller.
     pub addr: SocketAddr,
+    /// It is one of those that the volume is to use. One that is not any more is left as soon as
+    /// another can be used, or when it is lost.
+    pub is_wanted: bool,
+    /// No new I/O is sent on it, as it is about to be left.
+    pub is_leaving: bool,
+    /// There is no path here now: the place is kept for one to come.
+    pub is_vacant: bool,
     /// NUMA node that it is near to.
     pub node: Option<u32>,
     /// There is an association: channels may connect their I/O queues.
@@ -74,9 +81,12 @@ pub struct PathState {
 }
 
 impl PathState {
-    fn unknown(config: &PathConfig) -> PathState {
+    pub(crate) fn unknown(config: &PathConfig) -> PathState {
         PathState {
             addr: config.addr,
+            is_wanted: true,
+            is_leaving: false,
+            is_vacant: false,
             node: config.node,
             is_live: false,
             generation: 0,
@@ -98,7 +108,7 @@ impl PathState {
 
     /// How good the path is for I/O, 0 being the best; `None`: it cannot be used.
     pub fn rank(&self) -> Option<u8> {
-        if !self.is_live {
+        if !self.is_live || self.is_leaving {
             return None;
         }
         match self.ana {
@@ -132,10 +142,12 @@ pub struct RemoteState {
     pub losses: u64,
     /// Attempts to set up an association.
     pub attempts: u64,
-    /// The paths, in the order of the configuration.
+    /// The paths, in the order of the configuration; where paths change, in the places they got.
     pub paths: Vec<PathState>,
     /// How often all queues were told to authenticate again.
     pub(crate) auth_round: u64,
+    /// Losses and attempts of paths that are gone, and whose places others have.
+    pub(crate) of_gone: (u64, u64),
 }
 
 impl RemoteState {
@@ -151,6 +163,7 @@ impl RemoteState {
             attempts: 0,
             paths: config.paths.iter().map(PathState::unknown).collect(),
             auth_round: 0,
+            of_gone: (0, 0),
         }
     }
 
@@ -158,8 +171,8 @@ impl RemoteState {
     fn conclude(&mut self) {
         let sum = |of: fn(&PathState) -> u64| self.paths.iter().map(of).sum();
         self.generation = sum(|path| path.generation);
-        self.losses = sum(|path| path.losses);
-        self.attempts = sum(|path| path.attempts);
+        self.losses = self.of_gone.0 + sum(|path| path.losses);
+        self.attempts = self.of_gone.1 + sum(|path| path.attempts);
         let can_send = self.paths.iter().any(|path| path.rank().is_some());
         self.phase = match self.phase {
             // What was lost has been given back, so it must not land behind what is sent from now
@@ -267,6 +280,8 @@ pub(crate) struct AskedPath {
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
     pub(crate) paths: Vec<AskedPath>,
+    /// What the paths are to be, if that is another set than before. Taken once.
+    pub(crate) wanted: Option<Vec<PathConfig>>,
     /// The volume is to be shut down.
     pub(crate) stop: bool,
 }
@@ -306,7 +321,7 @@ impl Shared {
         state: RemoteState,
         offers: Vec<Option<Arc<Offers>>>,
     ) -> Arc<Shared> {
-        let paths = config.paths.iter().map(|_| AskedPath::default()).collect();
+        let paths = (0..config.paths_max()).map(|_| AskedPath::default()).collect();
         Arc::new(Shared {
             config,
             admin,
@@ -315,7 +330,7 @@ impl Shared {
             requests: AtomicU64::new(0),
             inner: Mutex::new(Inner {
                 state: Arc::new(state),
-                asked: Asked { paths, stop: false },
+                asked: Asked { paths, wanted: None, stop: false },
                 seats: Vec::new(),
                 offers,
                 closed: Counters::default(),
@@ -433,6 +448,11 @@ impl Shared {
         self.ask(|asked| asked.paths.iter_mut().for_each(|path| path.reauthenticate = true));
     }
 
+    /// What the paths are to be from now on.
+    pub(crate) fn want_paths(&self, paths: Vec<PathConfig>) {
+        self.ask(|asked| asked.wanted = Some(paths));
+    }
+
     pub(crate) fn request_stop(&self) {
         self.ask(|asked| asked.stop = true);
     }
@@ -450,7 +470,11 @@ impl Shared {
             rescan: std::mem::take(&mut path.rescan),
             reauthenticate: std::mem::take(&mut path.reauthenticate),
         };
-        Asked { paths: asked.paths.iter_mut().map(take).collect(), stop: asked.stop }
+        Asked {
+            paths: asked.paths.iter_mut().map(take).collect(),
+            wanted: asked.wanted.take(),
+            stop: asked.stop,
+        }
     }
 
     /// Gives a channel the lowest free seat. `None`: all `config.queues` are taken.
@@ -499,6 +523,13 @@ impl Shared {
         sum
     }
 
+    /// Commands out on a path, over the open channels, as they last said.
+    pub(crate) fn path_in_flight(&self, path: usize) -> u64 {
+        let inner = self.lock();
+        let seats = inner.seats.iter().flatten();
+        seats.filter_map(|seat| Some(seat.paths.get(path)?.in_flight.load(Ordering::Relaxed))).sum()
+    }
+
     /// Of each path, over the open channels.
     pub(crate) fn path_counters(&self) -> Vec<PathCounters> {
         let inner = self.lock();
@@ -512,6 +543,16 @@ impl Shared {
             }
         }
         sums
+    }
+
+    /// Gives the place of a path that is gone to another one, with the numbers of its associations.
+    pub(crate) fn settle(&self, index: usize, config: &PathConfig, generation: u64) {
+        self.publish(|state| {
+            let Some(path) = state.paths.get_mut(index) else { return };
+            state.of_gone.0 += path.losses;
+            state.of_gone.1 += path.attempts;
+            *path = PathState { generation, fenced: generation, ..PathState::unknown(config) };
+        });
     }
 
     /// Blocks the calling thread (never a core) until `ready` says so or the time is over; gives

@@ -10,7 +10,7 @@ use reactor::{Local, Task};
 
 use crate::admin::AdminTask;
 use crate::channel::RemoteChannel;
-use crate::config::{ConfigError, RemoteConfig};
+use crate::config::{ConfigError, PathConfig, RemoteConfig, check_paths};
 use crate::shared::{Counters, PathCounters, Phase, RemoteState, Shared};
 
 /// The remote namespace did not become ready in time.
@@ -66,7 +66,12 @@ impl RemoteVolume {
         }
         let config = &self.shared.config;
         Err(NotReady {
-            addrs: config.paths.iter().map(|path| path.addr).collect(),
+            addrs: state
+                .paths
+                .iter()
+                .filter(|path| !path.is_vacant)
+                .map(|path| path.addr)
+                .collect(),
             subnqn: config.subnqn.clone(),
             nsid: config.nsid,
             reason: match &state.last_error {
@@ -96,6 +101,26 @@ impl RemoteVolume {
         self.shared.ask_reauthentication();
     }
 
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
+    /// Uses these paths from now on, of a volume whose paths change. One that is not among them any
+    /// more is used until another one works; then no new I/O is sent on it, and what it has when it
+    /// is closed is treated as that of a lost path.
+    ///
+    /// # Errors
+    /// More than 16 paths, one of them twice, or a volume whose paths do not change.
+    pub fn set_paths(&self, paths: &[PathConfig]) -> Result<(), ConfigError> {
+        if !self.shared.config.paths_change {
+            let value = paths.len().to_string();
+            return Err(ConfigError { key: "paths", value, allowed: "those of the start" });
+        }
+        check_paths(paths)?;
+        self.shared.want_paths(paths.to_vec());
+        Ok(())
+    }
+
     /// What is going on on each path, in the order of [`RemoteState::paths`].
     pub fn path_counters(&self) -> Vec<PathCounters> {
         self.shared.path_counters()
@@ -108,6 +133,9 @@ impl RemoteVolume {
 }
 
 fn list(addrs: &[std::net::SocketAddr]) -> String {
+    if addrs.is_empty() {
+        return "no address yet".to_owned();
+    }
     let addrs: Vec<String> = addrs.iter().map(ToString::to_string).collect();
     addrs.join(", ")
 }

@@ -16,9 +16,7 @@ use core::time::Duration;
 use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown};
 use super::session::set_features;
 use super::{AdminCommand, Authenticate, Authentication, ConnectNames, SessionError};
-use crate::spec::{
-    AdminOpcode, Cqe, Feature, GetLogPage, IdentifyController, LogPage, Sqe, event,
-};
+use crate::spec::{AdminOpcode, Cqe, Feature, GetLogPage, IdentifyController, LogPage, Sqe, event};
 use crate::subsys::discovery::{
     DiscoveryEntry, HEADER_LEN, HEADER_READ_LEN, HeaderInfo, InvalidEntry, RECORD_LEN,
     parse_header, parse_records,
@@ -357,11 +355,8 @@ impl Client {
                     self.step = Step::Shutdown;
                 }
             }
-            Step::BringUp
-            | Step::EventConfiguration
-            | Step::Idle
-            | Step::Shutdown
-            | Step::Over => {}
+            Step::BringUp | Step::EventConfiguration | Step::Idle | Step::Shutdown | Step::Over => {
+            }
         }
         Ok(())
     }

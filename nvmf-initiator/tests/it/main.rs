@@ -1,7 +1,8 @@
 //! The initiator against a scripted target in a simulated world.
 //!
 //! `io` is what works, `loss` is lost paths and what is held, `hostile` a target that breaks the
-//! protocol, `model` random histories against a model of the disk, `allocations` counts.
+//! protocol, `model` random histories against a model of the disk, `watch` paths by discovery,
+//! `allocations` counts.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unreachable_pub, reason = "nobody imports a test binary")]
 #![allow(clippy::vec_box, reason = "I/Os stay in the boxes they travel in")]
@@ -14,3 +15,4 @@ mod loss;
 mod model;
 mod paths;
 mod rig;
+mod watch;

@@ -1,16 +1,18 @@
 //! The simulation of [`crate::sim`] with several paths to one target: ports that go away and come
-//! back, connections cut at any byte, ANA states that change under load.
+//! back, connections cut at any byte, ANA states that change under load, paths that are given up and taken
+//! up again.
 //!
 //! The target's volume takes up to two seconds for an I/O, so that what was sent on a lost path is
 //! often still on its way when the same blocks are written again on another. Two things stand
 //! against that, either of which is enough here: the initiator keeps such writes until the lost
 //! controller has ended, and the target lets what a lost path has at a volume go first. That the
-//! initiator does its part also where the target does not is shown by its own tests (`paths.rs`).
+//! initiator does its part also where the target does not is shown by its own tests (`paths.rs`,
+//! and random ones in `model.rs`).
 
 use std::time::Duration;
 
 use nvme::subsys::ana::AnaState;
-use nvmf_initiator::{PathPolicy, Phase, RemoteConfig};
+use nvmf_initiator::{PathConfig, PathPolicy, Phase, RemoteConfig};
 use nvmf_target::Request;
 
 use crate::sim::{Random, SUBNQN, Sim, addr, build_with, listen};
@@ -29,6 +31,7 @@ fn policy(seed: u64) -> PathPolicy {
 struct Trouble {
     random: Random,
     is_down: [bool; PATHS as usize],
+    paths_change: bool,
     left: u32,
 }
 
@@ -43,6 +46,7 @@ impl Trouble {
             }
             self.is_down = [false; PATHS as usize];
             Self::set_ana(sim, port, AnaState::Optimized);
+            self.set_paths(sim, 0b111);
             return;
         }
         self.left -= 1;
@@ -65,7 +69,20 @@ impl Trouble {
                 let state = states[self.random.below(5) as usize];
                 Self::set_ana(sim, port, state);
             }
+            6 => {
+                let set = 1 + self.random.below(7) as u8;
+                self.set_paths(sim, set);
+            }
             _ => {}
+        }
+    }
+
+    /// Where paths change, these are the ones from now on, one bit each.
+    fn set_paths(&self, sim: &Sim, set: u8) {
+        if self.paths_change {
+            let ports = (1..=PATHS).filter(|port| set >> (port - 1) & 1 != 0);
+            let paths: Vec<PathConfig> = ports.map(|port| addr(port).into()).collect();
+            sim.remote.set_paths(&paths).expect("paths that change");
         }
     }
 
@@ -78,11 +95,13 @@ impl Trouble {
 }
 
 fn run(seed: u64) -> Result<u64, String> {
-    let change = |config| RemoteConfig { policy: policy(seed), ..config };
+    let paths_change = seed % 2 == 1;
+    let change = |config| RemoteConfig { policy: policy(seed), paths_change, ..config };
     let mut sim = build_with(seed, REQUESTS, PATHS, change);
     let mut trouble = Trouble {
         random: Random::new(seed ^ 0x70a7_4540),
         is_down: [false; PATHS as usize],
+        paths_change,
         left: 60,
     };
     let report = std::rc::Rc::clone(&sim.report);

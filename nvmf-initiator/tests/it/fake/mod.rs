@@ -18,6 +18,7 @@ use nvme::ctrl::{
 };
 use nvme::fabrics::{ConnectReject, ConnectRequest};
 use nvme::spec::{AsciiField, Cqe, Direction, FabricsType, Nqn, NvmOpcode, Sqe, Status};
+use nvme::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use nvme::subsys::{Limits, NamespaceInfo, SubsystemInfo};
 use nvme::tcp::{Crc32c, Target, TargetConfig, TargetEvent};
 use reactor::net::{HEAD_BYTES_MAX, Rx, Stream, StreamConfig};
@@ -56,6 +57,8 @@ pub struct Script {
     pub is_admin_mute: bool,
     /// Longest delay of an I/O command; commands overtake each other.
     pub delay_max: Duration,
+    /// How many of a hundred I/O commands are delayed; the others are done at once.
+    pub delay_percent: u64,
     /// Bytes asked for by one R2T.
     pub r2t_bytes: u32,
     /// Bytes of one C2HData PDU.
@@ -67,6 +70,9 @@ pub struct Script {
     /// A new association of the host ends the old one, and Cross-Controller Reset says so. Without
     /// that, the old one goes on until its keep alive expires.
     pub fences: bool,
+    /// A change that is under way when its connection ends is done all the same, when its delay is
+    /// over, as a target does that has handed it to a disk.
+    pub lands_late: bool,
     /// A write that data was asked for is answered with this at once, and nothing more is read
     /// until [`Fake::read_on`].
     pub early: Option<Status>,
@@ -81,12 +87,14 @@ impl Default for Script {
             greeting: None,
             is_admin_mute: false,
             delay_max: Duration::ZERO,
+            delay_percent: 100,
             r2t_bytes: 1 << 20,
             c2h_bytes: 1 << 20,
             uses_success: true,
             max_h2c_data: 128 << 10,
             allows_digests: true,
             fences: true,
+            lands_late: false,
             early: None,
         }
     }
@@ -115,6 +123,8 @@ pub struct Seen {
     /// Connections of I/O queues that the host reset, and that it closed in order.
     pub io_resets: u64,
     pub io_ends: u64,
+    /// Changes done after their connection had ended.
+    pub late: u64,
 }
 
 pub struct Fake {
@@ -124,6 +134,8 @@ pub struct Fake {
     pub script: RefCell<Script>,
     pub seen: Cell<Seen>,
     pub subsys: RefCell<Arc<SubsystemInfo>>,
+    /// What it tells as a discovery controller; `None`: it is none.
+    log: RefCell<Option<Arc<DiscoveryLog>>>,
     arrivals: RefCell<Vec<Socket>>,
     /// Ends all connections at the next poll, without a word.
     kill: Cell<bool>,
@@ -158,10 +170,45 @@ pub fn subsystem(namespace: NamespaceInfo, limits: Limits) -> Arc<SubsystemInfo>
 impl Fake {
     /// A target on a core of its own, which it returns.
     pub fn start(world: &World, subsys: Arc<SubsystemInfo>, script: Script) -> (Rc<Fake>, Core) {
-        let bytes = subsys.namespaces()[0].size_bytes() as usize;
+        Fake::start_at(world, ([10, 0, 0, 1], 4420).into(), subsys, script, None)
+    }
+
+    /// A discovery controller with this log, on a core of its own, which it returns.
+    pub fn discovery(
+        world: &World,
+        addr: SocketAddr,
+        entries: &[DiscoveryEntry],
+    ) -> (Rc<Fake>, Core) {
+        let field = AsciiField::new("1").unwrap();
+        let subsys = SubsystemInfo::discovery(
+            field,
+            AsciiField::new("fake").unwrap(),
+            AsciiField::new("1").unwrap(),
+            Limits::default(),
+        );
+        let log = Arc::new(DiscoveryLog::new(1, entries));
+        Fake::start_at(world, addr, Arc::new(subsys.unwrap()), Script::default(), Some(log))
+    }
+
+    /// Another log from now on. It tells its hosts.
+    pub fn tell(&self, entries: &[DiscoveryEntry], core: &Core) {
+        let generation = self.log.borrow().as_ref().map_or(0, |log| log.genctr());
+        *self.log.borrow_mut() = Some(Arc::new(DiscoveryLog::new(generation + 1, entries)));
+        core.handle().wake();
+    }
+
+    fn start_at(
+        world: &World,
+        addr: SocketAddr,
+        subsys: Arc<SubsystemInfo>,
+        script: Script,
+        log: Option<Arc<DiscoveryLog>>,
+    ) -> (Rc<Fake>, Core) {
+        let bytes = subsys.namespaces().first().map_or(0, NamespaceInfo::size_bytes) as usize;
         let fake = Rc::new(Fake {
-            addr: ([10, 0, 0, 1], 4420).into(),
+            addr,
             world: world.clone(),
+            log: RefCell::new(log),
             disk: RefCell::new(vec![0; bytes]),
             script: RefCell::new(script),
             seen: Cell::default(),
@@ -176,6 +223,7 @@ impl Fake {
             local: core.local(),
             connections: Vec::new(),
             controllers: BTreeMap::new(),
+            late: Vec::new(),
             next_cntlid: 1,
             next_connection: 0,
         }));
@@ -273,6 +321,8 @@ struct FakeTask {
     local: Local,
     connections: Vec<Connection>,
     controllers: BTreeMap<u16, Controller>,
+    /// Changes whose connection has ended.
+    late: Vec<Slot>,
     next_cntlid: u16,
     next_connection: u64,
 }
@@ -297,6 +347,7 @@ impl Task for FakeTask {
             self.end_association(cntlid);
         }
         self.sweep();
+        progressed |= self.land(now);
         if progressed { Progress::Worked } else { Progress::Idle }
     }
 
@@ -304,7 +355,11 @@ impl Task for FakeTask {
         let due =
             self.connections.iter().flat_map(|c| c.slots.values().filter_map(|slot| slot.due));
         let early = self.connections.iter().filter_map(|c| c.early.map(|(at, ..)| at));
-        due.chain(early).chain(self.controllers.values().filter_map(Controller::deadline)).min()
+        let late = self.late.iter().filter_map(|slot| slot.due);
+        due.chain(early)
+            .chain(late)
+            .chain(self.controllers.values().filter_map(Controller::deadline))
+            .min()
     }
 }
 
@@ -418,7 +473,10 @@ impl FakeTask {
         let connection = &mut self.connections[index];
         let Role::Admin { cntlid } = connection.role else { return };
         let Some(controller) = self.controllers.get_mut(&cntlid) else { return };
-        controller.update_subsys(Arc::clone(&self.fake.subsys.borrow()));
+        match &*self.fake.log.borrow() {
+            Some(log) => controller.update_discovery(Arc::clone(log)),
+            None => controller.update_subsys(Arc::clone(&self.fake.subsys.borrow())),
+        }
         while let Some((slot, status, result)) = controller.poll_event() {
             respond(connection, slot, status, result);
         }
@@ -431,7 +489,8 @@ impl FakeTask {
             self.connections = live;
             over
         };
-        for connection in over {
+        for mut connection in over {
+            self.leave_behind(&mut connection);
             match connection.role {
                 Role::Admin { cntlid } => self.end_association(cntlid),
                 Role::Io { cntlid, qid } => {
@@ -446,10 +505,39 @@ impl FakeTask {
 
     fn end_association(&mut self, cntlid: u16) {
         self.controllers.remove(&cntlid);
-        self.connections.retain(|connection| match connection.role {
-            Role::Admin { cntlid: own } | Role::Io { cntlid: own, .. } => own != cntlid,
-            Role::New => true,
-        });
+        let is_of = |connection: &mut Connection| match connection.role {
+            Role::Admin { cntlid: own } | Role::Io { cntlid: own, .. } => own == cntlid,
+            Role::New => false,
+        };
+        let over: Vec<Connection> = self.connections.extract_if(.., is_of).collect();
+        for mut connection in over {
+            self.leave_behind(&mut connection);
+        }
+    }
+
+    /// What a connection that has ended had under way is done nevertheless, if it is that kind of
+    /// target.
+    fn leave_behind(&mut self, connection: &mut Connection) {
+        if !self.fake.script.borrow().lands_late || !matches!(connection.role, Role::Io { .. }) {
+            return;
+        }
+        let slots = std::mem::take(&mut connection.slots).into_values();
+        self.late.extend(slots.filter(|slot| slot.due.is_some()));
+    }
+
+    /// Does what ended connections have left behind.
+    fn land(&mut self, now: Duration) -> bool {
+        let due: Vec<Slot> =
+            self.late.extract_if(.., |slot| slot.due.is_some_and(|at| at <= now)).collect();
+        let subsys = Arc::clone(&self.fake.subsys.borrow());
+        for slot in &due {
+            if let Ok(io) = decode(&slot.sqe, &subsys)
+                && change(&mut self.fake.disk.borrow_mut(), &io, &slot.data, &subsys) == Ok(true)
+            {
+                self.fake.count(|seen| seen.late += 1);
+            }
+        }
+        !due.is_empty()
     }
 
     fn on_event(&mut self, index: usize, event: TargetEvent<'_>, now: Duration) {
@@ -509,9 +597,9 @@ impl FakeTask {
 
     /// Asks for more data, or sets the time of execution.
     fn on_data(&mut self, index: usize, slot: u16, now: Duration) {
-        let (r2t_bytes, delay_max, early) = {
+        let (r2t_bytes, delay_max, delay_percent, early) = {
             let script = self.fake.script.borrow();
-            (script.r2t_bytes, script.delay_max, script.early)
+            (script.r2t_bytes, script.delay_max, script.delay_percent, script.early)
         };
         let connection = &mut self.connections[index];
         let command = connection.slots.get_mut(&slot).unwrap();
@@ -530,7 +618,9 @@ impl FakeTask {
             return;
         }
         let is_io = matches!(connection.role, Role::Io { .. });
-        let spread = if is_io { delay_max.as_nanos() as u64 } else { 0 };
+        let is_delayed =
+            is_io && (delay_percent >= 100 || self.local.random_u64() % 100 < delay_percent);
+        let spread = if is_delayed { delay_max.as_nanos() as u64 } else { 0 };
         let delay = self.local.random_u64() % (spread + 1);
         command.due = Some(now + Duration::from_nanos(delay));
         if delay == 0 {
@@ -605,7 +695,10 @@ impl FakeTask {
             self.next_cntlid += 1;
             let config = ControllerConfig {
                 cntlid,
-                kind: ControllerKind::Io,
+                kind: match &*self.fake.log.borrow() {
+                    Some(log) => ControllerKind::Discovery(Arc::clone(log)),
+                    None => ControllerKind::Io,
+                },
                 hostnqn: request.hostnqn,
                 hostid: request.hostid,
                 kato: request.kato,
@@ -701,47 +794,57 @@ impl FakeTask {
                 let (pdu_bytes, success) = (script.c2h_bytes, script.uses_success);
                 return send_data(&self.local, connection, slot, bytes, pdu_bytes, success, 0);
             }
-            IoCommand::Write { offset, len, .. } => {
-                disk[offset as usize..][..len as usize].copy_from_slice(&command.data);
-            }
-            IoCommand::WriteZeroes { offset, len, .. } => {
-                disk[offset as usize..][..len as usize].fill(0);
-            }
-            IoCommand::Deallocate { ranges, .. } => {
-                let namespace = subsys.namespaces().first().unwrap();
-                for range in command.data.chunks(DSM_RANGE_LEN as usize).take(ranges.into()) {
-                    match dsm_range(range.try_into().unwrap(), namespace) {
-                        Ok((offset, len)) => disk[offset as usize..][..len as usize].fill(0),
-                        Err(status) => return respond(connection, slot, status, 0),
-                    }
-                }
-            }
             IoCommand::Compare { offset, len, .. } => {
                 if disk[offset as usize..][..len as usize] != command.data[..] {
                     return respond(connection, slot, Status::COMPARE_FAILURE.dnr(), 0);
                 }
             }
-            IoCommand::Copy { offset, ranges, .. } => {
-                let namespace = subsys.namespaces().first().unwrap();
-                let mut to = offset as usize;
-                for range in command.data.chunks(COPY_RANGE_LEN as usize).take(ranges.into()) {
-                    match copy_range(range.try_into().unwrap(), namespace) {
-                        Ok((from, len)) => {
-                            disk.copy_within(from as usize..(from + len) as usize, to);
-                            to += len as usize;
-                        }
-                        Err(status) => return respond(connection, slot, status, 0),
-                    }
-                }
-            }
             IoCommand::Flush { .. } | IoCommand::Advisory { .. } | IoCommand::Verify { .. } => {}
-            // The initiator sends no others.
-            _ => {
-                return respond(connection, slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0);
-            }
+            _ => match change(&mut disk, &io, &command.data, &subsys) {
+                Ok(true) => {}
+                // The initiator sends no others.
+                Ok(false) => {
+                    return respond(connection, slot, Status::INVALID_COMMAND_OPCODE.dnr(), 0);
+                }
+                Err(status) => return respond(connection, slot, status, 0),
+            },
         }
         respond(connection, slot, Status::SUCCESS, 0);
     }
+}
+
+/// Does a command to the disk. `Ok(false)`: it changes nothing.
+fn change(
+    disk: &mut [u8],
+    io: &IoCommand,
+    data: &[u8],
+    subsys: &SubsystemInfo,
+) -> Result<bool, Status> {
+    let namespace = subsys.namespaces().first().unwrap();
+    match *io {
+        IoCommand::Write { offset, len, .. } => {
+            disk[offset as usize..][..len as usize].copy_from_slice(data);
+        }
+        IoCommand::WriteZeroes { offset, len, .. } => {
+            disk[offset as usize..][..len as usize].fill(0);
+        }
+        IoCommand::Deallocate { ranges, .. } => {
+            for range in data.chunks(DSM_RANGE_LEN as usize).take(ranges.into()) {
+                let (offset, len) = dsm_range(range.try_into().unwrap(), namespace)?;
+                disk[offset as usize..][..len as usize].fill(0);
+            }
+        }
+        IoCommand::Copy { offset, ranges, .. } => {
+            let mut to = offset as usize;
+            for range in data.chunks(COPY_RANGE_LEN as usize).take(ranges.into()) {
+                let (from, len) = copy_range(range.try_into().unwrap(), namespace)?;
+                disk.copy_within(from as usize..(from + len) as usize, to);
+                to += len as usize;
+            }
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
 }
 
 fn respond(connection: &mut Connection, slot: u16, status: Status, result: u64) {
