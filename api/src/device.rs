@@ -17,6 +17,9 @@ pub struct Device {
     pub guest_attached: bool,
     /// What is behind it, in the order of the namespaces.
     pub namespaces: Vec<DeviceNamespace>,
+    /// Discovery controllers that tell it its ways, if it has any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub discovery: Vec<DeviceDiscovery>,
     /// Queues that a driver has started.
     pub queues: Vec<DeviceQueue>,
     /// Requests taken and not answered.
@@ -55,7 +58,8 @@ pub struct DeviceNamespace {
 pub struct DevicePath {
     /// Where the target listens.
     pub addr: String,
-    /// `live`, or what it waits for.
+    /// `live`; `leaving`: it is not told of any more, and used until another one works; or what it
+    /// waits for.
     pub state: String,
     /// ANA state of the namespace by it, where the target reports one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -65,6 +69,31 @@ pub struct DevicePath {
     /// Times that it was lost.
     pub losses: u64,
     /// Why it was lost, or could not be set up, last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// A discovery controller that a device asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceDiscovery {
+    /// Where it listens.
+    pub addr: String,
+    /// The controller that refers to it; none, if it is configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub referred_by: Option<String>,
+    /// `connected`, or `connecting`: what it said last still counts.
+    pub state: String,
+    /// Generation counter of its log, once that is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub genctr: Option<u64>,
+    /// Entries of its log.
+    pub entries: u64,
+    /// Ways to the device's subsystem that it names.
+    pub paths: Vec<String>,
+    /// Entries that are not used, and why; the first few.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
+    /// Why the connection was lost, or could not be made, last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }

@@ -27,7 +27,9 @@ pub use change::{
     AddReferral, AddSubsystem, AttachVolume, DisconnectHost, MoveVolume, ResizeVolume, SetAna,
     SetHosts, SetReferrals, SetWriteProtect,
 };
-pub use device::{Device, DeviceCounters, DeviceNamespace, DevicePath, DeviceQueue};
+pub use device::{
+    Device, DeviceCounters, DeviceDiscovery, DeviceNamespace, DevicePath, DeviceQueue,
+};
 pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use status::{
     AnaEntry, AnaState, Association, Counters, Limit, Origin, Port, PortKind, Power, Referral,

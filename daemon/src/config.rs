@@ -17,7 +17,7 @@ mod file;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
-use nvmf_initiator::PathPolicy;
+use nvmf_initiator::{PathConfig, PathPolicy};
 use nvmf_target::{AuthPolicy, Tls};
 
 use crate::credentials::CredentialsConfig;
@@ -244,10 +244,14 @@ pub struct DeviceConfig {
     /// The socket the machine connects to: vhost-user of a virtio-blk device, vfio-user of an NVMe
     /// controller.
     pub socket: PathBuf,
-    /// A volume in this process instead of a target; then `connect` is empty.
+    /// A volume in this process instead of a target; then `connect` and `discover` are empty.
     pub volume: Option<VolumeSpec>,
-    /// The target, by one or several ways.
-    pub connect: Vec<SocketAddr>,
+    /// The target, by one or several ways that are always used.
+    pub connect: Vec<PathConfig>,
+    /// Discovery controllers that tell more ways.
+    pub discover: Vec<SocketAddr>,
+    /// TCP ports of what they tell that may be connected to.
+    pub ports: BTreeSet<u16>,
     /// Which of them an I/O takes.
     pub policy: PathPolicy,
     /// The subsystem the namespace is in; of a `volume`, where its identity comes from.
@@ -405,10 +409,12 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 16] = [
+const DEVICE_KEYS: [&str; 18] = [
     "type",
     "socket",
     "connect",
+    "discover",
+    "ports",
     "subnqn",
     "nsid",
     "queues",
@@ -677,9 +683,9 @@ impl Draft {
 
     /// `--device NAME=TYPE,key=value,...`.
     pub fn add_device(&mut self, argument: &str) -> Result<(), ConfigError> {
-        const FORM: &str = "allowed: NAME=virtio-blk,socket=PATH,connect=ADDR:PORT,subnqn=NQN,\
-                            nsid=N,psk=FILE[,queues=N][,read_only=true], or tls=off in place \
-                            of psk=FILE";
+        const FORM: &str = "allowed: NAME=virtio-blk,socket=PATH,connect=ADDR:PORT (or \
+                            discover=ADDR:PORT),subnqn=NQN,nsid=N,psk=FILE[,queues=N]\
+                            [,read_only=true], or tls=off in place of psk=FILE";
         let whole = Setting::flag("--device", argument);
         let Some((name, rest)) = argument.split_once('=') else {
             return Err(whole.refuse(FORM));

@@ -4,7 +4,7 @@
 //!  configuration, identities, sockets bound          everything that needs rights
 //!  ─────────────── enter() ───────────────────────── one thread; all later threads inherit:
 //!    no new privileges, no capabilities, landlock      no file but taking the sockets away,
-//!                                                      no TCP port but the targets'
+//!                                                      no TCP port but those configured
 //!  cores, devices
 //!  ─────────────── close() ───────────────────────── all threads: seccomp
 //!    an allow list of system calls                     no program, no process, no debugger,
@@ -42,7 +42,8 @@ const NEEDED: ABI = ABI::V4;
 pub(crate) struct Needs {
     /// Directories of sockets, to take them away at the end.
     pub(crate) socket_dirs: BTreeSet<PathBuf>,
-    /// TCP ports that may be connected to; `None`: all, since discovery tells them later.
+    /// TCP ports that may be connected to: those of the configuration, and those that discovery may
+    /// lead to; `None`: all.
     pub(crate) connect_ports: Option<BTreeSet<u16>>,
 }
 

@@ -11,7 +11,9 @@ use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
 use block::Volume;
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
-use nvmf_initiator::{PathConfig, PathState, Phase, RemoteConfig, RemoteVolume, Security};
+use nvmf_initiator::{
+    DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Watch, WatchConfig,
+};
 use reactor::CoreHandle;
 use reactor::unix::Listener;
 use tokio::sync::mpsc;
@@ -40,6 +42,8 @@ pub(crate) struct Entry {
     remotes: Vec<(u32, Arc<RemoteVolume>)>,
     /// Its own volume, instead of remote ones.
     local: Option<Arc<dyn Volume>>,
+    /// Looks out for their paths, if discovery tells them.
+    watch: Mutex<Option<Watch>>,
     stop: AtomicBool,
     handle: Mutex<Option<Handle>>,
     failed: Mutex<Option<String>>,
@@ -101,7 +105,6 @@ impl RunningDevice {
     ) -> anyhow::Result<RunningDevice> {
         let host = config.host.as_ref().unwrap_or(host);
         let mut remotes = Vec::with_capacity(config.nsids.len());
-        let paths: Vec<PathConfig> = config.connect.iter().map(|addr| (*addr).into()).collect();
         let local = match &config.volume {
             Some(spec) => {
                 let identity = identity::derive_volume(&config.subnqn, &config.name);
@@ -116,21 +119,16 @@ impl RunningDevice {
             DeviceKind::Nvme => (2 * cores.handles().len()).clamp(1, 1024) as u16,
         };
         // None of a device with a volume of its own.
-        let first_path = config.connect.first().copied();
-        for nsid in &config.nsids {
-            let Some(first_path) = first_path else { break };
+        let nsids = if local.is_none() { config.nsids.as_slice() } else { &[] };
+        for nsid in nsids {
             let remote = RemoteConfig {
                 queues,
-                paths: paths.clone(),
+                paths: config.connect.clone(),
+                paths_change: !config.discover.is_empty(),
                 policy: config.policy,
                 ctrl_loss_timeout: config.ctrl_loss_timeout,
                 security: security.clone(),
-                ..RemoteConfig::new(
-                    first_path,
-                    config.subnqn.clone(),
-                    *nsid,
-                    (host.nqn.clone(), host.id),
-                )
+                ..RemoteConfig::unplaced(config.subnqn.clone(), *nsid, (host.nqn.clone(), host.id))
             };
             remote.check().with_context(|| format!("device {:?}", config.name))?;
             let volume = cores.on(first, move |spawner| {
@@ -140,6 +138,26 @@ impl RunningDevice {
             })?;
             remotes.push((*nsid, volume.with_context(|| format!("device {:?}", config.name))?));
         }
+        let watch = match config.discover.as_slice() {
+            [] => None,
+            discover => {
+                let host = (host.nqn.clone(), host.id);
+                let watch = WatchConfig {
+                    always: config.connect.clone(),
+                    ports: config.ports.clone(),
+                    has_tls: config.credentials.tls != TlsSetting::Off,
+                    ..WatchConfig::new(discover.to_vec(), config.subnqn.clone(), host)
+                };
+                let volumes: Vec<_> =
+                    remotes.iter().map(|(_, volume)| Arc::clone(volume)).collect();
+                let started = cores.on(first, move |spawner| {
+                    let (watch, task) = Watch::start(watch, &volumes, spawner.local())?;
+                    spawner.spawn(task);
+                    Ok::<_, nvmf_initiator::ConfigError>(watch)
+                })?;
+                Some(started.with_context(|| format!("device {:?}", config.name))?)
+            }
+        };
 
         let count = cores.handles().len();
         // Devices take turns with the cores, so that small ones do not all share the first.
@@ -150,6 +168,7 @@ impl RunningDevice {
             config,
             remotes,
             local,
+            watch: Mutex::new(watch),
             stop: AtomicBool::new(false),
             handle: Mutex::new(None),
             failed: Mutex::new(None),
@@ -174,6 +193,7 @@ impl RunningDevice {
             Some(Handle::Nvme(handle)) => handle.stop(),
             None => {}
         }
+        drop(lock(&self.entry.watch).take());
         for (_, remote) in &self.entry.remotes {
             remote.shutdown();
         }
@@ -302,6 +322,10 @@ impl Entry {
                 Some(volume) => vec![self.local_namespace(&**volume)],
                 None => self.remotes.iter().map(|remote| self.namespace(remote)).collect(),
             },
+            discovery: match &*lock(&self.watch) {
+                Some(watch) => watch.state().iter().map(discovery).collect(),
+                None => Vec::new(),
+            },
             queues: Vec::new(),
             in_flight: 0,
             counters: api::DeviceCounters::default(),
@@ -348,6 +372,7 @@ impl Entry {
             addr: path.addr.to_string(),
             state: match (state.phase, path.is_live) {
                 (Phase::Stopped { .. }, _) => "stopped",
+                (_, true) if !path.is_wanted => "leaving",
                 (_, true) => "live",
                 (_, false) => "connecting",
             }
@@ -365,8 +390,21 @@ impl Entry {
             serial: serial_text(&state.identity.serial),
             size_bytes: state.geometry.bytes(),
             block_bytes: state.geometry.block_bytes,
-            paths: state.paths.iter().map(path).collect(),
+            paths: state.paths.iter().filter(|path| !path.is_vacant).map(path).collect(),
         }
+    }
+}
+
+fn discovery(state: &DiscoveryState) -> api::DeviceDiscovery {
+    api::DeviceDiscovery {
+        addr: state.addr.to_string(),
+        referred_by: state.referred_by.map(|addr| addr.to_string()),
+        state: if state.is_connected { "connected" } else { "connecting" }.to_owned(),
+        genctr: state.genctr,
+        entries: state.entries as u64,
+        paths: state.paths.iter().map(ToString::to_string).collect(),
+        left_out: state.left_out.clone(),
+        last_error: state.last_error.clone(),
     }
 }
 

@@ -194,7 +194,11 @@ impl Daemon {
                 needs.socket(&device.socket);
             }
             needs.connect_ports.iter_mut().for_each(|ports| {
-                ports.extend(device.connect.iter().map(SocketAddr::port));
+                ports.extend(device.connect.iter().map(|path| path.addr.port()));
+                if !device.discover.is_empty() {
+                    // What is found later may be at any of these, and nowhere else.
+                    ports.extend(&device.ports);
+                }
             });
             securities.push(daemon.security_of(device)?);
         }

@@ -1,13 +1,13 @@
 //! The one set of checks behind file and flags: [`Draft`] in, [`Config`] out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
-use nvmf_initiator::PathPolicy;
+use nvmf_initiator::{PathConfig, PathPolicy};
 use uuid::Uuid;
 
 use super::{
@@ -29,6 +29,12 @@ const QUEUE_ENTRIES: std::ops::RangeInclusive<u64> = 2..=4096;
 const NSID_MAX: u64 = 65_536;
 /// `sockaddr_un` holds 108 bytes with the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
+/// Discovery controllers of a device.
+const CONTROLLERS_MAX: usize = 8;
+/// TCP ports that discovery may lead a device to.
+const PORTS_MAX: usize = 64;
+/// Those that it may lead to where nothing is said: what NVMe/TCP and its discovery are assigned.
+const DISCOVERED_PORTS: [u16; 2] = [4420, 8009];
 /// A day: who waits for longer waits for ever.
 const CTRL_LOSS_S_MAX: u64 = 86_400;
 /// Volumes of one target; devices of one emulator.
@@ -366,6 +372,8 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             socket,
             volume: Some(spec),
             connect: Vec::new(),
+            discover: Vec::new(),
+            ports: BTreeSet::new(),
             policy: PathPolicy::default(),
             nsids: vec![1],
             host: None,
@@ -375,24 +383,29 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             credentials: CredentialsConfig::none(),
         });
     }
-    let connect = needed("connect", "ADDR:PORT")?;
-    let mut addrs = Vec::new();
-    for text in connect.text.split('+') {
-        let addr = address(connect, text)?;
-        if addr.port() == 0 || addr.ip().is_unspecified() {
-            return Err(connect.refuse(
-                "is no address to connect to; allowed: ADDR:PORT of a target, such as \
-                 192.0.2.7:4420",
+    let connect = match draft.keys.get("connect") {
+        Some(setting) => ways(setting)?,
+        None => Vec::new(),
+    };
+    let discover = match draft.keys.get("discover") {
+        Some(setting) => controllers(setting)?,
+        None if connect.is_empty() => {
+            return Err(draft.name.refuse(
+                "this device has no connect; needed: connect=ADDR:PORT or discover=ADDR:PORT",
             ));
         }
-        if addrs.contains(&addr) {
-            return Err(connect.refuse(format!("names {addr} twice; allowed: each address once")));
+        None => Vec::new(),
+    };
+    let mut ports = match draft.keys.get("ports") {
+        Some(setting) if discover.is_empty() => {
+            return Err(setting.refuse("says what discovery may lead to; add discover=ADDR:PORT"));
         }
-        addrs.push(addr);
-    }
-    if addrs.len() > WAYS_MAX {
-        return Err(connect.refuse(format!("allowed: at most {WAYS_MAX} addresses")));
-    }
+        Some(setting) => tcp_ports(setting)?,
+        None => DISCOVERED_PORTS.into(),
+    };
+    // What is named is meant.
+    ports.extend(connect.iter().map(|path| path.addr.port()));
+    ports.extend(discover.iter().map(SocketAddr::port));
     let policy = match draft.keys.get("iopolicy") {
         Some(setting) => setting
             .text
@@ -414,7 +427,9 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
         kind,
         socket,
         volume: None,
-        connect: addrs,
+        connect,
+        discover,
+        ports,
         policy,
         subnqn,
         nsids,
@@ -490,6 +505,73 @@ fn credentials(draft: &DeviceDraft, has_data: bool) -> Result<CredentialsConfig,
             ))
         }
         _ => Ok(CredentialsConfig { tls, psk, dhchap, dhchap_ctrl }),
+    }
+}
+
+/// An address to connect to.
+fn far_address(setting: &Setting, text: &str, example: &str) -> Result<SocketAddr, ConfigError> {
+    let addr = address(setting, text)?;
+    if addr.port() == 0 || addr.ip().is_unspecified() {
+        return Err(
+            setting.refuse(format!("is no address to connect to; allowed: ADDR:PORT of {example}"))
+        );
+    }
+    Ok(addr)
+}
+
+/// The ways to the target, `192.0.2.7:4420+192.0.2.8:4420@1`: behind the `@` is the NUMA node of the
+/// network interface.
+fn ways(setting: &Setting) -> Result<Vec<PathConfig>, ConfigError> {
+    let mut ways: Vec<PathConfig> = Vec::new();
+    for text in setting.text.split('+') {
+        let (text, node) = match text.split_once('@') {
+            Some((text, node)) => match node.parse::<u16>() {
+                Ok(node) => (text, Some(node.into())),
+                Err(_) => {
+                    return Err(setting.refuse(format!(
+                        "names {node:?} as a NUMA node; allowed: ADDR:PORT@0 to ADDR:PORT@65535"
+                    )));
+                }
+            },
+            None => (text, None),
+        };
+        let addr = far_address(setting, text, "a target, such as 192.0.2.7:4420")?;
+        if ways.iter().any(|way| way.addr == addr) {
+            return Err(setting.refuse(format!("names {addr} twice; allowed: each address once")));
+        }
+        ways.push(PathConfig { addr, node });
+    }
+    if ways.len() > WAYS_MAX {
+        return Err(setting.refuse(format!("allowed: at most {WAYS_MAX} addresses")));
+    }
+    Ok(ways)
+}
+
+/// The discovery controllers.
+fn controllers(setting: &Setting) -> Result<Vec<SocketAddr>, ConfigError> {
+    let mut addrs = Vec::new();
+    for text in setting.text.split('+') {
+        let example = "a discovery controller, such as 192.0.2.7:8009";
+        let addr = far_address(setting, text, example)?;
+        if addrs.contains(&addr) {
+            return Err(setting.refuse(format!("names {addr} twice; allowed: each address once")));
+        }
+        addrs.push(addr);
+    }
+    if addrs.len() > CONTROLLERS_MAX {
+        return Err(setting.refuse(format!("allowed: at most {CONTROLLERS_MAX} addresses")));
+    }
+    Ok(addrs)
+}
+
+/// TCP ports, `4420+8009`.
+fn tcp_ports(setting: &Setting) -> Result<BTreeSet<u16>, ConfigError> {
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+    let ports: Option<BTreeSet<u16>> = setting.text.split('+').map(port).collect();
+    match ports {
+        Some(ports) if ports.len() <= PORTS_MAX => Ok(ports),
+        Some(_) => Err(setting.refuse(format!("allowed: at most {PORTS_MAX} ports"))),
+        None => Err(setting.refuse("allowed: TCP ports such as 4420+8009")),
     }
 }
 

@@ -155,6 +155,8 @@ struct RawDevice {
     r#type: Option<Spanned<String>>,
     socket: Option<Spanned<String>>,
     connect: Option<Spanned<String>>,
+    discover: Option<Spanned<String>>,
+    ports: Option<Spanned<NumberOrList>>,
     subnqn: Option<Spanned<String>>,
     nsid: Option<Spanned<NumberOrList>>,
     queues: Option<Spanned<i64>>,
@@ -339,6 +341,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("type", source.optional("device.type", &device.r#type));
         add("socket", source.optional("device.socket", &device.socket));
         add("connect", source.optional("device.connect", &device.connect));
+        add("discover", source.optional("device.discover", &device.discover));
+        add("ports", source.optional("device.ports", &device.ports));
         add("subnqn", source.optional("device.subnqn", &device.subnqn));
         add("nsid", source.optional("device.nsid", &device.nsid));
         add("queues", source.optional("device.queues", &device.queues));

@@ -49,6 +49,10 @@ queues = 4
 read_only = true
 "#;
 
+fn way(addr: &str) -> PathConfig {
+    addr.parse::<SocketAddr>().unwrap().into()
+}
+
 #[test]
 fn a_whole_file() {
     let config = toml(WHOLE).unwrap();
@@ -65,7 +69,7 @@ fn a_whole_file() {
     let device = &config.devices[0];
     assert_eq!((device.name.as_str(), device.kind), ("disk0", DeviceKind::VirtioBlk));
     assert_eq!(device.socket, Path::new("/run/disk0.sock"));
-    assert_eq!(device.connect, ["192.0.2.7:4420".parse().unwrap()]);
+    assert_eq!(device.connect, [way("192.0.2.7:4420")]);
     assert_eq!((device.nsids.as_slice(), device.queues, device.read_only), (&[3][..], 4, true));
 }
 
@@ -401,7 +405,21 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
     assert!(!config.is_supervised());
     assert!(Config { supervise: Supervise::Auto, ..config.clone() }.is_supervised());
-    assert_eq!(device.connect, ["192.0.2.7:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
+    assert_eq!(device.connect, [way("192.0.2.7:1"), way("[::1]:2")]);
+    assert!(device.discover.is_empty());
+    let config = check("nvme,tls=off,connect=192.0.2.7:1@1+[::1]:2,nsid=1").unwrap();
+    let nodes: Vec<_> = config.devices[0].connect.iter().map(|way| way.node).collect();
+    assert_eq!(nodes, [Some(1), None]);
+
+    // What discovery may lead to: the well-known ports, or those named; and what is configured.
+    let config = check("nvme,tls=off,discover=192.0.2.7:8010+[::1]:8009,nsid=1").unwrap();
+    let device = &config.devices[0];
+    assert_eq!(device.discover, ["192.0.2.7:8010".parse().unwrap(), "[::1]:8009".parse().unwrap()]);
+    assert!(device.connect.is_empty());
+    assert_eq!(device.ports, [4420, 8009, 8010].into());
+    let config =
+        check("nvme,tls=off,discover=192.0.2.7:8009,connect=192.0.2.8:1,ports=4421+4422,nsid=1").unwrap();
+    assert_eq!(config.devices[0].ports, [1, 4421, 4422, 8009].into());
     assert_eq!(device.policy, PathPolicy::QueueDepth);
     for (text, expected) in [
         ("virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
@@ -409,6 +427,13 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
         ("nvme,tls=off,connect=192.0.2.7:1,nsid=257", "allowed: 1 to 256"),
         ("nvme,tls=off,connect=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
         ("nvme,tls=off,connect=192.0.2.7:1,nsid=1,iopolicy=best", "allowed: numa, round-robin"),
+        ("nvme,tls=off,connect=192.0.2.7:1@x,nsid=1", "names \"x\" as a NUMA node"),
+        ("nvme,tls=off,nsid=1", "needed: connect=ADDR:PORT or discover=ADDR:PORT"),
+        ("nvme,tls=off,discover=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
+        ("nvme,tls=off,discover=0.0.0.0:8009,nsid=1", "of a discovery controller"),
+        ("nvme,tls=off,connect=192.0.2.7:1,ports=1,nsid=1", "add discover=ADDR:PORT"),
+        ("nvme,tls=off,discover=192.0.2.7:1,ports=0,nsid=1", "allowed: TCP ports such as"),
+        ("nvme,tls=off,discover=192.0.2.7:1,ports=1+70000,nsid=1", "allowed: TCP ports such as"),
     ] {
         let message = check(text).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");

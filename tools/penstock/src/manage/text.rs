@@ -130,6 +130,18 @@ pub(super) fn device(device: &Device) -> String {
             line("path", format!("{addr}: {state}, lost {losses} times{error}"));
         }
     }
+    for node in &device.discovery {
+        let by = node.referred_by.as_deref().map(|by| format!(", by {by}")).unwrap_or_default();
+        let error = node.last_error.as_deref().map(|e| format!(": {e}")).unwrap_or_default();
+        let (addr, state, paths) = (&node.addr, &node.state, node.paths.len());
+        line(
+            "discovery",
+            format!("{addr}{by}: {state}, {} entries, {paths} paths{error}", node.entries),
+        );
+        for left_out in &node.left_out {
+            line("", format!("left out: {left_out}"));
+        }
+    }
     for queue in &device.queues {
         let broken = queue.broken.as_deref().map(|b| format!(", broken: {b}")).unwrap_or_default();
         let (core, entries, flying) = (queue.core, queue.entries, queue.in_flight);
