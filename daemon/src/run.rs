@@ -202,7 +202,7 @@ impl Daemon {
             });
             securities.push(daemon.security_of(device)?);
         }
-        if !listening.is_empty() {
+        if !securities.is_empty() {
             crypto::tls::prepare()?;
         }
         let contained = match &daemon.target {

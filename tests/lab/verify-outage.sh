@@ -1,9 +1,12 @@
 #!/bin/sh
 # fio verify on a device whose target goes away meanwhile:
-#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio | verify-outage.sh pci
+#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio [SIZE] | verify-outage.sh pci [SIZE]
+# SIZE is how much is written.
 # Prints a line "progress: READS WRITES STATE" twice a second, by which the
 # other side chooses its moments.
 . /job/lib.sh
+size=32M
+[ "$1" = nvme ] || size=${2:-$size}
 if [ "$1" = nvme ]; then
     modprobe nvme_tcp || fail modules
     nvme connect -t tcp -a "$2" -s "$3" -n "$4" --ctrl-loss-tmo=600 --reconnect-delay=1 || fail connect
@@ -22,10 +25,10 @@ else
     dev=/dev/vda state=/sys/block/vda/ro disks=vda
 fi
 step "fio on $dev, counted on $disks"
-# Written at a bounded rate, so that both outages fall into the run whatever
+# Written at a bounded rate, so that all outages fall into the run whatever
 # the speed of the machine; checked while writing goes on, and again at the end.
 fio --name=fio-outage --filename="$dev" --direct=1 --ioengine=libaio --rw=randwrite --bsrange=512-32k \
-    --iodepth=16 --size=32M --rate=2m --verify=crc32c --verify_fatal=1 --do_verify=1 \
+    --iodepth=16 --size="$size" --rate=2m --verify=crc32c --verify_fatal=1 --do_verify=1 \
     --verify_backlog=256 --randrepeat=0 --eta=never --output-format=json --output=/out/fio-outage.json &
 fio=$!
 while kill -0 $fio 2>/dev/null; do

@@ -6,7 +6,8 @@ use serde_json::json;
 use super::super::Scene;
 use super::super::guest::{Guest, Job};
 use super::super::tree::Kernel;
-use super::manage::{Managed, Relay, StopPort, last_line, missing};
+use super::manage::{Managed, StopPort, last_line, missing};
+use super::relay::Relay;
 use super::{HOST_ADDRESS, SUBNQN, file_volume, fio_verified};
 use crate::report::Outcome;
 

@@ -23,7 +23,7 @@ use crate::report::Outcome;
 const SIZE_MIB: u64 = 128;
 /// The last block of a volume.
 const END: u64 = (SIZE_MIB << 20) - 512;
-const SCRIPT: &str = "verify-outage.sh";
+pub(super) const SCRIPT: &str = "verify-outage.sh";
 /// The round in which a worker is replaced and not killed.
 const LAST: &str = "third";
 /// Time for a supervisor to start another worker, after its longest pause.
@@ -210,7 +210,7 @@ pub(super) struct Progress {
     state: String,
 }
 
-fn all(console: &str) -> Vec<Progress> {
+pub(super) fn all(console: &str) -> Vec<Progress> {
     console
         .lines()
         .filter_map(|line| {

@@ -2,16 +2,13 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::super::Scene;
@@ -88,82 +85,6 @@ pub(super) fn missing(scene: &Scene<'_>) -> Result<Option<Outcome>> {
     Ok((!help.contains("--api")).then(|| Outcome::Skipped(why.to_owned())))
 }
 
-/// A way to a port of the target that can be cut.
-pub(super) struct Relay {
-    pub(super) port: u16,
-    to: u16,
-    running: Option<Running>,
-}
-
-struct Running {
-    is_cut: Arc<AtomicBool>,
-    sockets: Arc<Mutex<Vec<TcpStream>>>,
-    acceptor: JoinHandle<()>,
-}
-
-impl Relay {
-    pub(super) fn start(to: u16) -> Result<Relay> {
-        let [port] = free_ports()?;
-        let mut relay = Relay { port, to, running: None };
-        relay.restore()?;
-        Ok(relay)
-    }
-
-    /// Ends every connection and takes no more.
-    pub(super) fn cut(&mut self) -> Result<()> {
-        let running = self.running.take().context("cut twice")?;
-        running.is_cut.store(true, Ordering::SeqCst);
-        // Wakes the one that accepts.
-        drop(TcpStream::connect(("127.0.0.1", self.port)));
-        let ended = running.acceptor.join();
-        for socket in running.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-        ended.map_err(|_| anyhow!("the relay's thread panicked"))
-    }
-
-    /// Takes connections again.
-    pub(super) fn restore(&mut self) -> Result<()> {
-        let listener = TcpListener::bind(("127.0.0.1", self.port))?;
-        let (is_cut, sockets) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<_>>>::default());
-        let (cut, kept, to) = (Arc::clone(&is_cut), Arc::clone(&sockets), self.to);
-        let acceptor = std::thread::spawn(move || {
-            for near in listener.incoming() {
-                if cut.load(Ordering::SeqCst) {
-                    return;
-                }
-                let far = TcpStream::connect(("127.0.0.1", to));
-                let (Ok(near), Ok(far)) = (near, far) else { continue };
-                // A connection that cannot be set up is one that ends at once.
-                let _ = forward(&near, &far).and_then(|()| forward(&far, &near));
-                kept.lock().unwrap_or_else(PoisonError::into_inner).extend([near, far]);
-            }
-        });
-        self.running = Some(Running { is_cut, sockets, acceptor });
-        Ok(())
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        if self.running.is_some() {
-            let _ = self.cut();
-        }
-    }
-}
-
-/// Moves bytes one way on a thread of its own, until either end is gone.
-fn forward(from: &TcpStream, to: &TcpStream) -> std::io::Result<()> {
-    let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
-    from.set_nodelay(true)?;
-    std::thread::spawn(move || {
-        let _ = std::io::copy(&mut from, &mut to);
-        let _ = from.shutdown(Shutdown::Both);
-        let _ = to.shutdown(Shutdown::Both);
-    });
-    Ok(())
-}
-
 /// A port by which a guest's script is told to come to its end: it takes no connection before.
 pub(super) struct StopPort(u16);
 
@@ -201,26 +122,6 @@ pub(super) fn last_line<'a>(console: &'a str, key: &str) -> Option<Vec<&'a str>>
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_relay_is_cut_and_restored() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut relay = Relay::start(listener.local_addr().unwrap().port()).unwrap();
-        for _ in 0..2 {
-            let mut near = TcpStream::connect(("127.0.0.1", relay.port)).unwrap();
-            let (mut far, _) = listener.accept().unwrap();
-            near.write_all(b"ping").unwrap();
-            let mut said = [0; 4];
-            far.read_exact(&mut said).unwrap();
-            far.write_all(b"pong").unwrap();
-            near.read_exact(&mut said).unwrap();
-            assert_eq!(&said, b"pong");
-            relay.cut().unwrap();
-            assert!(matches!(near.read(&mut said), Ok(0) | Err(_)), "the connection is cut");
-            assert!(!is_listening(relay.port));
-            relay.restore().unwrap();
-        }
-    }
 
     #[test]
     fn the_last_whole_line_counts() {

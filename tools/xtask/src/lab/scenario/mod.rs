@@ -12,6 +12,8 @@ mod manage;
 mod migrate;
 mod namespaces;
 mod nvme_cli;
+mod paths;
+mod relay;
 mod resv;
 mod secure_host;
 mod secure_target;
@@ -178,6 +180,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         shows: "a guest with a virtio disk moves to another QEMU and emulator during fio verify, and back",
         needs_penstock: true,
         run: migrate::virtio,
+    },
+    Scenario {
+        name: "paths-virtio",
+        shows: "two paths of a virtio disk: one cut, both cut, one slow, one silent, under fio verify",
+        needs_penstock: true,
+        run: paths::virtio,
+    },
+    Scenario {
+        name: "paths-nvme",
+        shows: "the same with an emulated NVMe disk that finds both by discovery, and takes turns",
+        needs_penstock: true,
+        run: paths::nvme,
     },
     Scenario {
         name: "fio-jobs",
