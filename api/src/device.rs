@@ -58,7 +58,7 @@ pub struct DeviceNamespace {
 pub struct DevicePath {
     /// Where the target listens.
     pub addr: String,
-    /// `live`; `leaving`: it is not told of any more, and used until another one works; or what it
+    /// `live`; `detached`: the target answers, and has the namespace no more; `leaving`: it is not told of any more, and used until another one works; or what it
     /// waits for.
     pub state: String,
     /// ANA state of the namespace by it, where the target reports one.

@@ -372,6 +372,7 @@ impl Entry {
             addr: path.addr.to_string(),
             state: match (state.phase, path.is_live) {
                 (Phase::Stopped { .. }, _) => "stopped",
+                (_, true) if path.is_detached => "detached",
                 (_, true) if !path.is_wanted => "leaving",
                 (_, true) => "live",
                 (_, false) => "connecting",

@@ -120,6 +120,10 @@ struct Path {
     /// Since when the namespace has been in its ANA state.
     ana: (Option<AnaState>, Duration),
     ana_transition_time: Duration,
+    /// Since when the namespace has been detached.
+    detached_since: Option<Duration>,
+    /// Commands answered on I/O queues when that last mattered.
+    done_seen: u64,
 }
 
 /// See the [module](self).
@@ -359,6 +363,8 @@ impl Path {
             lost_at: now,
             ana: (None, now),
             ana_transition_time: Duration::MAX,
+            detached_since: None,
+            done_seen: 0,
             shared: Arc::clone(shared),
         }
     }
@@ -480,6 +486,9 @@ impl Path {
 
     /// Since when it cannot be used for I/O; `None`: it can.
     fn down_since(&self) -> Option<Duration> {
+        if let (Stage::Live { .. }, Some(since)) = (self.stage, self.detached_since) {
+            return Some(since);
+        }
         match (self.stage, self.ana) {
             (
                 Stage::Live { .. },
@@ -769,6 +778,13 @@ impl Path {
     /// Sends what the session wants to send, and follows its state.
     fn run_session(&mut self, now: Duration, group: &mut Group) -> Result<bool, Loss> {
         let mut progressed = false;
+        if let Some(session) = self.session.as_mut().filter(|session| session.needs_traffic(now)) {
+            let done = self.shared.path_done(self.index);
+            if done != self.done_seen {
+                self.done_seen = done;
+                session.on_traffic(now);
+            }
+        }
         while self.link.room() > 0 {
             let Some(session) = &mut self.session else { return Ok(progressed) };
             let Some(command) = session.next_command(now) else { break };
@@ -801,6 +817,16 @@ impl Path {
     /// The namespace of a live association is not what it was.
     fn on_changed(&mut self, info: &ReadyInfo, now: Duration) {
         self.note_ana(info.namespace.ana, now);
+        if info.namespace.is_attached == self.detached_since.is_some() {
+            let nsid = info.namespace.nsid;
+            if info.namespace.is_attached {
+                tracing::info!(addr = %self.addr, nsid, "the namespace is attached again");
+                self.detached_since = None;
+            } else {
+                tracing::warn!(addr = %self.addr, nsid, "the namespace is detached; I/O waits");
+                self.detached_since = Some(now);
+            }
+        }
         let (index, geometry) = (self.index, geometry(info));
         self.shared.publish(|state| {
             state.geometry = geometry;
@@ -841,6 +867,7 @@ impl Path {
         });
         (self.asked, self.is_refused) = (None, false);
         self.ana = (namespace.ana, now);
+        self.detached_since = None;
         self.ana_transition_time =
             info.controller.ana.map_or(Duration::MAX, |ana| ana.transition_time);
         self.generation += 1;
@@ -889,6 +916,7 @@ fn link_to(shared: &Shared, local: &Local, addr: SocketAddr) -> Link {
 
 fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace) {
     path.ana = namespace.ana;
+    path.is_detached = !namespace.is_attached;
     path.write_zeroes_blocks_max = namespace.write_zeroes_blocks_max;
     path.deallocate_blocks_max = namespace.deallocate_blocks_max;
     path.verify_blocks_max = namespace.verify_blocks_max;

@@ -23,7 +23,7 @@ use reactor::Local;
 use crate::auth::{self, Auth, Computing, RECEIVE_BYTES};
 use crate::link::{Link, Loss};
 use crate::shared::{ChannelCounters, PathCounts, PathState, RemoteState, Shared};
-use crate::status::judge;
+use crate::status::{Verdict, judge};
 use crate::table::{Settled, Table};
 
 /// Bytes of the data of a Connect command (NVMe Base 2.0, Fabrics Connect command).
@@ -596,10 +596,11 @@ impl Queue {
         let latency = env.now.saturating_sub(command.sent_at).as_nanos() as u64;
         ChannelCounters::add(&self.counters.commands, 1);
         ChannelCounters::add(&self.counters.latency_ns, latency);
-        if status.sct() == SCT_PATH {
+        let verdict = judge(status);
+        if status.sct() == SCT_PATH || matches!(verdict, Verdict::Doubt(_)) {
             self.on_path_status(env);
         }
-        env.table.on_answered(request, judge(status));
+        env.table.on_answered(request, verdict);
         if is_free {
             self.settle(cid, env);
         }
@@ -620,7 +621,7 @@ impl Queue {
     }
 
     /// The namespace cannot be reached this way, as far as the controller knows: its ANA state is
-    /// not what it is taken for.
+    /// not what it is taken for, or it is detached.
     #[cold]
     fn on_path_status(&mut self, env: &mut Env<'_>) {
         if env.now >= self.rescan_at {

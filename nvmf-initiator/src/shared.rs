@@ -56,6 +56,8 @@ pub struct PathState {
     pub fenced: u64,
     /// ANA state of the namespace; `None`: the controller does not report any.
     pub ana: Option<AnaState>,
+    /// The subsystem has detached the namespace from the controller. I/O waits, as without a path.
+    pub is_detached: bool,
     /// Controller ID the subsystem gave to this association.
     pub cntlid: u16,
     /// I/O queues granted by the controller.
@@ -92,6 +94,7 @@ impl PathState {
             generation: 0,
             fenced: 0,
             ana: None,
+            is_detached: false,
             cntlid: 0,
             queues: 0,
             queue_entries: 0,
@@ -108,7 +111,7 @@ impl PathState {
 
     /// How good the path is for I/O, 0 being the best; `None`: it cannot be used.
     pub fn rank(&self) -> Option<u8> {
-        if !self.is_live || self.is_leaving {
+        if !self.is_live || self.is_leaving || self.is_detached {
             return None;
         }
         match self.ana {
@@ -528,6 +531,13 @@ impl Shared {
         let inner = self.lock();
         let seats = inner.seats.iter().flatten();
         seats.filter_map(|seat| Some(seat.paths.get(path)?.in_flight.load(Ordering::Relaxed))).sum()
+    }
+
+    /// Commands answered on a path, over the open channels.
+    pub(crate) fn path_done(&self, path: usize) -> u64 {
+        let inner = self.lock();
+        let seats = inner.seats.iter().flatten();
+        seats.filter_map(|seat| Some(seat.paths.get(path)?.commands.load(Ordering::Relaxed))).sum()
     }
 
     /// Of each path, over the open channels.

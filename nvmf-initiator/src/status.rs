@@ -11,6 +11,9 @@ pub(crate) enum Verdict {
     Done,
     /// It may be sent again after a while; if that has been tried often enough, this is its error.
     Retry(IoError),
+    /// It failed for good, or because the namespace is detached, of which nobody here knows yet: it
+    /// may be sent again for as long as it takes to find that out.
+    Doubt(IoError),
     /// It failed for good.
     Fail(IoError),
 }
@@ -18,9 +21,15 @@ pub(crate) enum Verdict {
 impl Verdict {
     /// The worse of two.
     pub(crate) fn max(self, other: Verdict) -> Verdict {
-        match (self, other) {
-            (Verdict::Fail(_), _) | (Verdict::Retry(_), Verdict::Done | Verdict::Retry(_)) => self,
-            _ => other,
+        if self.rank() >= other.rank() { self } else { other }
+    }
+
+    fn rank(self) -> u8 {
+        match self {
+            Verdict::Done => 0,
+            Verdict::Retry(_) => 1,
+            Verdict::Doubt(_) => 2,
+            Verdict::Fail(_) => 3,
         }
     }
 }
@@ -29,8 +38,8 @@ impl Verdict {
 ///
 /// Sent again, if the controller does not forbid it (DNR), is what another attempt may cure:
 /// everything about the path (SCT 3), a controller or namespace that is busy or becoming ready, a
-/// command that was aborted on the way, damaged data. A wrong field or a bad medium stays as it is,
-/// and is reported at once.
+/// command that was aborted on the way, damaged data. A bad medium stays as it is, and is reported at
+/// once; a wrong field after it is clear that the namespace is not detached.
 pub(crate) fn judge(status: Status) -> Verdict {
     if status.is_success() {
         return Verdict::Done;
@@ -39,6 +48,12 @@ pub(crate) fn judge(status: Status) -> Verdict {
     if status.is(Status::AUTHENTICATION_REQUIRED) {
         // The queue authenticates, or the association ends; the command itself is good.
         return Verdict::Retry(error);
+    }
+    // What commands to a namespace that is not attached are answered with (NVMe Base 2.0, "NSID and
+    // Namespace Usage"), Do Not Retry or not; others mean the first by other things as well.
+    if status.is(Status::INVALID_FIELD_IN_COMMAND) || status.is(Status::INVALID_NAMESPACE_OR_FORMAT)
+    {
+        return Verdict::Doubt(error);
     }
     if !status.is_dnr() && is_curable(status) {
         Verdict::Retry(error)
@@ -109,6 +124,7 @@ mod tests {
             }
             match judge(status) {
                 Verdict::Done => assert!(status.is_success()),
+                Verdict::Doubt(_) => assert_eq!(judge(status.dnr()), judge(status)),
                 Verdict::Retry(error) => assert_eq!(judge(status.dnr()), Verdict::Fail(error)),
                 Verdict::Fail(error) => assert_eq!(judge(status.dnr()), Verdict::Fail(error)),
             }
@@ -136,8 +152,8 @@ mod tests {
             (Status::CAPACITY_EXCEEDED, Fail(NoSpace)),
             (Status::NAMESPACE_IS_WRITE_PROTECTED.dnr(), Fail(ReadOnly)),
             (Status::INVALID_COMMAND_OPCODE.dnr(), Fail(NotSupported)),
-            (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), Fail(Gone)),
-            (Status::INVALID_FIELD_IN_COMMAND, Fail(Medium)),
+            (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), Doubt(Gone)),
+            (Status::INVALID_FIELD_IN_COMMAND, Doubt(Medium)),
             (Status::UNRECOVERED_READ_ERROR, Fail(Medium)),
             (Status::COMPARE_FAILURE, Fail(CompareFailed)),
             (Status::RESERVATION_CONFLICT.dnr(), Fail(ReservationConflict)),

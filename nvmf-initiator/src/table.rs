@@ -27,6 +27,9 @@ use crate::status::Verdict;
 
 /// First delay before a request is sent again after a status that allows it; doubles each time.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
+/// How often a request is sent again, on each path once and so often besides, while it is found out
+/// whether its namespace is detached: a multiple of the time that takes.
+const DOUBTS_MAX: u8 = 4;
 /// Longest such delay.
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(2);
 
@@ -211,7 +214,7 @@ impl Table {
     pub(crate) fn on_settled(&mut self, id: u16, path: u8, others: u16, now: Duration) -> Settled {
         let request = &mut self.requests[usize::from(id)];
         request.commands -= 1;
-        if matches!(request.verdict, Verdict::Retry(_)) {
+        if matches!(request.verdict, Verdict::Retry(_) | Verdict::Doubt(_)) {
             request.avoid |= 1 << path;
         }
         if request.commands > 0 || request.place != Place::Sent {
@@ -221,22 +224,26 @@ impl Table {
             self.conclude(id);
             return Settled::Not;
         }
+        let retries_max = match request.verdict {
+            Verdict::Doubt(_) => (DOUBTS_MAX + others.count_ones() as u8).min(self.retries_max),
+            _ => self.retries_max,
+        };
         match request.verdict {
             Verdict::Done => self.finish(id, Ok(())),
             Verdict::Fail(error) => self.finish(id, Err(error)),
-            Verdict::Retry(error) if request.retries >= self.retries_max => {
+            Verdict::Retry(error) | Verdict::Doubt(error) if request.retries >= retries_max => {
                 self.finish(id, Err(error));
             }
-            Verdict::Retry(_) if request.seq < self.abort_below => {
+            Verdict::Retry(_) | Verdict::Doubt(_) if request.seq < self.abort_below => {
                 self.finish(id, Err(IoError::Aborted));
             }
-            Verdict::Retry(_) if others & !request.avoid != 0 => {
+            Verdict::Retry(_) | Verdict::Doubt(_) if others & !request.avoid != 0 => {
                 request.retries += 1;
                 request.start_again(Place::Pending);
                 self.hold(id);
                 return Settled::Retry;
             }
-            Verdict::Retry(_) => {
+            Verdict::Retry(_) | Verdict::Doubt(_) => {
                 let factor = 1u32 << request.retries.min(16);
                 request.not_before = now + (RETRY_DELAY * factor).min(RETRY_DELAY_MAX);
                 request.retries += 1;

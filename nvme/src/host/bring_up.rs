@@ -89,6 +89,8 @@ pub struct ControllerInfo {
     pub write_cache: bool,
     /// Keep alive is supported.
     pub has_keep_alive: bool,
+    /// Any command counts as a Keep Alive (Traffic Based Keep Alive).
+    pub traffic_keep_alive: bool,
     /// Bytes one command may transfer; `u32::MAX` if there is no limit.
     pub transfer_bytes_max: u32,
     /// In-capsule data of an I/O command, bytes.
@@ -337,6 +339,7 @@ impl BringUp {
             cdfs: id.cdfs.get(),
             write_cache: id.vwc & IdentifyController::VWC_PRESENT != 0,
             has_keep_alive: id.kas.get() != 0,
+            traffic_keep_alive: id.ctratt.get() & IdentifyController::CTRATT_TBKAS != 0,
             transfer_bytes_max,
             in_capsule_bytes: (id.ioccsz.get().max(4) - 4).saturating_mul(16),
             queue_entries_max,

@@ -7,7 +7,8 @@
 //!                     Changed Namespace List ◄── event ──────┼──────────────────────────────┤
 //!                               └────────────────────────────┘          shutdown() ─► CC.SHN ─► Closed
 //! ```
-//! Beside the steps, one Keep Alive every KATO/2 and one Asynchronous Event Request. A ready session
+//! Beside the steps, one Keep Alive every KATO/2, or only when there was no other command for KATO/4
+//! where the controller counts those, and one Asynchronous Event Request. A ready session
 //! also ends controllers of this host on other paths ([`Session::end_other`]).
 
 use core::time::Duration;
@@ -29,6 +30,8 @@ const TAG_EVENT: u16 = 2;
 /// Shortest time between two Asynchronous Event Requests, and from an event to the next rescan:
 /// a controller that raises events without end must not keep a host busy.
 const EVENT_INTERVAL: Duration = Duration::from_millis(50);
+/// How often a namespace that is detached is looked for, beside when an event tells of it.
+const DETACHED_INTERVAL: Duration = Duration::from_secs(5);
 /// Most bytes of the ANA log that are read: a header and 127 groups.
 const ANA_LOG_BYTES_MAX: u32 = 4096;
 
@@ -68,6 +71,8 @@ pub struct OldController {
 pub struct RemoteNamespace {
     /// Namespace identifier.
     pub nsid: u32,
+    /// The subsystem still has it attached to the controller. All else is as it was when it had.
+    pub is_attached: bool,
     /// Logical block size, bytes: a power of two, 512..=65536.
     pub block_bytes: u32,
     /// Size in blocks; not 0, and the size in bytes fits 63 bits.
@@ -300,6 +305,22 @@ impl Session {
     /// known.
     pub fn take_other_ended(&mut self) -> Option<bool> {
         self.other_ended.take()
+    }
+
+    /// Whether a Keep Alive is due that other commands can stand for.
+    #[must_use]
+    pub fn needs_traffic(&self, now: Duration) -> bool {
+        let counts = self.controller.as_ref().is_some_and(|info| info.traffic_keep_alive);
+        counts && self.ready.is_some() && self.keep_alive.is_none() && now >= self.keep_alive_at
+    }
+
+    /// Commands have been answered on I/O queues since the last call. A controller with Traffic
+    /// Based Keep Alive needs no other for now: it counts a time-out from the last one at most, and
+    /// is asked again after a quarter of that.
+    pub fn on_traffic(&mut self, now: Duration) {
+        if self.needs_traffic(now) {
+            self.keep_alive_at = now + self.config.kato / 4;
+        }
     }
 
     /// The ANA state of the namespace is to be read again: I/O was refused because of it.
@@ -607,8 +628,20 @@ impl Session {
                 self.step = Step::Namespace;
             }
             Step::Namespace => {
-                required()?;
-                let namespace = self.check_namespace(identify_data(what, data)?)?;
+                let found = match required() {
+                    Ok(()) => self.check_namespace(identify_data(what, data)?),
+                    Err(_) if status.is(Status::INVALID_NAMESPACE_OR_FORMAT) => {
+                        Err(SessionError::NoNamespace(self.config.nsid))
+                    }
+                    Err(error) => Err(error),
+                };
+                let namespace = match found {
+                    Err(SessionError::NoNamespace(_)) if self.ready.is_some() => {
+                        self.on_detached(now);
+                        return Ok(());
+                    }
+                    found => found?,
+                };
                 let has_independent = self.controller.as_ref().is_some_and(|info| {
                     info.version >= crate::spec::VERSION_2_0 && info.write_cache
                 });
@@ -761,6 +794,7 @@ impl Session {
             && copy.blocks_max > 0;
         Ok(RemoteNamespace {
             nsid,
+            is_attached: true,
             block_bytes,
             blocks,
             uuid: self.draft.uuid,
@@ -788,6 +822,16 @@ impl Session {
             ana_group: if controller.ana.is_some() { id.anagrpid.get() } else { 0 },
             ana: None,
         })
+    }
+
+    /// The namespace was there, and is not any more. It may come back.
+    fn on_detached(&mut self, now: Duration) {
+        if let Some(ready) = &mut self.ready {
+            self.changed |= ready.namespace.is_attached;
+            ready.namespace.is_attached = false;
+        }
+        self.rescan_at = Some(now + DETACHED_INTERVAL);
+        self.step = Step::Idle;
     }
 
     fn finish_scan(&mut self) -> Result<(), SessionError> {

@@ -147,7 +147,8 @@ fn retries_end_and_final_statuses_are_not_retried() {
         (Status::LBA_OUT_OF_RANGE.dnr(), IoError::OutOfRange, 1),
         (Status::NAMESPACE_IS_WRITE_PROTECTED, IoError::ReadOnly, 1),
         (Status::CAPACITY_EXCEEDED.dnr(), IoError::NoSpace, 1),
-        (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), IoError::Gone, 1),
+        (Status::INVALID_NAMESPACE_OR_FORMAT.dnr(), IoError::Gone, 4),
+        (Status::INVALID_FIELD_IN_COMMAND.dnr(), IoError::Medium, 4),
         (Status::ANA_PERSISTENT_LOSS, IoError::Gone, 4),
     ] {
         let script = first(u64::MAX, move || Answer::Status(status));
@@ -555,5 +556,29 @@ fn writes_are_resent_with_the_same_bytes() {
     rig.wait_ok(&disk, 1);
     assert_eq!(failures.get(), 3);
     assert!(rig.fake.disk.borrow()[512..][..100 * 512] == pattern(77, 100 * 512));
+    rig.finish();
+}
+
+/// Traffic Based Keep Alive: while there are other commands, none is sent for its own sake.
+#[test]
+fn commands_stand_for_keep_alives() {
+    let mut rig = Setup::default().start();
+    rig.until_live();
+    let disk = rig.disk(1, 8);
+    // Keep alives that an idle host would send: one each half time-out.
+    let due = |rig: &Rig, since: Duration| (rig.world.now() - since).as_millis() as u64 / 2500;
+    let begin = rig.world.now();
+    for tag in 0..80 {
+        disk.read(tag, 0, 512);
+        rig.wait_ok(&disk, 1);
+        rig.run_for(Duration::from_millis(500));
+    }
+    let (busy, idle) = (rig.fake.seen.get().keep_alives, due(&rig, begin));
+    assert!(busy * 4 < idle, "{busy}, where an idle host sends {idle}");
+    let begin = rig.world.now();
+    rig.run_for(Duration::from_secs(40));
+    let (sent, idle) = (rig.fake.seen.get().keep_alives - busy, due(&rig, begin));
+    assert!(sent + 1 >= idle, "{sent}, where an idle host sends {idle}");
+    assert_eq!(rig.state().losses, 0);
     rig.finish();
 }

@@ -164,6 +164,58 @@ fn ana_states_say_where_io_goes_and_when_it_waits() {
     rig.wait_errors(&disk, 1, IoError::Gone);
 }
 
+/// The only namespace is attached to the controllers, or is not.
+fn attach(rig: &Rig, is_attached: bool) {
+    let subsys = rig.fake.subsys.borrow().as_ref().clone();
+    let namespaces = match is_attached {
+        true => vec![crate::fake::namespace(rig.fake.disk.borrow().len() as u64 / 512)],
+        false => Vec::new(),
+    };
+    *rig.fake.subsys.borrow_mut() = Arc::new(subsys.with_namespaces(namespaces).unwrap());
+    rig.cores[TARGET].handle().wake();
+}
+
+#[test]
+fn io_waits_for_a_namespace_that_is_detached() {
+    let (mut rig, _) = start(|config| config);
+    let disk = rig.disk(1, 8);
+    disk.write(0, 0, &[1; 4096]);
+    rig.wait_ok(&disk, 1);
+    for round in 0..2 {
+        attach(&rig, false);
+        // Sent before anybody here knows, and after.
+        disk.write(1, 0, &[2 + round; 4096]);
+        rig.until("news", |volume| volume.state().paths.iter().all(|path| path.is_detached));
+        disk.read(2, 0, 4096);
+        rig.run_for(100 * SECOND);
+        let state = rig.state();
+        assert_eq!((disk.done(), state.phase, state.losses), (0, Phase::Connecting, 0));
+        attach(&rig, true);
+        let done = rig.wait_ok(&disk, 2);
+        assert_eq!(crate::rig::bytes_of(&done[1]), [2 + round; 4096]);
+        assert_eq!(rig.state().losses, 0);
+        assert!(rig.state().paths.iter().all(|path| !path.is_detached));
+    }
+    rig.finish_all();
+}
+
+#[test]
+fn io_to_a_detached_namespace_fails_after_the_loss_timeout() {
+    let (mut rig, _) =
+        start(|config| RemoteConfig { ctrl_loss_timeout: Some(3 * SECOND), ..config });
+    let disk = rig.disk(1, 8);
+    attach(&rig, false);
+    let begin = rig.world.now();
+    disk.read(0, 0, 4096);
+    rig.wait_errors(&disk, 1, IoError::Gone);
+    let took = rig.world.now() - begin;
+    assert!(took >= 3 * SECOND && took < 4 * SECOND, "{took:?}");
+    attach(&rig, true);
+    rig.until_live();
+    disk.read(1, 0, 4096);
+    rig.wait_ok(&disk, 1);
+}
+
 #[test]
 fn a_refused_io_is_done_on_the_other_path() {
     let (mut rig, _) = start(|config| config);

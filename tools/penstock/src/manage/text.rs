@@ -136,7 +136,7 @@ pub(super) fn device(device: &Device) -> String {
         let (addr, state, paths) = (&node.addr, &node.state, node.paths.len());
         line(
             "discovery",
-            format!("{addr}{by}: {state}, {} entries, {paths} paths{error}", node.entries),
+            format!("{addr}{by}: {state}, entries {}, paths {paths}{error}", node.entries),
         );
         for left_out in &node.left_out {
             line("", format!("left out: {left_out}"));
