@@ -21,7 +21,10 @@
 //!   does not, since a kill takes effect outside of it. Everything else is written before, to places
 //!   that the progress in force does not name.
 //! - *Receiving.* Bytes are peeked at, written down and only then consumed. The kernel counts what
-//!   was peeked at and not consumed (`SO_PEEK_OFF`), and so tells whether the last step was done.
+//!   was peeked at and not consumed (`SO_PEEK_OFF`), and so tells whether the last step was done. A
+//!   peek may come with the file descriptors of the message behind; consuming tells them apart. If
+//!   the process dies between that and the note of it, they are taken for this message's, which
+//!   matters to a map without a file (a ROM) alone.
 //! - *Acting.* The message is whole and written down. If the process dies, the successor is given
 //!   it again, and the session sees to it that it has effect once (`Session::on_message_again`).
 //! - *Answering.* The reply is written down together with the session it leaves. It goes to the
@@ -48,10 +51,12 @@
 //!   and the socket option `SO_PEEK_OFF`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -107,6 +112,9 @@ impl Phase {
     const ANSWERING: Phase = Phase(3);
 }
 
+/// File descriptors of a message, and those of the next one that came with a peek.
+const MESSAGE_FDS_MAX: usize = 2 * FDS_MAX;
+
 /// How far the process has come. Written at once.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -133,7 +141,9 @@ struct Progress {
     is_direct: u32,
     /// Message keys given so far.
     keys: u64,
-    reserved: u64,
+    /// Of the message's file descriptors, those that came with the bytes in `unconsumed`.
+    piece_fds: u32,
+    reserved: u32,
 }
 
 const _: () = assert!(size_of::<Progress>() == 64);
@@ -198,7 +208,8 @@ impl Journal {
             && u64::from(progress.session_len) <= PART_BYTES - 4096
             && progress.message_len as usize <= MESSAGE_BYTES_MAX
             && progress.unconsumed <= progress.message_len
-            && progress.message_fds as usize <= FDS_MAX
+            && progress.message_fds as usize <= MESSAGE_FDS_MAX
+            && progress.piece_fds <= progress.message_fds
             && progress.reply_len as usize <= REPLY_BYTES_MAX
             && progress.reply_given <= progress.reply_len;
         let progress = match progress {
@@ -288,8 +299,20 @@ impl Journal {
         // says was peeked at is not written down, and is peeked at again.
         if progress.unconsumed > 0 {
             let peeked = reactor::unix::peek_offset(&socket)?;
-            self.consume(socket.as_fd(), peeked.min(progress.unconsumed.cast_signed()))?;
-            self.progress.unconsumed = 0;
+            let came =
+                self.consume(socket.as_fd(), peeked.min(progress.unconsumed.cast_signed()))?;
+            let is_foreign = if peeked >= progress.unconsumed.cast_signed() {
+                !came
+            } else {
+                // It was consumed already, and nobody knows any more whose they are. A client sends
+                // all those of a message at once.
+                progress.message_fds > progress.piece_fds
+            };
+            if is_foreign {
+                self.progress.message_fds -= progress.piece_fds;
+                message_fds.truncate(self.progress.message_fds as usize);
+            }
+            (self.progress.unconsumed, self.progress.piece_fds) = (0, 0);
             self.commit()?;
         }
         reactor::unix::set_peek_offset(&socket, 0)?;
@@ -342,13 +365,18 @@ impl Journal {
     }
 
     /// Bytes of the message at hand have been peeked at, with file descriptors: write them down,
-    /// then consume them.
+    /// then consume them. Whether the descriptors are this message's: a peek that ends where a message
+    /// does gives those of the next one, too, if that is in the socket already.
     pub(crate) fn receive(
         &mut self,
         socket: BorrowedFd<'_>,
         bytes: &[u8],
         fds: &[OwnedFd],
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
+        if self.progress.message_fds as usize + fds.len() > MESSAGE_FDS_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "too many files"));
+        }
+        self.progress.piece_fds = fds.len() as u32;
         for fd in fds {
             let key = MESSAGE_KEYS + self.progress.keys;
             self.keep(key, fd.as_fd())?;
@@ -362,33 +390,52 @@ impl Journal {
         self.progress.message_len += bytes.len() as u32;
         self.progress.unconsumed = bytes.len() as u32;
         self.commit()?;
-        self.consume(socket, self.progress.unconsumed.cast_signed())
+        let is_own = self.consume(socket, self.progress.unconsumed.cast_signed())?;
+        if !is_own {
+            // Nothing names them any more once this is committed; they go with the message's own.
+            self.progress.message_fds -= self.progress.piece_fds;
+        }
+        self.progress.piece_fds = 0;
+        Ok(is_own)
     }
 
     /// The last piece has been consumed, and the message is whole or not.
     pub(crate) fn received(&mut self, is_whole: bool) -> io::Result<()> {
-        self.progress.unconsumed = 0;
+        (self.progress.unconsumed, self.progress.piece_fds) = (0, 0);
         if is_whole {
             self.progress.phase = Phase::ACTING;
         }
         self.commit()
     }
 
-    fn consume(&mut self, socket: BorrowedFd<'_>, mut left: i32) -> io::Result<()> {
+    /// Takes bytes off the socket that are written down. Whether file descriptors came with them:
+    /// here the kernel tells of no others.
+    fn consume(&mut self, socket: BorrowedFd<'_>, mut left: i32) -> io::Result<bool> {
         self.step("consume")?;
         let mut bytes = [0; CHUNK_BYTES];
+        let mut came = false;
         while left > 0 {
             let len = left.cast_unsigned().min(CHUNK_BYTES as u32) as usize;
-            let flags = rustix::net::RecvFlags::DONTWAIT;
-            match rustix::net::recv(socket, &mut bytes[..len], flags) {
+            let mut slices = [IoSliceMut::new(&mut bytes[..len])];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+            // The duplicates are closed with it.
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            match rustix::net::recvmsg(socket, &mut slices, &mut control, flags) {
                 // They were peeked at, so they are there.
-                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((received, _)) => left -= received as i32,
-                Err(Errno::INTR) => {}
+                Ok(received) if received.bytes == 0 => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(received) => left -= received.bytes as i32,
+                Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             }
+            came |= control.drain().any(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.count() > 0,
+                _ => false,
+            });
         }
-        Ok(())
+        Ok(came)
     }
 
     fn write_session(&mut self, session: &Exported<'_>) -> io::Result<()> {

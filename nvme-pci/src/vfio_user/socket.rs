@@ -112,20 +112,23 @@ impl Connection {
             if received.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(WireFault::Fds.into());
             }
-            let fds_before = self.decoder.fds().len();
-            for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(fds) = message {
-                    self.decoder.push_fds(fds)?;
-                }
-            }
             if received.bytes == 0 {
                 self.decoder.end()?;
                 return Ok(Received::Closed);
             }
             let mut input = bytes.get(..received.bytes).unwrap_or_default();
-            if let Some(journal) = journal {
-                let fds = &self.decoder.fds()[fds_before..];
-                journal.receive(self.socket.as_fd(), input, fds)?;
+            let fds = control.drain().flat_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
+                _ => Vec::new(),
+            });
+            match journal {
+                None => self.decoder.push_fds(fds)?,
+                Some(journal) => {
+                    let fds: Vec<OwnedFd> = fds.collect();
+                    if journal.receive(self.socket.as_fd(), input, &fds)? {
+                        self.decoder.push_fds(fds)?;
+                    }
+                }
             }
             let message = self.decoder.push(&mut input)?;
             if let Some(journal) = journal {

@@ -400,11 +400,6 @@ impl Decoder {
         self.header_len == 0 && self.fds.is_empty()
     }
 
-    /// File descriptors of the message at hand.
-    pub fn fds(&self) -> &[OwnedFd] {
-        &self.fds
-    }
-
     /// File descriptors came with the bytes that will be pushed next.
     pub fn push_fds(&mut self, fds: impl IntoIterator<Item = OwnedFd>) -> Result<(), WireFault> {
         for fd in fds {

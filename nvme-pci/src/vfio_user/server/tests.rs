@@ -447,6 +447,37 @@ fn connect(path: &std::path::Path) -> TestClient {
 }
 
 #[test]
+fn files_of_the_next_message_are_not_taken_for_this_ones() {
+    let supervised = Supervised::new();
+    let file = memfd(PAGE);
+    let client = TestClient::connect(&supervised.path);
+    let version = client.send(Command::VERSION, false, &[&[0; 4]], &[]);
+    // All are in the socket before anybody reads, as QEMU has them there: a peek then tells of the
+    // files of messages behind.
+    let maps = [(0x1000, true), (0x8000, false), (0x2000, true), (0x9000, false), (0x3000, true)];
+    let ids = maps.map(|(address, has_file)| {
+        let map = wire::DmaMap { argsz: 32, flags: 3, offset: 0, address, size: PAGE };
+        let files = [file.as_fd()];
+        let files = if has_file { &files[..] } else { &[] };
+        client.send(Command::DMA_MAP, false, &[map.as_bytes()], files)
+    });
+    let process = supervised.run(usize::MAX, &Arc::default());
+    client.try_reply(version, Command::VERSION).unwrap().unwrap();
+    for (id, (address, _)) in ids.into_iter().zip(maps) {
+        let answer = client.try_reply(id, Command::DMA_MAP).unwrap();
+        assert!(answer.is_ok(), "map at {address:#x}: {answer:?}");
+    }
+    {
+        let model = supervised.function.lock();
+        let regions: Vec<u64> = model.memory.regions().iter().map(|r| r.guest_addr()).collect();
+        assert_eq!(regions, [0x1000, 0x2000, 0x3000]);
+    }
+    process.requests.send(Request::Stop).unwrap();
+    process.waker.wake();
+    process.thread.join().unwrap();
+}
+
+#[test]
 fn a_connection_outlives_a_process_that_is_killed_at_any_step() {
     let mut kill_at = 1;
     loop {
