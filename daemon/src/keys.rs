@@ -177,6 +177,8 @@ impl KeyBook {
     /// Reads the keys of a data directory that the caller has locked; `None`: nothing is kept. Gives
     /// all of them to `store`.
     pub(crate) fn open(dir: Option<&Path>, store: Arc<KeyStore>) -> Result<KeyBook, StateError> {
+        // Before the first of them is in memory; they may come later, too.
+        private::keep_memory_private();
         let (records, is_torn) = match dir {
             Some(dir) => read(&dir.join(FILE))?,
             None => (Vec::new(), false),

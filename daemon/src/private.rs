@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::process::DumpableBehavior;
 use zeroize::Zeroizing;
 
 use crate::shell::word;
@@ -111,6 +112,16 @@ pub fn read(path: &Path, max: u64) -> Result<Zeroizing<String>, PrivateError> {
     Ok(text)
 }
 
+/// No memory image of this process is written when it crashes, and only who may trace any process
+/// reads its memory: keys are in it. A process that is to be debugged after a crash is not to be given
+/// keys.
+pub(crate) fn keep_memory_private() {
+    let hidden = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    if let Err(error) = hidden {
+        tracing::warn!(%error, "a memory image of this process would have keys in it");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -140,6 +151,13 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(&**read(&path, 6).unwrap(), "secret");
         assert!(matches!(read(&path, 5), Err(PrivateError::Long { bytes: 6, max: 5, .. })));
+    }
+
+    #[test]
+    fn no_image_of_the_memory_is_written() {
+        keep_memory_private();
+        let now = rustix::process::dumpable_behavior().unwrap();
+        assert_eq!(now, DumpableBehavior::NotDumpable);
     }
 
     #[test]
