@@ -12,12 +12,12 @@ use nvme::spec::{NvmOpcode, SglDescriptor, Sqe, Status};
 use nvmf_target::{AuthPolicy, HostDhchapKey, HostKeys, KeyStore, TargetConfig, Tls};
 
 use crate::host::{Data, Queue};
-use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, property_get, property_set, rw};
+use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, pattern, property_get, property_set, rw, write};
 
 /// AUTHREQ of a Connect response.
 const ATR: u32 = 1 << 17;
 
-fn secret(n: u8) -> DhchapKey {
+pub(crate) fn secret(n: u8) -> DhchapKey {
     DhchapKey::new(KeyHash::Sha256, &[n; 32]).expect("a secret")
 }
 
@@ -88,6 +88,19 @@ fn wait(rig: &mut Rig, queue: &Queue, id: u64) -> crate::host::Done {
         std::thread::yield_now();
     }
     queue.take(id).expect("it is done")
+}
+
+/// Everything that is said of secrets, of good ones and wrong ones: for who listens.
+pub(crate) fn talk(old: u8, new: u8, controller: u8) {
+    let (mut rig, store) = rig(Tls::Off);
+    for (secrets, of_host) in [(&[old][..], old), (&[old, new], new), (&[new], old)] {
+        store.set(&hostnqn(1), keys(secrets, Some(controller)));
+        let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+        // What comes of it is for other tests.
+        let _ = authenticate(&mut rig, &admin, host(1, of_host, Some(controller)));
+        admin.cut();
+    }
+    assert_eq!(rig.target.status().refusals_total, 1);
 }
 
 /// A whole authentication; what the host makes of it.
@@ -162,6 +175,55 @@ fn every_hash_and_the_groups_one_way_and_mutual_on_every_queue() {
         rig.until("no association", || target.connected().1 == 0);
     }
     assert_eq!(rig.target.status().refusals_total, 0);
+}
+
+/// Both queues prove themselves again and again, each time with another secret, while the I/O queue
+/// is full of writes: nothing is lost, nothing waits for a proof, nobody reconnects.
+#[test]
+fn secrets_change_and_are_proven_under_load() {
+    let (mut rig, store) = rig(Tls::Off);
+    store.set_policy(policy(Hash::Sha384, DhGroup::Ffdhe2048));
+    store.set(&hostnqn(1), keys(&[1], None));
+    let prove = |rig: &mut Rig, queue: &Queue, n: u8| {
+        authenticate(rig, queue, host(1, n, None)).unwrap_or_else(|e| panic!("secret {n}: {e}"));
+    };
+    let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let cntlid = done.cqe.dw0() as u16;
+    prove(&mut rig, &admin, 1);
+    rig.enable(&admin);
+    let mut sqe = Sqe::new(9);
+    sqe.cdw10.set(7);
+    assert!(rig.command(&admin, sqe, Data::None).cqe.status().is_success());
+    let (io, _) = rig.connect(1, SUBNQN, 1, cntlid);
+    prove(&mut rig, &io, 1);
+    for round in 2..=5u8 {
+        store.set(&hostnqn(1), keys(&[round - 1, round], None));
+        let stamp = |n: u64| u64::from(round) * 1000 + n;
+        let ids: Vec<u64> = (0..100)
+            .map(|n| {
+                let (sqe, data) = write(n * 8, &pattern(stamp(n), 8 * BLOCK));
+                io.send(sqe, data)
+            })
+            .collect();
+        prove(&mut rig, &io, round);
+        prove(&mut rig, &admin, round);
+        // The old one ends, and with it nothing that is connected.
+        store.set(&hostnqn(1), keys(&[round], None));
+        for id in ids {
+            assert!(rig.outcome(&io, id).cqe.status().is_success());
+        }
+        for n in 0..100 {
+            assert!(
+                rig.read(&io, n * 8, 8 * BLOCK) == pattern(stamp(n), 8 * BLOCK),
+                "{round}, {n}"
+            );
+        }
+    }
+    assert_eq!(rig.target.connected(), (2, 1));
+    assert_eq!(rig.target.status().refusals_total, 0);
+    // The secret of before is none any more.
+    assert!(authenticate(&mut rig, &admin, host(1, 4, None)).is_err());
+    assert_eq!(rig.target.status().refusals_total, 1);
 }
 
 #[test]

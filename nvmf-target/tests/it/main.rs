@@ -11,5 +11,6 @@ mod manage;
 mod reservations;
 mod rig;
 mod sample;
+mod silence;
 mod tamper;
 mod tls;
