@@ -31,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 mod io;
+mod latency;
 mod volume;
 
 pub mod fault;
@@ -42,5 +43,6 @@ pub mod uring;
 pub use crate::io::{
     AcquireAction, Extent, Io, IoError, Op, RegisterAction, ReservationType, Reserve, check,
 };
+pub use crate::latency::Latency;
 pub use crate::spec::{OpenError, SpecError, VolumeSpec};
 pub use crate::volume::{Busy, Channel, CopyLimits, Geometry, Identity, Volume};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
-use block::Volume;
+use block::{Latency, Volume};
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
 use nvmf_initiator::{
     DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Watch, WatchConfig,
@@ -457,7 +457,6 @@ fn nvme(device: &mut api::Device, state: &nvme_pci::DeviceState) {
         })
         .collect();
     let counters = &state.counters;
-    let count = counters.reads + counters.writes + counters.others;
     device.counters = api::DeviceCounters {
         reads_total: counters.reads,
         writes_total: counters.writes,
@@ -466,9 +465,18 @@ fn nvme(device: &mut api::Device, state: &nvme_pci::DeviceState) {
         written_bytes_total: counters.written_bytes,
         errors_total: counters.errors,
         interrupts_total: counters.interrupts,
-        latency_mean_ns: (counters.latency.as_nanos() as u64).checked_div(count),
-        latency_max_ns: (count > 0).then_some(counters.latency_max.as_nanos() as u64),
+        ..api::DeviceCounters::default()
     };
+    latency(&mut device.counters, &counters.latency);
+}
+
+fn latency(counters: &mut api::DeviceCounters, latency: &Latency) {
+    let ns = |time: Option<Duration>| time.map(|time| time.as_nanos() as u64);
+    counters.latency_mean_ns = ns(latency.mean());
+    counters.latency_p50_ns = ns(latency.percentile(0.5));
+    counters.latency_p99_ns = ns(latency.percentile(0.99));
+    counters.latency_p999_ns = ns(latency.percentile(0.999));
+    counters.latency_max_ns = ns(latency.max());
 }
 
 fn virtio(device: &mut api::Device, state: &virtio_blk::DeviceState) {
@@ -484,6 +492,7 @@ fn virtio(device: &mut api::Device, state: &virtio_blk::DeviceState) {
         })
         .collect();
     let sum = &mut device.counters;
+    let mut all = Latency::default();
     for virtio_blk::QueueState { counters, .. } in &state.queues {
         sum.reads_total += counters.reads;
         sum.writes_total += counters.writes;
@@ -493,7 +502,9 @@ fn virtio(device: &mut api::Device, state: &virtio_blk::DeviceState) {
         sum.written_bytes_total += counters.written_bytes;
         sum.errors_total += counters.errors;
         sum.interrupts_total += counters.calls;
+        all.add(&counters.latency);
     }
+    latency(sum, &all);
 }
 
 impl Book {

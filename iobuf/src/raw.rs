@@ -69,7 +69,14 @@ pub(crate) unsafe fn read_volatile(src: *const u8, dst: &mut [u8]) {
 /// `dst` is writable for `src.len()` bytes of mapped memory.
 #[inline(always)]
 pub(crate) unsafe fn write_volatile(dst: *mut u8, src: &[u8]) {
-    if dst.addr().is_multiple_of(4) && src.len().is_multiple_of(4) {
+    if dst.addr().is_multiple_of(8) && src.len().is_multiple_of(8) {
+        for (i, chunk) in src.as_chunks::<8>().0.iter().enumerate() {
+            let word = u64::from_ne_bytes(*chunk);
+            // SAFETY: `8 * i + 8 <= src.len()`, in the range the caller promises; 8-byte alignment
+            // was just checked.
+            unsafe { ptr::write_volatile(dst.wrapping_add(8 * i).cast::<u64>(), word) };
+        }
+    } else if dst.addr().is_multiple_of(4) && src.len().is_multiple_of(4) {
         for (i, chunk) in src.chunks_exact(4).enumerate() {
             let word = u32::from_ne_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
             // SAFETY: `4 * i + 4 <= src.len()`, in the range the caller promises; 4-byte alignment

@@ -76,6 +76,8 @@ enum Purpose {
     Queue { slot: u16, change: QueueChange },
     /// Doorbell Buffer Config.
     Shadow { slot: u16 },
+    /// Abort: whether a core has found the command.
+    Abort { slot: u16 },
     /// A log page of counters, for an admin command.
     Health { slot: u16 },
     /// CC.EN was cleared, or the whole function reset.
@@ -161,6 +163,8 @@ pub struct Device {
     /// What the transport is to hear.
     said: VecDeque<Said>,
     is_running: bool,
+    /// What the cores were told last of the right to use the guest's memory.
+    is_master: bool,
     /// Queues of the record wait for memory to be served from.
     is_to_be_rebuilt: bool,
     started: Instant,
@@ -211,11 +215,13 @@ impl Device {
             cq_cores: BTreeMap::new(),
             said: VecDeque::new(),
             is_running: true,
+            is_master: true,
             is_to_be_rebuilt: false,
             started: Instant::now(),
             out: Vec::new(),
         };
         device.vectors.change(|_| ());
+        device.follow_master();
         if let Err(error) = device.set_namespaces(device.attached.clone()) {
             tracing::warn!(device = %device.name, %error, "a volume has changed meanwhile");
         }
@@ -368,6 +374,12 @@ impl Device {
                 self.complete(slot, done.outcome.err().unwrap_or(Status::SUCCESS), 0);
                 self.run_admin();
             }
+            Purpose::Abort { slot } if is_current => {
+                self.controller.abort_done();
+                let result = if done.outcome.is_ok() { 0 } else { ABORT_NOT_DONE };
+                self.complete(slot, Status::SUCCESS, result);
+                self.run_admin();
+            }
             Purpose::Health { slot } if is_current => {
                 let counters = sum(&done.states);
                 self.controller.set_health(self.health(&counters));
@@ -385,7 +397,7 @@ impl Device {
             bytes_written: counters.written_bytes,
             read_commands: counters.reads,
             write_commands: counters.writes,
-            busy: counters.latency,
+            busy: counters.busy_time,
             power_cycles: 1,
             power_on: self.now(),
             media_errors: counters.media_errors,
@@ -535,14 +547,30 @@ impl Device {
         }
     }
 
+    /// Follows bus master enable: without it the function leaves the guest's memory alone, and
+    /// raises no MSI-X vector, which would be a write to memory.
+    fn follow_master(&mut self) {
+        let is_master = self.pci.is_bus_master();
+        if self.is_master == is_master {
+            return;
+        }
+        self.is_master = is_master;
+        let all = self.all();
+        self.begin(Purpose::None, all, || Action::SetMaster(is_master));
+        self.run_admin();
+    }
+
     /// Follows MSI-X enable, interrupt disable and the interrupt mask.
     fn route_interrupts(&mut self) {
+        self.follow_master();
         let (is_msix, is_disabled) = (self.pci.is_msix_enabled(), self.pci.is_intx_disabled());
         let is_masked = self.controller.interrupt_mask() & 1 != 0;
+        let is_master = self.is_master;
         self.vectors.change(|setup| {
             // A client that only sets eventfds means them, too.
             setup.is_msix = is_msix || setup.msix.iter().any(Option::is_some);
             setup.intx_disabled = is_disabled || is_masked;
+            setup.is_master = is_master;
         });
         self.wake_cores();
         self.raise_admin();
@@ -581,7 +609,7 @@ impl Device {
 
     /// Takes and completes commands of the admin queue.
     fn run_admin(&mut self) {
-        if self.is_running && !self.is_to_be_rebuilt {
+        if self.is_running && self.is_master && !self.is_to_be_rebuilt {
             for _ in 0..ADMIN_TURN {
                 let Some((slot, sqe)) = self.take_admin() else { break };
                 self.start_command(slot, &sqe, false);
@@ -696,10 +724,20 @@ impl Device {
                     Action::SetShadow(Some((shadow, event_idx)))
                 });
             }
-            AdminOutcome::Abort { .. } => {
+            AdminOutcome::Abort { sqid, cid } => {
                 // What is at a volume comes back by itself, or is aborted when its queue goes.
-                self.controller.abort_done();
-                self.complete(slot, Status::SUCCESS, ABORT_NOT_DONE);
+                let record = self.record.view();
+                let cqid = if sqid < QUEUES_MAX { record.sq(sqid).map(|sq| sq.cqid) } else { None };
+                match cqid.and_then(|cqid| self.cq_cores.get(&cqid)) {
+                    Some(core) => {
+                        let core = vec![*core];
+                        self.begin(Purpose::Abort { slot }, core, || Action::Abort { sqid, cid });
+                    }
+                    None => {
+                        self.controller.abort_done();
+                        self.complete(slot, Status::SUCCESS, ABORT_NOT_DONE);
+                    }
+                }
             }
             AdminOutcome::ResetQueues { .. }
             | AdminOutcome::CrossReset { .. }
@@ -809,7 +847,7 @@ impl Device {
         let Some(queues) = self.admin.queues else { return };
         // A stopped device touches no memory. What is not posted is in the record, and is carried out
         // again by who goes on.
-        if self.admin.backlog.is_empty() || !self.is_running {
+        if self.admin.backlog.is_empty() || !self.is_running || !self.is_master {
             return;
         }
         self.save_controller();

@@ -18,9 +18,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use block::{Busy, Channel, Extent, Io, IoError, Op, Reserve};
+use block::{Busy, Channel, Extent, Io, IoError, Latency, Op, Reserve};
 use iobuf::{GuestSlice, GuestView};
 use nvme::ctrl::Coalescing;
 use nvme::ctrl::io::{self, COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand};
@@ -34,11 +34,19 @@ use nvme::xfer::{Copying, walk};
 use crate::dirty::DirtyLog;
 use crate::msix::Interrupts;
 use crate::queue::{Place, Ring};
-use crate::record::{CqRecord, ENTRIES_MAX, RecordView, SqRecord, step};
+use crate::record::{CqRecord, ENTRIES_MAX, QUEUES_MAX, RecordView, SqRecord, step};
 use crate::status;
 
-/// Most commands taken from one queue in a turn, so that others of the core get theirs.
-const TURN_MAX: usize = 64;
+/// What a device takes in one turn of its core, over all its queues there, so that other devices get
+/// their share: so many commands, or as many as move so many bytes, and at least one.
+const TURN_COMMANDS: u32 = 128;
+const TURN_BYTES: u64 = 512 << 10;
+/// Most commands of one queue among them.
+const QUEUE_TURN_MAX: u32 = 64;
+/// At most one command in this time is measured: a look at the clock costs as much as decoding one.
+const MEASURE_EVERY: Duration = Duration::from_micros(20);
+/// Most commands under measurement.
+const MEASURED_MAX: usize = 64;
 /// Most segments of one I/O: one for each page of the largest transfer, and as many again for
 /// buffers that cross memory regions.
 const SEGMENTS_MAX: usize = 514;
@@ -69,10 +77,12 @@ pub struct Counters {
     pub errors: u64,
     /// Errors of the medium.
     pub media_errors: u64,
-    /// Time from when they were taken to when they were completed, of all commands.
-    pub latency: Duration,
-    /// The longest.
-    pub latency_max: Duration,
+    /// Time from when they were taken to when they were completed, of all commands, to within a
+    /// turn of the core.
+    pub busy_time: Duration,
+    /// From when a command was taken until the host could see it done: of one command in 20 us at
+    /// most, and the longest of all, to within a turn of the core.
+    pub latency: Latency,
     /// Interrupts raised.
     pub interrupts: u64,
     /// I/Os that a volume's channel did not take at once.
@@ -90,8 +100,8 @@ impl Counters {
             written_bytes,
             errors,
             media_errors,
+            busy_time,
             latency,
-            latency_max,
             interrupts,
             busy,
         } = other;
@@ -102,8 +112,8 @@ impl Counters {
         self.written_bytes += written_bytes;
         self.errors += errors;
         self.media_errors += media_errors;
-        self.latency += *latency;
-        self.latency_max = self.latency_max.max(*latency_max);
+        self.busy_time += *busy_time;
+        self.latency.add(latency);
         self.interrupts += interrupts;
         self.busy += busy;
     }
@@ -152,6 +162,8 @@ struct Slot {
     /// Data of commands that have structures.
     data: Vec<u8>,
     taken_at: Duration,
+    /// When exactly, if it is measured.
+    measured_from: Option<Instant>,
     /// Memory table it was taken under.
     epoch: u64,
     is_used: bool,
@@ -239,6 +251,8 @@ pub struct Engine {
     dirty: Option<Arc<DirtyLog>>,
     epoch: u64,
     is_running: bool,
+    /// The function may use the guest's memory.
+    is_master: bool,
     /// Nothing is taken until the queues are gone: the controller is shut down.
     is_draining: bool,
     /// Nothing is posted any more: the controller is being reset.
@@ -248,6 +262,42 @@ pub struct Engine {
     counters: Counters,
     notices: VecDeque<Notice>,
     now: Duration,
+    /// Where the queues of each identifier are in `sqs` and `cqs`.
+    sq_at: Places,
+    cq_at: Places,
+    /// Counts turns: which queue is first.
+    first: usize,
+    /// What may still be taken in this turn.
+    turn_commands: u32,
+    turn_bytes: u64,
+    /// When the next command may be measured.
+    measure_at: Duration,
+    /// Measured commands that were posted in this turn: when they were taken.
+    measured: Vec<Instant>,
+}
+
+/// Positions by queue identifier.
+struct Places([Option<u8>; QUEUES_MAX as usize]);
+
+impl Places {
+    fn none() -> Places {
+        Places([None; QUEUES_MAX as usize])
+    }
+
+    #[inline]
+    fn get(&self, qid: u16) -> Option<usize> {
+        self.0.get(usize::from(qid)).copied().flatten().map(usize::from)
+    }
+
+    /// Fewer than 256 queues are numbered anew.
+    fn set(&mut self, qids: impl Iterator<Item = u16>) {
+        self.0.fill(None);
+        for (at, qid) in qids.enumerate() {
+            if let Some(place) = self.0.get_mut(usize::from(qid)) {
+                *place = u8::try_from(at).ok();
+            }
+        }
+    }
 }
 
 impl Engine {
@@ -273,13 +323,26 @@ impl Engine {
             dirty: None,
             epoch: 0,
             is_running: true,
+            is_master: true,
             is_draining: false,
             is_resetting: false,
             at_volume: 0,
             counters: Counters::default(),
             notices: VecDeque::with_capacity(NOTICES_MAX),
             now: Duration::ZERO,
+            sq_at: Places::none(),
+            cq_at: Places::none(),
+            first: 0,
+            turn_commands: 0,
+            turn_bytes: 0,
+            measure_at: Duration::ZERO,
+            measured: Vec::with_capacity(MEASURED_MAX),
         }
+    }
+
+    fn number_queues(&mut self) {
+        self.sq_at.set(self.sqs.iter().map(|sq| sq.qid));
+        self.cq_at.set(self.cqs.iter().map(|cq| cq.qid));
     }
 
     /// Another view of the namespaces. `open` gives the channel of one that is new here. Commands of
@@ -369,6 +432,39 @@ impl Engine {
         self.is_running = is_running;
     }
 
+    /// Use the guest's memory, or leave it alone: take nothing, post nothing. What is at a volume
+    /// finishes its data, as requests that a device has sent already do.
+    pub fn set_master(&mut self, is_master: bool) {
+        self.is_master = is_master;
+    }
+
+    /// Ends a command that waits for a volume to take it. False: there is none, or the volume has
+    /// it; it completes by itself then. The completion is posted before this returns, if there is
+    /// room for it.
+    pub fn abort_command(&mut self, sqid: u16, cid: u16) -> bool {
+        let Some(at) = self.sq_at.get(sqid) else { return false };
+        let is_it = |slot: &Slot| slot.is_used && !slot.is_completed && slot.sqe.cid.get() == cid;
+        let Some(slot) = self.sqs[at].slots.iter().position(is_it) else { return false };
+        let tag = u64::from(sqid) << TAG_SHIFT | slot as u64;
+        for space in &mut self.spaces {
+            let Some(place) = space.waiting.iter().position(|io| io.tag == tag) else { continue };
+            let Some(mut io) = space.waiting.remove(place) else { continue };
+            io.data.clear();
+            self.ios.push(io);
+            self.at_volume -= 1;
+            self.complete(at, slot as u16, Status::COMMAND_ABORT_REQUESTED, 0);
+            let cqid = self.sqs[at].cqid;
+            if let Some(cq) = self.cq_at.get(cqid)
+                && !self.is_resetting
+                && self.is_master
+            {
+                self.post(cq);
+            }
+            return true;
+        }
+        false
+    }
+
     /// When to tell of completions.
     pub fn set_coalescing(&mut self, coalescing: impl Fn(u16) -> Coalescing) {
         for cq in &mut self.cqs {
@@ -417,6 +513,7 @@ impl Engine {
             untold_since: Duration::ZERO,
             is_pending: false,
         });
+        self.number_queues();
         Ok(())
     }
 
@@ -456,6 +553,7 @@ impl Engine {
             free: (0..slots).rev().collect(),
             is_closing: false,
         });
+        self.number_queues();
         let wanted = self.ios.len() + usize::from(slots);
         self.ios.resize_with(wanted, || Box::new(Io::with_capacity(SEGMENTS)));
         if is_recovered {
@@ -519,6 +617,7 @@ impl Engine {
             return false;
         }
         self.sqs.swap_remove(at);
+        self.number_queues();
         self.record.set_sq(qid, None);
         let wanted = self.at_most();
         // Those at volumes come back to the pool and go with the next queue.
@@ -533,6 +632,7 @@ impl Engine {
     /// Deletes a completion queue.
     pub fn remove_cq(&mut self, qid: u16) {
         self.cqs.retain(|cq| cq.qid != qid);
+        self.number_queues();
         self.record.set_cq(qid, None);
     }
 
@@ -561,6 +661,7 @@ impl Engine {
         debug_assert_eq!(self.at_volume, 0, "I/O of a queue that goes");
         self.sqs.clear();
         self.cqs.clear();
+        self.number_queues();
         self.ios.clear();
         self.shadow = None;
         self.is_shadowed = false;
@@ -576,7 +677,8 @@ impl Engine {
     /// Whether a core that does not take commands has come to rest: nothing is at the volumes, and
     /// nothing can be posted.
     pub fn is_quiet(&self) -> bool {
-        self.at_volume == 0 && self.cqs.iter().all(|cq| cq.backlog.is_empty() || cq.is_full())
+        let is_stuck = |cq: &Cq| cq.backlog.is_empty() || cq.is_full() || !self.is_master;
+        self.at_volume == 0 && self.cqs.iter().all(is_stuck)
     }
 
     /// Commands taken and not completed.
@@ -642,19 +744,30 @@ impl Engine {
         for at in 0..self.spaces.len() {
             has_worked |= self.submit_waiting(at);
         }
-        if self.is_running && !self.is_draining && !self.is_resetting {
-            for at in 0..self.sqs.len() {
+        if self.is_running && self.is_master && !self.is_draining && !self.is_resetting {
+            (self.turn_commands, self.turn_bytes) = (TURN_COMMANDS, TURN_BYTES);
+            // Queues take turns to be first.
+            self.first = self.first.wrapping_add(1);
+            let count = self.sqs.len();
+            let first = self.first.checked_rem(count).unwrap_or(0);
+            for at in (first..count).chain(0..first) {
                 has_worked |= self.take(at);
             }
         }
         if self.at_volume > 0 {
             has_worked |= self.reap();
         }
-        if !self.is_resetting {
+        if !self.is_resetting && self.is_master {
             for at in 0..self.cqs.len() {
                 has_worked |= self.post(at);
             }
             self.interrupt();
+        }
+        if !self.measured.is_empty() {
+            let now = Instant::now();
+            for from in self.measured.drain(..) {
+                self.counters.latency.record(now.saturating_duration_since(from));
+            }
         }
         has_worked
     }
@@ -734,7 +847,10 @@ impl Engine {
         }
         sq.bad_tail = u32::MAX;
         let mut has_worked = false;
-        for _ in 0..TURN_MAX {
+        for _ in 0..QUEUE_TURN_MAX.min(self.turn_commands) {
+            if self.turn_bytes == 0 {
+                break;
+            }
             let sq = &mut self.sqs[at];
             let head = (sq.fetched % entries) as u32;
             if head == tail || sq.is_closing {
@@ -746,6 +862,7 @@ impl Engine {
             let Ok(bytes) = piece.read::<64>(offset) else { break };
             let Some(slot) = sq.free.pop() else { break };
             sq.fetched += 1;
+            self.turn_commands -= 1;
             self.record.take(sq.qid, slot, &bytes, sq.fetched);
             self.begin(at, slot, Sqe::from_bytes(&bytes));
             has_worked = true;
@@ -759,6 +876,11 @@ impl Engine {
         let entry = &mut self.sqs[at].slots[usize::from(slot)];
         (entry.sqe, entry.step, entry.taken_at, entry.epoch) = (sqe, 0, now, epoch);
         (entry.is_used, entry.is_completed, entry.command) = (true, false, None);
+        entry.measured_from = None;
+        if now >= self.measure_at {
+            self.measure_at = now + MEASURE_EVERY;
+            entry.measured_from = Some(Instant::now());
+        }
         if let Err(status) = self.start(at, slot, &sqe) {
             self.complete(at, slot, status, 0);
         }
@@ -777,7 +899,7 @@ impl Engine {
         if self.is_resetting {
             return;
         }
-        let Some(at) = self.sqs.iter().position(|sq| sq.qid == qid) else {
+        let Some(at) = self.sq_at.get(qid) else {
             debug_assert!(false, "queues stay until their I/O is back");
             return;
         };
@@ -846,8 +968,8 @@ impl Engine {
         entry.is_completed = true;
         let counters = &mut self.counters;
         let took = self.now.saturating_sub(entry.taken_at);
-        counters.latency += took;
-        counters.latency_max = counters.latency_max.max(took);
+        counters.busy_time += took;
+        counters.latency.saw(took);
         counters.errors += u64::from(!status.is_success());
         match entry.command {
             Some(IoCommand::Read { len, .. }) => {
@@ -862,7 +984,7 @@ impl Engine {
         }
         let done = Done { sqid: sq.qid, slot, status, result };
         let cqid = sq.cqid;
-        match self.cqs.iter_mut().find(|cq| cq.qid == cqid) {
+        match self.cq_at.get(cqid).and_then(|at| self.cqs.get_mut(at)) {
             Some(cq) => cq.backlog.push_back(done),
             None => debug_assert!(false, "completion queues outlive those that use them"),
         }
@@ -884,7 +1006,9 @@ impl Engine {
         let mut has_worked = false;
         while !cq.is_full() && cq.ring.is_some() {
             let Some(done) = cq.backlog.pop_front() else { break };
-            let Some(sq) = self.sqs.iter_mut().find(|sq| sq.qid == done.sqid) else { continue };
+            let Some(sq) = self.sq_at.get(done.sqid).and_then(|at| self.sqs.get_mut(at)) else {
+                continue;
+            };
             let entry = &mut sq.slots[usize::from(done.slot)];
             let mut cqe = Cqe::new(entry.sqe.cid.get(), done.status, u64::from(done.result));
             cqe.sqid.set(sq.qid);
@@ -902,6 +1026,11 @@ impl Engine {
             self.record.set_tail(qid, cq.tail);
             self.record.free(sq.qid, done.slot);
             entry.is_used = false;
+            if let Some(from) = entry.measured_from.take()
+                && self.measured.len() < MEASURED_MAX
+            {
+                self.measured.push(from);
+            }
             sq.free.push(done.slot);
             if cq.untold == 0 {
                 cq.untold_since = self.now;
@@ -987,7 +1116,7 @@ impl Engine {
 
     /// Whether a turn would do something.
     pub fn has_work(&self) -> bool {
-        if self.is_resetting {
+        if self.is_resetting || !self.is_master {
             return false;
         }
         let can_take = |sq: &Sq| {

@@ -32,7 +32,7 @@
 //! # What this crate does not do
 //!
 //! No fused commands, no metadata and protection information, no controller memory buffer, no
-//! SR-IOV. An Abort does not end commands that are at a volume. Little-endian machines only.
+//! SR-IOV. An Abort ends a command that waits, not one that is at a volume. Little-endian machines only.
 //!
 //! Start reading at [`function`], then `device`, then [`engine`].
 

@@ -27,6 +27,8 @@ pub struct Setup {
     pub intx_disabled: bool,
     /// MSI-X is enabled: the line is not used.
     pub is_msix: bool,
+    /// The function may write to memory, which is what MSI-X does.
+    pub is_master: bool,
 }
 
 /// The table that control thread and cores share.
@@ -93,7 +95,7 @@ impl Interrupts {
             let index = usize::from(vector);
             let is_masked = self.setup.msix_masked.get(index).is_none_or(|masked| *masked);
             return match self.setup.msix.get(index) {
-                Some(Some(eventfd)) if !is_masked => {
+                Some(Some(eventfd)) if !is_masked && self.setup.is_master => {
                     signal(eventfd);
                     true
                 }

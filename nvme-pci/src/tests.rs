@@ -412,3 +412,35 @@ fn bad_configurations_are_refused() {
     assert!(try_with(base(), &[]).contains("core"));
     cores.stop();
 }
+
+#[test]
+fn bus_master_enable_is_obeyed() {
+    let cores = Cores::start(1);
+    let (device, mut host, _folder) = served(&cores, Doorbells::Trapped);
+    host.enable(16);
+    host.create_queues(1, 16);
+    exchange(&mut host, 1, 2);
+    // Memory space only.
+    host.bus.write(Region::CONFIG, 4, &[2, 0]);
+    let read = transfer(NvmOpcode::READ, 1, 0, 8, DATA);
+    let identify = Host::admin_sqe(AdminOpcode::IDENTIFY, 1, 0);
+    let (io, admin) = (host.push(1, &read), host.push(0, &identify));
+    host.kick(1);
+    host.kick(0);
+    // The answer comes behind what the doorbells caused, and the core's state behind its turn.
+    host.register(0x1c);
+    for _ in 0..3 {
+        device.state().expect("an answer");
+    }
+    assert!(host.pop(1).is_none() && host.pop(0).is_none());
+    host.bus.write(Region::CONFIG, 4, &[6, 0]);
+    assert_eq!(host.complete(1).cid.get(), io);
+    assert_eq!(host.complete(0).cid.get(), admin);
+    // None to abort.
+    let mut abort = Host::admin_sqe(AdminOpcode::ABORT, 1 | 77 << 16, 0);
+    assert_eq!(host.admin(&abort), 1);
+    abort.cdw10.set(64);
+    assert_eq!(host.admin(&abort), 1);
+    device.stop();
+    cores.stop();
+}

@@ -72,6 +72,13 @@ pub(crate) enum Action {
     /// Done when nothing is in flight, if it is false.
     SetRunning(bool),
     SetCoalescing(Vec<Coalescing>),
+    /// The function may use the guest's memory, or not.
+    SetMaster(bool),
+    /// End a command that no volume has yet; the outcome is an error if there is none.
+    Abort {
+        sqid: u16,
+        cid: u16,
+    },
     Snapshot,
 }
 
@@ -340,6 +347,12 @@ impl CoreTask {
             Action::SetCoalescing(table) => engine.set_coalescing(|vector| {
                 table.get(usize::from(vector)).copied().unwrap_or_default()
             }),
+            Action::SetMaster(is_master) => engine.set_master(is_master),
+            Action::Abort { sqid, cid } => {
+                if !engine.abort_command(sqid, cid) {
+                    return Err(Status::INVALID_FIELD_IN_COMMAND);
+                }
+            }
             Action::Snapshot => {}
         }
         Ok(None)

@@ -11,8 +11,9 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
-use block::{Busy, Channel, Io, IoError, Op};
+use block::{Busy, Channel, Io, IoError, Latency, Op};
 use iobuf::{GuestSlice, GuestView};
 
 use crate::device::{Features, Limits, PARTS_MAX, SEG_MAX};
@@ -24,11 +25,40 @@ use crate::queue::split::RingAddress;
 use crate::queue::{Broken, Chain, Piece, Token};
 use crate::request::{self, Action, HEADER_BYTES, Range, Request, Status};
 
-/// Most requests taken in one turn, so that other queues of the core get theirs.
-const TURN_MAX: usize = 128;
+/// At most one request in this time is measured: a look at the clock costs as much as parsing a
+/// request.
+const MEASURE_EVERY: Duration = Duration::from_micros(20);
+/// Most requests under measurement.
+const MEASURED_MAX: usize = 64;
 /// Most segments in one I/O. More than `seg_max` allows, because a buffer that crosses memory
 /// regions is cut.
 const SEGMENTS_MAX: usize = 2 * SEG_MAX as usize;
+
+/// What a device may take in one turn of its core, over all its queues there, so that other devices
+/// get their share: 128 requests, or as many as have 512 KiB of data, and at least one.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    requests: u32,
+    bytes: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget { requests: 128, bytes: 512 << 10 }
+    }
+}
+
+impl Budget {
+    /// Whether nothing more may be taken.
+    pub fn is_spent(&self) -> bool {
+        self.requests == 0 || self.bytes == 0
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        self.requests = self.requests.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
 
 /// What a queue has done since it started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +87,9 @@ pub struct Counters {
     pub kicks: u64,
     /// Notifications to the driver.
     pub calls: u64,
+    /// From when a request was taken until the driver could see it done: of one request in 20 us at
+    /// most, and the longest of all, to within a turn of the core.
+    pub latency: Latency,
 }
 
 impl Counters {
@@ -75,6 +108,7 @@ impl Counters {
             busy,
             kicks,
             calls,
+            latency,
         } = other;
         self.reads += reads;
         self.writes += writes;
@@ -88,6 +122,7 @@ impl Counters {
         self.busy += busy;
         self.kicks += kicks;
         self.calls += calls;
+        self.latency.add(latency);
     }
 }
 
@@ -126,6 +161,10 @@ struct Slot {
     written_failed: u32,
     data_bytes: u64,
     epoch: u64,
+    /// When the turn began that took it.
+    taken_at: Duration,
+    /// When it was taken, if it is measured.
+    measured_from: Option<Instant>,
     /// Ranges left to do, last first.
     ranges: Vec<Range>,
 }
@@ -157,6 +196,12 @@ pub struct Engine {
     /// Requests in flight that were admitted under older tables.
     in_flight_old: usize,
     counters: Counters,
+    /// When the turn began.
+    now: Duration,
+    /// When the next request may be measured.
+    measure_at: Duration,
+    /// Measured requests that were answered in this turn: when they were taken.
+    measured: Vec<Instant>,
 }
 
 impl Engine {
@@ -184,6 +229,9 @@ impl Engine {
             epoch: 0,
             in_flight_old: 0,
             counters: Counters::default(),
+            now: Duration::ZERO,
+            measure_at: Duration::ZERO,
+            measured: Vec::with_capacity(MEASURED_MAX),
         }
     }
 
@@ -271,10 +319,23 @@ impl Engine {
             && !self.free_slots.is_empty()
     }
 
-    /// One turn: take requests, submit, complete, publish.
+    /// One turn: take requests, submit, complete, publish. With a [`Budget`] of its own, at the time
+    /// of the turn before.
     pub fn poll(&mut self, channel: &mut dyn Channel) -> Turn {
+        self.poll_within(channel, self.now, &mut Budget::default())
+    }
+
+    /// One turn that begins at `now`, on a clock that does not go back, and takes no more than there
+    /// is in the budget.
+    pub fn poll_within(
+        &mut self,
+        channel: &mut dyn Channel,
+        now: Duration,
+        budget: &mut Budget,
+    ) -> Turn {
+        self.now = now;
         let mut has_worked = self.submit_waiting(channel);
-        has_worked |= self.take(channel);
+        has_worked |= self.take(channel, budget);
         if self.in_flight() > 0 {
             channel.poll(&mut |io| {
                 has_worked = true;
@@ -287,6 +348,12 @@ impl Engine {
             self.broken = Some(broken);
             false
         });
+        if !self.measured.is_empty() {
+            let now = Instant::now();
+            for from in self.measured.drain(..) {
+                self.counters.latency.record(now.saturating_duration_since(from));
+            }
+        }
         Turn { has_worked, wants_call }
     }
 
@@ -335,15 +402,12 @@ impl Engine {
         }
     }
 
-    fn take(&mut self, channel: &mut dyn Channel) -> bool {
+    fn take(&mut self, channel: &mut dyn Channel, budget: &mut Budget) -> bool {
         let mut has_worked = false;
-        for _ in 0..TURN_MAX {
-            if !self.can_take() {
-                break;
-            }
+        while !budget.is_spent() && self.can_take() {
             let taken = match self.ring.pop(&mut self.chain) {
                 Ok(false) => break,
-                Ok(true) => self.admit(channel),
+                Ok(true) => self.admit(channel, budget),
                 Err(broken) => Err(broken),
             };
             match taken {
@@ -365,7 +429,7 @@ impl Engine {
     }
 
     /// Begin the request in `chain`. False: not enough I/Os are free.
-    fn admit(&mut self, channel: &mut dyn Channel) -> Result<bool, Broken> {
+    fn admit(&mut self, channel: &mut dyn Channel, budget: &mut Budget) -> Result<bool, Broken> {
         let EngineConfig { limits, features, write_through } = self.config;
         let request = Request::parse(&self.chain, &self.view, &limits, features, &mut self.ranges)?;
         let (op, data_bytes) = match request.action {
@@ -402,7 +466,10 @@ impl Engine {
                 self.parts.push(io);
                 (op, 0)
             }
-            Action::Done(status) => return self.answer(&request, status),
+            Action::Done(status) => {
+                budget.spend(0);
+                return self.answer(&request, status);
+            }
         };
 
         let Some(index) = self.free_slots.pop() else {
@@ -421,6 +488,12 @@ impl Engine {
         slot.status_byte = Some(request.status);
         slot.data_bytes = data_bytes;
         slot.epoch = self.epoch;
+        slot.taken_at = self.now;
+        if self.now >= self.measure_at {
+            self.measure_at = self.now + MEASURE_EVERY;
+            slot.measured_from = Some(Instant::now());
+        }
+        budget.spend(data_bytes);
         slot.ranges.clear();
         if matches!(op, Op::Deallocate | Op::WriteZeroes) {
             std::mem::swap(&mut slot.ranges, &mut self.ranges);
@@ -528,6 +601,7 @@ impl Engine {
         let status = slot.status.take().unwrap_or(Status::IOERR);
         if slot.is_aborted && self.leaves_aborted {
             slot.status_byte = None;
+            slot.measured_from = None;
             self.in_flight_old -= usize::from(slot.epoch != self.epoch);
             self.free_slots.push(index);
             return Ok(());
@@ -550,6 +624,12 @@ impl Engine {
             Some(_) | None => {}
         }
         counters.errors += u64::from(!is_ok);
+        counters.latency.saw(self.now.saturating_sub(slot.taken_at));
+        if let Some(from) = slot.measured_from.take()
+            && self.measured.len() < MEASURED_MAX
+        {
+            self.measured.push(from);
+        }
         self.in_flight_old -= usize::from(slot.epoch != self.epoch);
         self.free_slots.push(index);
         if let Some(byte) = slot.status_byte.take() {

@@ -14,7 +14,7 @@ use reactor::unix::Waker;
 use reactor::{Fd, Local, Port, Progress, Receiver, Task};
 
 use crate::device::Limits;
-use crate::engine::{Counters, Engine, EngineConfig};
+use crate::engine::{Budget, Counters, Engine, EngineConfig};
 use crate::queue::Broken;
 use crate::queue::ring::Ring;
 use crate::queue::shared::DirtyLog;
@@ -153,6 +153,8 @@ pub(crate) struct CoreTask {
 pub(crate) struct Running {
     queues: Vec<Queue>,
     drains: Vec<Drain>,
+    /// Counts turns: which queue is first.
+    first: usize,
     reset: Option<u64>,
     is_leaving: bool,
 }
@@ -168,8 +170,14 @@ impl Task for CoreTask {
         {
             self.leave(now);
         }
-        for queue in &mut self.running.queues {
-            has_worked |= queue.poll(now, &self.events);
+        // Queues take turns to be first at what the device may take.
+        let running = &mut self.running;
+        let mut budget = Budget::default();
+        running.first = running.first.wrapping_add(1);
+        let at = running.first.checked_rem(running.queues.len()).unwrap_or(0);
+        let (rest, first) = running.queues.split_at_mut(at);
+        for queue in first.iter_mut().chain(rest) {
+            has_worked |= queue.poll(now, &self.events, &mut budget);
         }
         has_worked |= self.settle(now);
         match has_worked {
@@ -473,7 +481,7 @@ impl Queue {
         }
     }
 
-    fn poll(&mut self, now: Duration, events: &Events) -> bool {
+    fn poll(&mut self, now: Duration, events: &Events, budget: &mut Budget) -> bool {
         let mut has_worked = false;
         while let Some(completion) = self.port.next() {
             has_worked = true;
@@ -497,7 +505,7 @@ impl Queue {
             has_worked = true;
         }
 
-        let turn = self.engine.poll(&mut *self.channel);
+        let turn = self.engine.poll_within(&mut *self.channel, now, budget);
         has_worked |= turn.has_worked;
         if turn.wants_call {
             self.signal_call();

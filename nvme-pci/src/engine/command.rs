@@ -80,6 +80,7 @@ impl Engine {
     ) -> Result<(), Status> {
         let (space, mut io) = self.io(at, slot, op, nsid)?;
         (io.offset, io.len, io.fua) = (offset, u64::from(len), fua);
+        self.turn_bytes = self.turn_bytes.saturating_sub(u64::from(len));
         let view = &self.view;
         let data = &mut io.data;
         let walked = walk(

@@ -507,6 +507,92 @@ fn a_busy_volume_gets_it_later() {
 }
 
 #[test]
+fn queues_share_what_a_turn_may_take() {
+    let mut rig = Rig::new(512);
+    let push = |rig: &mut Rig, count: u16, blocks: u32| {
+        for cid in 0..count {
+            rig.push(cid, &command(NvmOpcode::READ, 0, blocks, DATA, DATA + 0x1000));
+        }
+        rig.ring();
+    };
+    let done = |rig: &mut Rig| std::iter::from_fn(|| rig.pop()).count();
+    // By number, of one queue.
+    push(&mut rig, 200, 8);
+    rig.turn();
+    assert_eq!(done(&mut rig), 64);
+    rig.settle();
+    assert_eq!(done(&mut rig), 136);
+    // By bytes: 8 KiB at a time, so that 64 commands of a queue are 512 KiB.
+    rig.engine.turn_bytes = 0;
+    push(&mut rig, 3, 16);
+    assert!(!rig.engine.take(0), "nothing is left of the turn");
+    (rig.engine.turn_commands, rig.engine.turn_bytes) = (TURN_COMMANDS, 12 << 10);
+    assert!(rig.engine.take(0));
+    assert_eq!(rig.engine.in_flight(), 2, "the second is begun, as something is left");
+    rig.settle();
+    assert_eq!(done(&mut rig), 3);
+}
+
+#[test]
+fn a_device_that_is_no_bus_master_leaves_memory_alone() {
+    let mut rig = Rig::new(16);
+    rig.disk.borrow_mut().allowed = Some(0);
+    rig.push(1, &command(NvmOpcode::READ, 1, 1, DATA, 0));
+    rig.ring();
+    rig.turn();
+    rig.engine.set_master(false);
+    rig.disk.borrow_mut().allowed = None;
+    rig.push(2, &command(NvmOpcode::READ, 2, 1, DATA, 0));
+    rig.ring();
+    rig.settle();
+    assert!(rig.pop().is_none() && !rig.engine.has_work() && rig.engine.is_quiet());
+    assert_eq!(rig.engine.in_flight(), 1, "the second stays in its queue");
+    rig.engine.set_master(true);
+    assert!(rig.engine.has_work());
+    rig.settle();
+    assert_eq!([1, 2].map(|_| rig.pop().unwrap().cid.get()), [1, 2]);
+}
+
+#[test]
+fn an_abort_ends_what_no_volume_has_yet() {
+    let mut rig = Rig::new(16);
+    (rig.disk.borrow_mut().depth, rig.disk.borrow_mut().allowed) = (1, Some(0));
+    for cid in 1..=3 {
+        rig.push(cid, &command(NvmOpcode::READ, u64::from(cid), 1, DATA, 0));
+    }
+    rig.ring();
+    rig.turn();
+    assert!(!rig.engine.abort_command(1, 1), "it is at the volume");
+    assert!(!rig.engine.abort_command(1, 9) && !rig.engine.abort_command(7, 2), "there is none");
+    assert!(rig.engine.abort_command(1, 2));
+    let cqe = rig.pop().expect("posted before the abort is done");
+    assert_eq!((cqe.cid.get(), cqe.status()), (2, Status::COMMAND_ABORT_REQUESTED));
+    assert!(!rig.engine.abort_command(1, 2), "once");
+    rig.disk.borrow_mut().allowed = None;
+    rig.settle();
+    assert_eq!([1, 3].map(|_| rig.pop().unwrap().cid.get()), [1, 3]);
+    assert_eq!((rig.engine.in_flight(), rig.engine.at_volume()), (0, 0));
+}
+
+#[test]
+fn one_command_in_a_while_is_measured() {
+    let mut rig = Rig::new(16);
+    for (now, measured) in [(100, 1), (110, 1), (121, 2)] {
+        rig.now = Duration::from_micros(now);
+        assert!(rig.run(&command(NvmOpcode::READ, 0, 1, DATA, 0)).is_success());
+        assert_eq!(rig.engine.counters().latency.count(), measured, "at {now} us");
+    }
+    rig.disk.borrow_mut().allowed = Some(0);
+    rig.push(1, &command(NvmOpcode::READ, 0, 1, DATA, 0));
+    rig.ring();
+    rig.turn();
+    rig.now += Duration::from_millis(5);
+    rig.disk.borrow_mut().allowed = None;
+    rig.settle();
+    assert!(rig.engine.counters().latency.max() >= Some(Duration::from_millis(5)));
+}
+
+#[test]
 fn no_allocation_per_io() {
     let mut rig = Rig::new(64);
     let round = |rig: &mut Rig| {

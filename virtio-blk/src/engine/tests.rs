@@ -263,6 +263,57 @@ fn long_requests_are_cut() {
 }
 
 #[test]
+fn queues_of_a_device_share_what_a_turn_may_take() {
+    let mut greedy = Rig::new(64);
+    let mut modest = Rig::new(64);
+    // A reader of 32 KiB at a time keeps the device full; 512 KiB are 16 of them.
+    for turn in 0..5 {
+        while greedy.add(0, 0, &[], 32 << 10).is_some() {}
+        let mut budget = Budget::default();
+        greedy.disk.log.clear();
+        greedy.engine.poll_within(&mut greedy.disk, Duration::ZERO, &mut budget);
+        assert_eq!(greedy.disk.log.len(), 16, "turn {turn}");
+        assert!(budget.is_spent());
+        // Another queue of the same device gets nothing in this turn, that of another device does.
+        let sent = modest.add(0, 0, &[], 512).unwrap();
+        modest.engine.poll_within(&mut modest.disk, Duration::ZERO, &mut budget);
+        assert_eq!(modest.driver.pop_used(), None);
+        modest.turn();
+        assert_eq!(modest.driver.pop_used().unwrap().0, sent.head);
+        while greedy.driver.pop_used().is_some() {}
+    }
+    // By number of requests as well; what needs no I/O counts, too.
+    let mut small = Rig::new(512);
+    for _ in 0..150 {
+        small.add(4, 0, &[], 0).unwrap();
+    }
+    small.turn();
+    let done = std::iter::from_fn(|| small.driver.pop_used()).count();
+    assert_eq!(done, 128);
+}
+
+#[test]
+fn one_request_in_a_while_is_measured_and_the_longest_is_known() {
+    let us = Duration::from_micros;
+    let mut rig = Rig::new(16);
+    let at = |rig: &mut Rig, now: Duration| {
+        rig.engine.poll_within(&mut rig.disk, now, &mut Budget::default());
+        rig.engine.counters().latency
+    };
+    rig.disk.allowed = Some(0);
+    rig.add(0, 0, &[], 512).unwrap();
+    rig.add(0, 1, &[], 512).unwrap();
+    assert_eq!(at(&mut rig, us(100)).count(), 0);
+    rig.disk.allowed = None;
+    let latency = at(&mut rig, us(1_100));
+    assert_eq!((latency.count(), latency.max()), (1, Some(us(1_000))), "both, and one measured");
+    for (now, measured) in [(1_110, 2), (1_115, 2), (1_131, 3)] {
+        rig.add(0, 0, &[], 512).unwrap();
+        assert_eq!(at(&mut rig, us(now)).count(), measured, "at {now} us");
+    }
+}
+
+#[test]
 fn requests_wait_for_parts_of_others() {
     // 128 I/Os there are, and each request takes 60.
     let mut rig = Rig::with(16, 512, options());

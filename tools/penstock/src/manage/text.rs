@@ -159,8 +159,19 @@ pub(super) fn device(device: &Device) -> String {
     line("others", sum.others_total.to_string());
     line("errors", sum.errors_total.to_string());
     line("interrupts", sum.interrupts_total.to_string());
-    if let (Some(mean), Some(max)) = (sum.latency_mean_ns, sum.latency_max_ns) {
-        line("latency", format!("{} us mean, {} us at most", mean / 1000, max / 1000));
+    let us = |ns: Option<u64>| ns.map_or("-".to_owned(), |ns| format!("{:.1}", ns as f64 / 1e3));
+    if sum.latency_mean_ns.is_some() {
+        line(
+            "latency",
+            format!(
+                "{} us mean, {} half, {} of 99 %, {} of 99.9 %, {} the longest",
+                us(sum.latency_mean_ns),
+                us(sum.latency_p50_ns),
+                us(sum.latency_p99_ns),
+                us(sum.latency_p999_ns),
+                us(sum.latency_max_ns)
+            ),
+        );
     }
     text
 }
