@@ -7,6 +7,7 @@
 pub mod bare;
 pub mod bench;
 pub mod faults;
+pub mod guest;
 pub mod link;
 pub mod load;
 pub mod process;

@@ -3,6 +3,7 @@
 mod allocation;
 mod change;
 mod counting;
+mod fairness;
 mod faults;
 mod ipv6;
 mod junk;

@@ -34,6 +34,8 @@ pub(crate) enum Comparison {
     Fio,
     /// A picture of what the comparison of the target found, to be kept in docs/.
     Chart,
+    /// Emulated disks against qemu-storage-daemon, and through the fabric against the initiator.
+    Device,
 }
 
 pub(crate) fn task(args: &Args) -> Result<bool> {
@@ -57,13 +59,28 @@ pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
         Comparison::Target => ("bench-target", &[]),
         Comparison::Scale => ("bench-scale", &[]),
         Comparison::Tls => ("bench-target", &["--sides", "plain,tls128,tls256"]),
+        Comparison::Device => ("bench-device", &[]),
         Comparison::Gate | Comparison::Fio | Comparison::Chart => {
             bail!("this comparison has no program of its own")
         }
     };
     build()?;
     let program = workspace::target_dir()?.join("release").join(binary);
-    exec::run(Command::new(program).args(first).args(rest))
+    let mut command = Command::new(program);
+    if let Comparison::Device = name {
+        match lab::peers()? {
+            Ok(peers) => {
+                for (flag, peer) in peers {
+                    let words = std::iter::once(peer.get_program()).chain(peer.get_args());
+                    words.for_each(|word| {
+                        command.arg(flag).arg(word);
+                    });
+                }
+            }
+            Err(why) => println!("without programs of others: {why}"),
+        }
+    }
+    exec::run(command.args(first).args(rest))
 }
 
 #[cfg(test)]

@@ -154,6 +154,21 @@ impl Lab {
     }
 }
 
+/// Programs that devices are compared with, each with the flag of the comparison that takes it; or
+/// why there is no tree.
+pub(crate) fn peers() -> Result<Result<Vec<(&'static str, Command)>, String>> {
+    let tree = match Tree::open(&cache_folder()?)? {
+        Ok(tree) => tree,
+        Err(why) => return Ok(Err(why)),
+    };
+    let mut peers = vec![("--qsd", tree.program("usr/bin/qemu-storage-daemon"))];
+    match tree.fio_blkio() {
+        Ok(fio) => peers.push(("--fio", fio)),
+        Err(why) => println!("{why}"),
+    }
+    Ok(Ok(peers))
+}
+
 fn cache_folder() -> Result<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let folder = match (variable(CACHE_VARIABLE), variable("XDG_CACHE_HOME"), variable("HOME")) {
