@@ -177,6 +177,8 @@ struct Sq {
     place: Place,
     ring: Option<Ring>,
     fetched: u64,
+    /// What `fetched` was when the event index was written last.
+    told: u64,
     /// Tail that was refused last, to complain only once.
     bad_tail: u32,
     slots: Vec<Slot>,
@@ -198,6 +200,8 @@ struct Cq {
     vector: Option<u16>,
     tail: u64,
     head: u64,
+    /// What `head` was when the event index was written last.
+    told: u64,
     bad_head: u32,
     backlog: VecDeque<Done>,
     coalescing: Coalescing,
@@ -505,6 +509,7 @@ impl Engine {
             tail,
             // The oldest that the host can be at; the doorbell says more.
             head: tail.saturating_sub(u64::from(entries) - 1),
+            told: 0,
             bad_head: u32::MAX,
             backlog: VecDeque::with_capacity(64),
             coalescing,
@@ -548,6 +553,7 @@ impl Engine {
             place,
             ring: Some(ring),
             fetched: sq.fetched,
+            told: sq.fetched,
             bad_tail: u32::MAX,
             slots: (0..slots).map(|_| Slot::default()).collect(),
             free: (0..slots).rev().collect(),
@@ -867,7 +873,22 @@ impl Engine {
             self.begin(at, slot, Sqe::from_bytes(&bytes));
             has_worked = true;
         }
+        let sq = &mut self.sqs[at];
+        if self.shadow.is_some() && is_far(sq.fetched - sq.told, sq.entries) {
+            sq.told = sq.fetched;
+            let (qid, behind) = (sq.qid, behind(sq.fetched, sq.entries));
+            self.put_event_idx(qid, false, behind);
+        }
         has_worked
+    }
+
+    /// Writes the event index of a doorbell: the value that the host rings for when it passes it.
+    fn put_event_idx(&self, qid: u16, is_cq: bool, value: u32) {
+        let Some((_, events, address)) = &self.shadow else { return };
+        let _ = events.store_u32(shadow_at(qid, is_cq), value, Relaxed);
+        if let Some(log) = &self.dirty {
+            log.mark(*address, 4096);
+        }
     }
 
     /// Begins the command in a slot.
@@ -1003,6 +1024,12 @@ impl Engine {
             self.tell(Notice::BadDoorbell);
         }
         let cq = &mut self.cqs[at];
+        if self.shadow.is_some() && is_far(cq.head.saturating_sub(cq.told), cq.entries) {
+            cq.told = cq.head;
+            let behind = behind(cq.head, cq.entries);
+            self.put_event_idx(qid, true, behind);
+        }
+        let cq = &mut self.cqs[at];
         let mut has_worked = false;
         while !cq.is_full() && cq.ring.is_some() {
             let Some(done) = cq.backlog.pop_front() else { break };
@@ -1088,26 +1115,24 @@ impl Engine {
         }
     }
 
-    fn tell_event_idx(&self, is_wanted: bool) {
+    fn tell_event_idx(&mut self, is_wanted: bool) {
         let Some((_, events, address)) = &self.shadow else { return };
-        let tell = |qid: u16, is_cq: bool, index: u32| {
-            // "An event if the index is passed": one that was passed just now is not again.
-            let value = if is_wanted { index } else { index.wrapping_sub(1) & 0xffff };
-            let _ = events.store_u32(shadow_at(qid, is_cq), value, Relaxed);
-        };
-        for sq in &self.sqs {
-            let head = (sq.fetched % u64::from(sq.entries)) as u32;
-            tell(sq.qid, false, head);
+        for sq in &mut self.sqs {
+            sq.told = sq.fetched;
+            let value = match is_wanted {
+                true => (sq.fetched % u64::from(sq.entries)) as u32,
+                false => behind(sq.fetched, sq.entries),
+            };
+            let _ = events.store_u32(shadow_at(sq.qid, false), value, Relaxed);
         }
-        for cq in &self.cqs {
-            let head = (cq.head % u64::from(cq.entries)) as u32;
+        for cq in &mut self.cqs {
+            cq.told = cq.head;
             // Only a full queue waits for its host.
-            if cq.backlog.is_empty() || !is_wanted {
-                let value = head.wrapping_sub(1) & 0xffff;
-                let _ = events.store_u32(shadow_at(cq.qid, true), value, Relaxed);
-            } else {
-                tell(cq.qid, true, head);
-            }
+            let value = match is_wanted && !cq.backlog.is_empty() {
+                true => (cq.head % u64::from(cq.entries)) as u32,
+                false => behind(cq.head, cq.entries),
+            };
+            let _ = events.store_u32(shadow_at(cq.qid, true), value, Relaxed);
         }
         if let Some(log) = &self.dirty {
             log.mark(*address, 4096);
@@ -1143,6 +1168,20 @@ impl Engine {
 #[inline]
 fn shadow_at(qid: u16, is_cq: bool) -> usize {
     8 * usize::from(qid) + if is_cq { 4 } else { 0 }
+}
+
+/// An event index that was passed just now: "an event if the index is passed", and this one is not
+/// again before the doorbell has gone almost once around.
+#[inline]
+fn behind(position: u64, entries: u32) -> u32 {
+    ((position + u64::from(entries) - 1) % u64::from(entries)) as u32
+}
+
+/// Whether a doorbell has come so far since its event index was written that the index has to
+/// follow, or the host would ring for it in the next lap though nobody sleeps.
+#[inline]
+fn is_far(steps: u64, entries: u32) -> bool {
+    steps > 0 && steps >= u64::from(entries / 4)
 }
 
 impl Cq {

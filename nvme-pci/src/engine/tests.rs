@@ -444,6 +444,38 @@ fn shadow_doorbells_replace_the_others_and_ask_for_a_ring_when_idle() {
 }
 
 #[test]
+fn a_host_never_rings_while_the_device_is_awake() {
+    let (shadow, event_idx) = (0x8000, 0x9000);
+    for (entries, batch) in [(2u16, 1u32), (8, 5), (64, 40), (64, 1)] {
+        let mut rig = Rig::new(entries);
+        rig.record.view().set_shadow(Some((shadow, event_idx)));
+        assert!(rig.engine.set_shadow(Some((shadow, event_idx))));
+        let word = |rig: &Rig, at| u32::from_le_bytes(rig.read(at, 4)[..].try_into().unwrap());
+        // As Linux does it: in 16 bits.
+        let ring = |rig: &Rig, is_cq: u64, value: u32| {
+            let old = word(rig, shadow + 8 + is_cq) as u16;
+            rig.write(shadow + 8 + is_cq, &value.to_le_bytes());
+            let (index, new) = (word(rig, event_idx + 8 + is_cq) as u16, value as u16);
+            let is_wanted = new.wrapping_sub(index).wrapping_sub(1) < new.wrapping_sub(old);
+            assert!(!is_wanted, "{entries} entries: from {old} to {new}, index {index}");
+        };
+        let mut taken = 0;
+        for _ in 0..200 {
+            for cid in 0..batch {
+                rig.push(cid as u16, &command(NvmOpcode::READ, 0, 1, DATA, 0));
+            }
+            ring(&rig, 0, rig.tail);
+            rig.settle();
+            while rig.pop().is_some() {
+                taken += 1;
+            }
+            ring(&rig, 4, (rig.head % u64::from(entries)) as u32);
+        }
+        assert_eq!(taken, 200 * batch);
+    }
+}
+
+#[test]
 fn memory_that_goes_is_held_until_its_io_is_back() {
     let mut rig = Rig::new(8);
     rig.disk.borrow_mut().allowed = Some(0);
