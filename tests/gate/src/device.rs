@@ -87,7 +87,7 @@ pub(crate) fn virtio(count: u64, depth: u64) {
                 .expect("room in the ring");
         }
         driver.publish();
-        while engine.poll(&mut channel).has_worked {}
+        crate::counted(|| while engine.poll(&mut channel).has_worked {});
         for _ in 0..batch {
             driver.pop_used().expect("each request is answered");
         }
@@ -149,10 +149,12 @@ pub(crate) fn nvme(count: u64, depth: u64) {
         }
         done += batch;
         doorbells.ring(1, false, (done % u64::from(ENTRIES)) as u32);
-        while {
-            now += Duration::from_micros(1);
-            engine.poll(now)
-        } {}
+        crate::counted(|| {
+            while {
+                now += Duration::from_micros(1);
+                engine.poll(now)
+            } {}
+        });
         // The last completion is there, and the host takes all of them.
         let mut cqe = [0; 16];
         let last = done - 1;

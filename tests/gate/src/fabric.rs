@@ -39,62 +39,64 @@ pub(crate) fn machines(count: u64, write: bool, digests: bool) {
     let (mut to_target, mut to_host) = (Vec::new(), Vec::new());
     let mut ready = Vec::new();
     let mut done = 0;
-    while done < count {
-        let batch = BATCH.min(count - done);
-        for cid in 0..batch as u16 {
-            let slba = (done + u64::from(cid)) % 1000 * 8;
-            let len = BLOCK_BYTES as u32;
-            let (sqe, transfer) = match write {
-                true => (
-                    io::write(1, slba, 8, len, true, false),
-                    Transfer::Write { len, in_capsule: true },
-                ),
-                false => (io::read(1, slba, 8, len, false), Transfer::Read { len }),
-            };
-            to_target.extend_from_slice(&host.command(cid, &sqe, transfer));
-            if write {
-                to_target.extend_from_slice(&data);
-                to_target.extend_from_slice(if digests { &digest } else { &[] });
-            }
-        }
-        let mut input = &to_target[..];
-        while let Some(event) = target.next(&mut input).expect("a good stream") {
-            match event {
-                TargetEvent::Command { slot, in_capsule_len: 0, .. } => ready.push(slot),
-                TargetEvent::Data { offset, bytes, .. } => {
-                    place[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    crate::counted(|| {
+        while done < count {
+            let batch = BATCH.min(count - done);
+            for cid in 0..batch as u16 {
+                let slba = (done + u64::from(cid)) % 1000 * 8;
+                let len = BLOCK_BYTES as u32;
+                let (sqe, transfer) = match write {
+                    true => (
+                        io::write(1, slba, 8, len, true, false),
+                        Transfer::Write { len, in_capsule: true },
+                    ),
+                    false => (io::read(1, slba, 8, len, false), Transfer::Read { len }),
+                };
+                to_target.extend_from_slice(&host.command(cid, &sqe, transfer));
+                if write {
+                    to_target.extend_from_slice(&data);
+                    to_target.extend_from_slice(if digests { &digest } else { &[] });
                 }
-                TargetEvent::DataEnd { slot } => ready.push(slot),
-                TargetEvent::Command { .. } => {}
-                other => panic!("{other:?}"),
             }
-        }
-        for slot in ready.drain(..) {
-            if write {
-                to_host.extend_from_slice(&target.response(slot, &[0; 16]));
-            } else {
-                let head = target.c2h_data(slot, 0, BLOCK_BYTES as u32, true, true);
-                to_host.extend_from_slice(&head);
-                to_host.extend_from_slice(&data);
-                to_host.extend_from_slice(if digests { &digest } else { &[] });
-            }
-            target.release(slot);
-        }
-        let mut input = &to_host[..];
-        let before = done;
-        while let Some(event) = host.next(&mut input).expect("a good stream") {
-            match event {
-                HostEvent::Data { offset, bytes, .. } => {
-                    place[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+            let mut input = &to_target[..];
+            while let Some(event) = target.next(&mut input).expect("a good stream") {
+                match event {
+                    TargetEvent::Command { slot, in_capsule_len: 0, .. } => ready.push(slot),
+                    TargetEvent::Data { offset, bytes, .. } => {
+                        place[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+                    }
+                    TargetEvent::DataEnd { slot } => ready.push(slot),
+                    TargetEvent::Command { .. } => {}
+                    other => panic!("{other:?}"),
                 }
-                HostEvent::Complete { .. } => done += 1,
-                other => panic!("{other:?}"),
             }
+            for slot in ready.drain(..) {
+                if write {
+                    to_host.extend_from_slice(&target.response(slot, &[0; 16]));
+                } else {
+                    let head = target.c2h_data(slot, 0, BLOCK_BYTES as u32, true, true);
+                    to_host.extend_from_slice(&head);
+                    to_host.extend_from_slice(&data);
+                    to_host.extend_from_slice(if digests { &digest } else { &[] });
+                }
+                target.release(slot);
+            }
+            let mut input = &to_host[..];
+            let before = done;
+            while let Some(event) = host.next(&mut input).expect("a good stream") {
+                match event {
+                    HostEvent::Data { offset, bytes, .. } => {
+                        place[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+                    }
+                    HostEvent::Complete { .. } => done += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert_eq!(done - before, batch, "each request is answered");
+            to_target.clear();
+            to_host.clear();
         }
-        assert_eq!(done - before, batch, "each request is answered");
-        to_target.clear();
-        to_host.clear();
-    }
+    });
 }
 
 /// What a load asks for.
@@ -108,6 +110,27 @@ pub(crate) struct Shape {
 const SUBNQN: &str = "nqn.2026-11.io.penstock:gate";
 const HOSTNQN: &str = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000005";
 const VOLUME_BYTES: u64 = 1 << 30;
+
+/// A task whose turns are counted: what the simulated kernel does between them is not.
+struct Counted(Box<dyn Task>);
+
+impl Task for Counted {
+    fn poll(&mut self, now: Duration) -> Progress {
+        crate::counted(|| self.0.poll(now))
+    }
+
+    fn arm(&mut self) -> bool {
+        crate::counted(|| self.0.arm())
+    }
+
+    fn disarm(&mut self) {
+        crate::counted(|| self.0.disarm());
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        self.0.deadline()
+    }
+}
 
 /// Keeps so many requests in flight until all are done.
 struct Load {
@@ -184,7 +207,7 @@ pub(crate) fn path(count: u64, shape: Shape) {
     };
     let target = nvmf_target::Target::new(config, vec![cores[0].handle()]).expect("a target");
     let task = target.core_task(0, &cores[0].local()).expect("the core's first task");
-    cores[0].spawn(task);
+    cores[0].spawn(Box::new(Counted(task)));
     let accept = Arc::clone(&target);
     world.listen(addr, Box::new(move |socket| accept.add_connection(socket, 1)));
 
@@ -192,11 +215,11 @@ pub(crate) fn path(count: u64, shape: Shape) {
     let config = RemoteConfig::new(addr, nqn(SUBNQN), 1, (nqn(HOSTNQN), [5; 16]));
     let local = cores[1].local();
     let (remote, session) = RemoteVolume::start(config, &local).expect("an initiator");
-    cores[1].spawn(session);
+    cores[1].spawn(Box::new(Counted(session)));
     let channel = remote.open(&local, shape.depth as u32).expect("a channel");
     let load = Load::new(channel, &local, shape, count);
     let done = Rc::clone(&load.done);
-    cores[1].spawn(Box::new(load));
+    cores[1].spawn(Box::new(Counted(Box::new(load))));
     let limit = Duration::from_secs(3600);
     let ended = world.run_until(&mut cores, limit, &mut || done.get() == count);
     assert!(ended, "stuck after {} of {count}", done.get());

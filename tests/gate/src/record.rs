@@ -39,13 +39,16 @@ pub(crate) fn seal_and_open(count: u64, size: usize) {
     let mut target = Session::new(&server, KeyUpdates::Auto);
     let data = vec![0x5a; size];
     let mut wire = Vec::with_capacity(Session::sealed_len_max(size));
-    for _ in 0..count {
-        wire.clear();
-        let mut append =
-            |part: Range<usize>, wire: &mut Vec<u8>| wire.extend_from_slice(&data[part]);
-        target.seal(size, &mut wire, &mut append).expect("a good key");
-        let mut opened = 0;
-        host.open(&mut wire, &mut |plain| opened += plain.bytes().len()).expect("a good record");
-        assert_eq!(opened, size);
-    }
+    crate::counted(|| {
+        (0..count).for_each(|_| {
+            wire.clear();
+            let mut append =
+                |part: Range<usize>, wire: &mut Vec<u8>| wire.extend_from_slice(&data[part]);
+            target.seal(size, &mut wire, &mut append).expect("a good key");
+            let mut opened = 0;
+            host.open(&mut wire, &mut |plain| opened += plain.bytes().len())
+                .expect("a good record");
+            assert_eq!(opened, size);
+        })
+    });
 }

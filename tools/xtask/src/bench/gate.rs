@@ -12,8 +12,8 @@
 //! each has its own.
 //!
 //! Instructions are counted by callgrind, which says the same whatever else the machine does. What
-//! it does vary by (hash tables have random seeds) is measured: the base runs twice. A loss counts
-//! from there on, and from [`LEAST_PERCENT`] on.
+//! it does vary by is measured: the base runs twice. A loss counts from there on, and from
+//! [`LEAST_PERCENT`] on.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -35,6 +35,9 @@ const LEAST_PERCENT: f64 = 0.5;
 
 /// Requests of the two runs whose difference is taken.
 const COUNTS: [u64; 2] = [128, 640];
+
+/// What the workloads call all that is to be counted.
+const COUNTED: &str = "*gate*counted*";
 
 /// The workloads, in the checkout.
 const WORKLOADS: &str = "tests/gate/src";
@@ -357,6 +360,7 @@ fn instructions(program: &Path, name: &str, count: u64) -> Result<u64> {
     // Nothing of the environment, whose length moves the stack.
     command.env_clear().env("PATH", "/usr/bin:/bin");
     command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]);
+    command.arg(format!("--toggle-collect={COUNTED}"));
     command.arg(program).args([OsStr::new(name), OsStr::new(&count.to_string())]);
     let output = command.output().with_context(|| format!("running {}", exec::shown(&command)))?;
     let text = String::from_utf8_lossy(&output.stderr);
