@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
+use crate::credentials::TlsSetting;
 use crate::identity::{self, HostIdentity};
 use crate::manage::serial_text;
 use crate::supervise::Legacy;

@@ -293,10 +293,7 @@ impl Up {
                 DeviceKind::VirtioBlk => "vhost-user",
                 DeviceKind::Nvme => "vfio-user",
             };
-            line(
-                "device",
-                format!("{volume}: {kind} ({over}) at {}, over TLS", socket.display()),
-            );
+            line("device", format!("{volume}: {kind} ({over}) at {}, over TLS", socket.display()));
         }
         text
     }

@@ -99,6 +99,8 @@ struct Path {
     auth: Option<(Auth, Option<Computing>)>,
     /// The host has authenticated on this connection.
     is_authenticated: bool,
+    /// Another authentication is asked for; it begins when none is under way.
+    is_auth_due: bool,
     /// The connection ended as its only purpose was to make the key for the next.
     is_renewed: bool,
     /// It is one of those that the volume is to use.
@@ -351,6 +353,7 @@ impl Path {
             slots: Slots::new(TAGS + 1),
             auth: None,
             is_authenticated: false,
+            is_auth_due: false,
             is_renewed: false,
             is_wanted: true,
             leaving_since: None,
@@ -452,9 +455,8 @@ impl Path {
         if let Some(session) = self.session.as_mut().filter(|_| asked.rescan && is_live) {
             session.rescan(now);
         }
-        if asked.reauthenticate && is_live && self.is_authenticated && self.auth.is_none() {
-            self.begin_auth(Concatenation::No, now)?;
-        }
+        self.is_auth_due |= asked.reauthenticate && is_live && self.is_authenticated;
+        self.authenticate_again(now)?;
         match asked.fault {
             Some((generation, text)) if generation == self.generation && is_live => {
                 Err(Loss::Command(text))
@@ -557,7 +559,7 @@ impl Path {
 
     fn leave(&mut self, now: Duration, loss: Option<&Loss>, is_stopping: bool) {
         self.session = None;
-        (self.auth, self.is_authenticated) = (None, false);
+        (self.auth, self.is_authenticated, self.is_auth_due) = (None, false, false);
         if !self.is_renewed && matches!(self.shared.config.security.tls, Tls::Concatenate) {
             // Each association makes its own.
             self.shared.set_offers(self.index, None);
@@ -728,7 +730,16 @@ impl Path {
         let Some(outcome) = auth.outcome()?.cloned() else { return Ok(progressed) };
         self.auth = None;
         self.on_authenticated(&outcome, now, group)?;
+        self.authenticate_again(now)?;
         Ok(true)
+    }
+
+    /// What was asked for during an authentication may be about what has changed since it began.
+    fn authenticate_again(&mut self, now: Duration) -> Result<(), Loss> {
+        if self.auth.is_some() || !std::mem::take(&mut self.is_auth_due) {
+            return Ok(());
+        }
+        self.begin_auth(Concatenation::No, now)
     }
 
     fn begin_auth(&mut self, concatenation: Concatenation, now: Duration) -> Result<(), Loss> {

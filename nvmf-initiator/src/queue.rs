@@ -277,12 +277,7 @@ impl Queue {
             {
                 self.leave(env, None);
             }
-            Stage::Ready if self.auth_round != env.state.auth_round => {
-                self.auth_round = env.state.auth_round;
-                if self.is_authenticated && self.auth.is_none() {
-                    self.begin_auth(Concatenation::No, false, env)?;
-                }
-            }
+            Stage::Ready => self.authenticate_again(env)?,
             _ => {}
         }
         Ok(())
@@ -465,6 +460,21 @@ impl Queue {
         env.shared.note_connected(usize::from(self.path), self.generation);
     }
 
+    /// Begins the authentication that was asked for, unless one is under way.
+    fn authenticate_again(&mut self, env: &Env<'_>) -> Result<(), Loss> {
+        if self.stage != Stage::Ready
+            || self.auth_round == env.state.auth_round
+            || self.auth.is_some()
+        {
+            return Ok(());
+        }
+        self.auth_round = env.state.auth_round;
+        match self.is_authenticated {
+            true => self.begin_auth(Concatenation::No, false, env),
+            false => Ok(()),
+        }
+    }
+
     /// Begins an authentication. An urgent one goes before all I/O.
     #[cold]
     fn begin_auth(
@@ -583,6 +593,8 @@ impl Queue {
             if self.stage == Stage::Authenticating {
                 self.on_ready(env);
             }
+            // What was asked for meanwhile may be about what has changed since it began.
+            self.authenticate_again(env)?;
         }
         Ok(())
     }

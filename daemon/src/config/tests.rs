@@ -405,6 +405,7 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
     assert!(!config.is_supervised());
     assert!(Config { supervise: Supervise::Auto, ..config.clone() }.is_supervised());
+    assert_eq!(device.policy, PathPolicy::QueueDepth);
     assert_eq!(device.connect, [way("192.0.2.7:1"), way("[::1]:2")]);
     assert!(device.discover.is_empty());
     let config = check("nvme,tls=off,connect=192.0.2.7:1@1+[::1]:2,nsid=1").unwrap();
@@ -418,9 +419,9 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert!(device.connect.is_empty());
     assert_eq!(device.ports, [4420, 8009, 8010].into());
     let config =
-        check("nvme,tls=off,discover=192.0.2.7:8009,connect=192.0.2.8:1,ports=4421+4422,nsid=1").unwrap();
+        check("nvme,tls=off,discover=192.0.2.7:8009,connect=192.0.2.8:1,ports=4421+4422,nsid=1")
+            .unwrap();
     assert_eq!(config.devices[0].ports, [1, 4421, 4422, 8009].into());
-    assert_eq!(device.policy, PathPolicy::QueueDepth);
     for (text, expected) in [
         ("virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
         ("nvme,tls=off,connect=192.0.2.7:1,nsid=1+1", "names 1 twice"),

@@ -112,7 +112,7 @@ fn a_second_start_finds_the_data_again() {
         crate::discover::discover(discovery, None, None, &plain, Duration::from_secs(10)).unwrap();
     // Nor is the listener of the devices, which speaks TLS alone.
     assert!(found.records.iter().all(|record| record.sectype == 0), "{found}");
-    assert_eq!(up.daemon.encrypted(), 1, "the device's association");
+    assert_eq!(up.daemon.encrypted(), 2, "an association of each disk of the volume");
     let subsystem = up.daemon.subsystem().unwrap();
     assert_eq!(found.problems, [""; 0]);
     let of = |kind: &str| -> Vec<_> {

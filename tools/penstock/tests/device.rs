@@ -254,7 +254,7 @@ fn a_process_becomes_the_user_it_is_told_to_be() {
     let dir = tempfile::tempdir().unwrap();
     let (api, socket) = (dir.path().join("api.sock"), dir.path().join("disk.sock"));
     let text = format!(
-        "disk=virtio-blk,socket={},connect=127.0.0.1:4,subnqn={NQN},nsid=1",
+        "disk=virtio-blk,socket={},tls=off,connect=127.0.0.1:4,subnqn={NQN},nsid=1",
         socket.display()
     );
     let path = api.to_str().unwrap();
