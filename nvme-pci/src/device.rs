@@ -279,7 +279,7 @@ impl Device {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Done { core, op, outcome } => self.answered(core, op, outcome, None),
-            Event::State { core, op, state } => self.answered(core, op, Ok(()), Some(state)),
+            Event::State { core, op, state } => self.answered(core, op, Ok(()), Some(*state)),
             Event::Admin => self.run_admin(),
             Event::Changed => {
                 if let Err(error) = self.refresh() {

@@ -108,7 +108,7 @@ pub(crate) enum Event {
     State {
         core: usize,
         op: u64,
-        state: CoreState,
+        state: Box<CoreState>,
     },
     /// The admin queue's doorbell was rung.
     Admin,
@@ -260,10 +260,10 @@ impl CoreTask {
     fn on_command(&mut self, command: Command, now: Duration) {
         match command {
             Command::Do { op, action: Action::Snapshot } => {
-                let state = CoreState {
+                let state = Box::new(CoreState {
                     queues: self.engine.submission_queues().collect(),
                     counters: *self.engine.counters(),
-                };
+                });
                 self.events.send(Event::State { core: self.events.core, op, state });
             }
             Command::Do { op, action } => match self.on_action(action) {

@@ -54,6 +54,8 @@ for h in "$host_auth" "$host_mutual"; do
 done
 echo "$controller_secret" >"$CFG/hosts/$host_mutual/dhchap_ctrl_key" || fail "secret of the controller"
 mkdir "$CFG/ports/1" "$CFG/ports/2" || fail ports
+# What is secure is a word of the transport, so that has to be known first.
+echo tcp >"$CFG/ports/1/addr_trtype"
 echo tls1.3 >"$CFG/ports/1/addr_tsas" || fail "no TLS in nvmet"
 echo required >"$CFG/ports/1/addr_treq"
 port 1 4420 "$nqn:v0" "$nqn:v1"

@@ -174,7 +174,7 @@ impl Draft {
             },
             supervise: match &self.supervise {
                 Some(setting) => supervise(setting)?,
-                None => Supervise::Off,
+                None => Supervise::Auto,
             },
         })
     }

@@ -403,8 +403,8 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
         check("nvme,tls=off,connect=192.0.2.7:1+[::1]:2,nsid=1+3,iopolicy=queue-depth").unwrap();
     let device = &config.devices[0];
     assert_eq!((device.kind, device.nsids.as_slice()), (DeviceKind::Nvme, &[1, 3][..]));
-    assert!(!config.is_supervised());
-    assert!(Config { supervise: Supervise::Auto, ..config.clone() }.is_supervised());
+    assert!(config.is_supervised());
+    assert!(!Config { supervise: Supervise::Off, ..config.clone() }.is_supervised());
     assert_eq!(device.policy, PathPolicy::QueueDepth);
     assert_eq!(device.connect, [way("192.0.2.7:1"), way("[::1]:2")]);
     assert!(device.discover.is_empty());

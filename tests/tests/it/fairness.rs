@@ -86,10 +86,10 @@ fn disk(
     core: &CoreHandle,
 ) -> (DeviceHandle, std::path::PathBuf) {
     let socket = folder.join(name);
-    let spec: VolumeSpec = format!("ram:{VOLUME_BYTES}").parse().unwrap();
-    let volume = spec.open(Identity::from_uuid([name.len() as u8; 16])).unwrap();
+    let spec: VolumeSpec = format!("ram:{VOLUME_BYTES}").parse().expect("a volume");
+    let volume = spec.open(Identity::from_uuid([name.len() as u8; 16])).expect("memory");
     let config = DeviceConfig { queue_size_max: 1024, ..DeviceConfig::new(name, &socket) };
-    (virtio_blk::serve(config, volume, vec![core.clone()]).unwrap(), socket)
+    (virtio_blk::serve(config, volume, vec![core.clone()]).expect("a socket"), socket)
 }
 
 #[test]

@@ -234,7 +234,7 @@ needs the configuration file):
 Examples:
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
 subnqn=nqn.2014-08.com.example:db,nsid=1,queues=4,psk=/etc/penstock/db0.psk
-  penstock emulate --supervise --device nvme0=nvme,socket=/run/nvme0.sock,\
+  penstock emulate --device nvme0=nvme,socket=/run/nvme0.sock,\
 connect=192.0.2.7:4420+192.0.2.8:4420,subnqn=nqn.2014-08.com.example:db,nsid=1+2,tls=off
   penstock emulate --config /etc/penstock.toml";
 
@@ -264,7 +264,7 @@ pub(crate) struct EmulateArgs {
     pub(crate) user: Option<String>,
     /// Keep sockets in a process of their own, which starts the emulator again when it dies, and a
     /// new one on SIGHUP: auto (where there is an nvme device, whose guest would hang without), on,
-    /// off [default: off; without a value: on]
+    /// off [default: auto; without a value: on]
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true,
           default_missing_value = "on")]
     pub(crate) supervise: Option<String>,

@@ -80,7 +80,7 @@ fn run<'a>(
         }
     };
     command.args(["emulate", "--api"]).arg(&api).arg("--device").arg(format!(
-        "disk={kind},socket={},{ways},subnqn={SUBNQN},nsid=1,iopolicy={policy}",
+        "disk={kind},socket={},tls=off,{ways},subnqn={SUBNQN},nsid=1,iopolicy={policy}",
         socket.display(),
     ));
     let mut service = Service::start("penstock emulate", &command, &scene.path("emulate.log"))?;
