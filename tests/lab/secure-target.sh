@@ -28,14 +28,20 @@ subsystem() {
     echo "$backing" >"$CFG/subsystems/$1/namespaces/1/device_path"
     echo 1 >"$CFG/subsystems/$1/namespaces/1/enable" || fail "nvmet namespace"
 }
-# port N SERVICE SUBSYSTEM...
+# port N SERVICE tls|plain SUBSYSTEM...
 port() {
     p=$CFG/ports/$1
+    mkdir "$p" || fail ports
     echo ipv4 >"$p/addr_adrfam"
     echo tcp >"$p/addr_trtype"
     echo 0.0.0.0 >"$p/addr_traddr"
     echo "$2" >"$p/addr_trsvcid"
-    shift 2
+    # To name the transport forgets what was said of TLS, so that comes last.
+    if [ "$3" = tls ]; then
+        echo tls1.3 >"$p/addr_tsas" || fail "no TLS in nvmet"
+        echo required >"$p/addr_treq"
+    fi
+    shift 3
     for s in "$@"; do
         ln -s "$CFG/subsystems/$s" "$p/subsystems/$s" || fail "nvmet port"
     done
@@ -53,13 +59,8 @@ for h in "$host_auth" "$host_mutual"; do
     ln -s "$CFG/hosts/$h" "$CFG/subsystems/$nqn:auth/allowed_hosts/$h" || fail "allowed host"
 done
 echo "$controller_secret" >"$CFG/hosts/$host_mutual/dhchap_ctrl_key" || fail "secret of the controller"
-mkdir "$CFG/ports/1" "$CFG/ports/2" || fail ports
-# What is secure is a word of the transport, so that has to be known first.
-echo tcp >"$CFG/ports/1/addr_trtype"
-echo tls1.3 >"$CFG/ports/1/addr_tsas" || fail "no TLS in nvmet"
-echo required >"$CFG/ports/1/addr_treq"
-port 1 4420 "$nqn:v0" "$nqn:v1"
-port 2 4421 "$nqn:auth"
+port 1 4420 tls "$nqn:v0" "$nqn:v1"
+port 2 4421 plain "$nqn:auth"
 echo "serving: now"
 while :; do
     sleep 5
