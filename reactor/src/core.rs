@@ -17,6 +17,7 @@ use crate::ops::Ops;
 use crate::port::Port;
 use crate::rx::RxPool;
 use crate::sim::SimCore;
+use crate::spin::Spin;
 use crate::sys;
 use crate::uring::Uring;
 
@@ -32,8 +33,9 @@ const ZEROS_BYTES: usize = 16 << 10;
 pub struct CoreConfig {
     /// Operations that may be in flight at once: 1 to 16384.
     pub entries: u32,
-    /// How long the core looks for work in user space before it sleeps: 20 to 50 us saves the 20 us
-    /// of a wake-up under load. Zero on a processor that it shares with other busy threads.
+    /// How long the core looks for work in user space before it sleeps, at most: 20 to 50 us saves the
+    /// 20 us of a wake-up under load. It looks for less long, or not at all, while pauses are longer
+    /// than that. Zero on a processor that it shares with other busy threads.
     pub spin: Duration,
     /// Receive buffers, shared by all streams of the core: a power of two, 1 to 32768.
     pub rx_buffers: u16,
@@ -149,7 +151,7 @@ pub trait Task {
 pub struct Core {
     tasks: Vec<Box<dyn Task>>,
     local: Local,
-    spin: Duration,
+    spin: Spin,
     /// Since when nothing progressed; `None` while something does.
     idle_since: Option<Duration>,
 }
@@ -204,7 +206,8 @@ impl Core {
             cqes: Cell::new(Vec::with_capacity(2 * config.entries as usize)),
         });
         shared.read_clock();
-        Ok(Core { tasks: Vec::new(), local: Local(shared), spin: config.spin, idle_since: None })
+        let spin = Spin::new(config.spin);
+        Ok(Core { tasks: Vec::new(), local: Local(shared), spin, idle_since: None })
     }
 
     /// The services of this core.
@@ -240,7 +243,7 @@ impl Core {
 
     /// One turn of the loop. `true` if anything progressed.
     ///
-    /// With `may_sleep`, and after [`CoreConfig::spin`] without progress, the turn blocks until
+    /// With `may_sleep`, and after up to [`CoreConfig::spin`] without progress, the turn blocks until
     /// there is something to do.
     pub fn turn(&mut self, may_sleep: bool) -> bool {
         let now = self.local.0.read_clock();
@@ -257,7 +260,7 @@ impl Core {
             return false;
         }
         let idle_since = *self.idle_since.get_or_insert(now);
-        if now.saturating_sub(idle_since) < self.spin {
+        if now.saturating_sub(idle_since) < self.spin.time() {
             std::hint::spin_loop();
             return false;
         }
@@ -306,6 +309,8 @@ impl Core {
         let timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         self.local.0.ops.borrow_mut().kernel.sleep(timeout);
         mailbox.flag.woke();
+        let idle_since = self.idle_since.unwrap_or(now);
+        self.spin.on_slept(self.local.0.read_clock().saturating_sub(idle_since));
         self.disarm();
         // What woke the core may be the first of a burst: spin again before the next sleep.
         self.idle_since = None;

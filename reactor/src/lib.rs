@@ -50,6 +50,7 @@ mod ready;
 mod registered;
 mod rx;
 pub mod sim;
+mod spin;
 mod sys;
 pub mod unix;
 mod uring;
