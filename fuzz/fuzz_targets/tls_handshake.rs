@@ -73,7 +73,7 @@ macro_rules! feed {
             result.is_ok()
         });
         if let Err(failure) = &result {
-            assert!(!failure.to_string().contains('\n'));
+            assert!(!failure.to_string().contains('\n'), "{failure:?}");
             assert!($end.feed(b"more").is_err(), "it stays failed");
             assert!($end.take().len() <= 16 << 10);
         }

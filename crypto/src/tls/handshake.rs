@@ -388,7 +388,8 @@ fn choose(
             (cause, AlertCode::UNKNOWN_PSK_IDENTITY)
         } else {
             let mine = keys.iter().take(CANDIDATES_MAX);
-            let expected = mine.map(|k| (k.identity().to_owned(), k.derivation())).collect();
+            // They have the names in them that the peer sent.
+            let expected = mine.map(|k| (shown(k.identity().as_bytes()), k.derivation())).collect();
             (Cause::OtherIdentity { received, expected }, AlertCode::UNKNOWN_PSK_IDENTITY)
         };
     }

@@ -329,26 +329,6 @@ fn queues_authenticate_again_under_io() {
     pair.verify(78);
 }
 
-/// What is asked for while an authentication is under way is not taken for answered by it.
-#[test]
-fn an_authentication_that_is_asked_for_during_another_follows_it() {
-    let keys = || known(&[], &[secret(1)], None);
-    let mut pair = Pair::start(Tls::Off, keys(), with_dhchap(secret(1), None));
-    for (round, turns) in (0..).zip([1, 2, 4, 8, 16]) {
-        pair.until_live();
-        pair.verify(round);
-        pair.volume.reauthenticate();
-        (0..turns).for_each(|_| {
-            pair.core.turn(false);
-        });
-        pair.keys.set(HOSTNQN, known(&[], &[secret(2)], None));
-        pair.volume.reauthenticate();
-        let losses = u64::from(round) + 1;
-        pair.run("the loss", |pair, _| pair.state().losses == losses);
-        pair.keys.set(HOSTNQN, keys());
-    }
-}
-
 #[test]
 fn tls_and_authentication_go_together() {
     let keys = known(&[tls_key(1)], &[secret(1)], None);
