@@ -174,7 +174,9 @@ pub trait Channel {
         false
     }
 
-    /// Calls `done` with each I/O that has ended. Cheap when nothing is in flight.
+    /// Calls `done` with each I/O that has ended. Called in every turn of the core, whether or not
+    /// anything is in flight: a channel may have connections to set up and to look after. Cheap when
+    /// there is nothing to do.
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>));
 
     /// I/Os accepted and not given back yet.

@@ -698,9 +698,7 @@ impl Engine {
                 has_worked |= self.take(at);
             }
         }
-        if self.at_volume > 0 {
-            has_worked |= self.reap();
-        }
+        has_worked |= self.reap();
         if !self.is_resetting && self.is_master {
             for at in 0..self.cqs.len() {
                 has_worked |= self.post(at);
@@ -720,9 +718,6 @@ impl Engine {
         let mut has_worked = false;
         for at in 0..self.spaces.len() {
             let space = &mut self.spaces[at];
-            if space.channel.in_flight() == 0 {
-                continue;
-            }
             let mut returned = std::mem::take(&mut self.returned);
             space.channel.poll(&mut |io| returned.push(io));
             has_worked |= !returned.is_empty();

@@ -336,14 +336,12 @@ impl Engine {
         self.now = now;
         let mut has_worked = self.submit_waiting(channel);
         has_worked |= self.take(channel, budget);
-        if self.in_flight() > 0 {
-            channel.poll(&mut |io| {
-                has_worked = true;
-                self.on_io(io);
-            });
-            // The next ranges of discards and the like.
-            has_worked |= self.submit_waiting(channel);
-        }
+        channel.poll(&mut |io| {
+            has_worked = true;
+            self.on_io(io);
+        });
+        // The next ranges of discards and the like.
+        has_worked |= self.submit_waiting(channel);
         let wants_call = self.ring.publish().unwrap_or_else(|broken| {
             self.broken = Some(broken);
             false

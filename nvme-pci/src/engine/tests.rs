@@ -33,6 +33,7 @@ struct Disk {
     newest_first: bool,
     depth: usize,
     fail: Option<IoError>,
+    polls: usize,
 }
 
 struct TestChannel(Rc<RefCell<Disk>>);
@@ -49,6 +50,7 @@ impl Channel for TestChannel {
 
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
         let mut disk = self.0.borrow_mut();
+        disk.polls += 1;
         let count = disk.allowed.unwrap_or(usize::MAX).min(disk.held.len());
         for _ in 0..count {
             let at = if disk.newest_first { disk.held.len() - 1 } else { 0 };
@@ -232,6 +234,20 @@ fn command(opcode: NvmOpcode, slba: u64, blocks: u32, prp1: u64, prp2: u64) -> S
     sqe.cdw12.set(blocks.wrapping_sub(1) & 0xffff);
     sqe.set_prps(prp1, prp2);
     sqe
+}
+
+/// It may have connections to set up and to keep.
+#[test]
+fn a_channel_is_polled_without_any_command() {
+    let mut rig = Rig::new(8);
+    for polls in 1..3 {
+        rig.turn();
+        assert_eq!(rig.disk.borrow().polls, polls);
+    }
+    // Nor does a guest that has stopped the controller stop it.
+    rig.engine.set_running(false);
+    rig.turn();
+    assert_eq!(rig.disk.borrow().polls, 3);
 }
 
 #[test]

@@ -25,6 +25,7 @@ struct Disk {
     /// Complete the newest first.
     newest_first: bool,
     fail: Option<IoError>,
+    polls: usize,
     log: Vec<(Op, u64, u64, bool, bool)>,
 }
 
@@ -39,6 +40,7 @@ impl Disk {
             allowed: None,
             newest_first: false,
             fail: None,
+            polls: 0,
             log: Vec::new(),
         }
     }
@@ -73,6 +75,7 @@ impl Channel for Disk {
     }
 
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
+        self.polls += 1;
         let allowed = self.allowed.unwrap_or(usize::MAX);
         for _ in 0..allowed.min(self.accepted.len()) {
             let io = match self.newest_first {
@@ -197,6 +200,16 @@ impl Rig {
         let (head, written) = self.driver.pop_used().expect("it is done");
         assert_eq!(head, sent.head);
         (self.status(&sent), written, self.memory.read(sent.data, room as usize))
+    }
+}
+
+/// It may have connections to set up and to keep.
+#[test]
+fn a_channel_is_polled_without_any_request() {
+    let mut rig = Rig::new(8);
+    for polls in 1..3 {
+        rig.turn();
+        assert_eq!(rig.disk.polls, polls);
     }
 }
 
