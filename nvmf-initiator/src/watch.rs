@@ -14,6 +14,11 @@
 //!
 //! Whatever a log holds, what is kept of it is bounded: addresses of paths and referrals, and the
 //! first few reasons for leaving entries out.
+//!
+//! Connections are encrypted and authenticated as [`WatchConfig::security`] says, those to referrals
+//! as well, whatever the log says of these: with TLS nobody on the way can name a path. A
+//! TLS key is used under the NQN of the discovery subsystem that is asked, so it is another key on the
+//! wire than that of the volumes although it is made from the same one.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -21,16 +26,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crypto::dhchap::Outcome;
+use crypto::psk::IdentityVersion;
 use nvme::host::discovery::{Client, ClientConfig, ClientState, Discovered};
-use nvme::host::{Authenticate, Backoff, ConnectNames, TAGS};
-use nvme::spec::Nqn;
+use nvme::host::{AdminCommand, Authenticate, Backoff, ConnectNames, TAGS};
 use nvme::spec::discovery::{SubsystemType, TREQ_SECURE_MASK, TREQ_SECURE_REQUIRED, TransportType};
+use nvme::spec::{Cqe, Nqn};
 use nvme::subsys::discovery::{DiscoveryEntry, InvalidEntry};
 use nvme::tcp::{HostConfig, HostEvent};
 use reactor::{CoreHandle, Local, Progress, Task};
 
+use crate::auth::{self, Auth, Computing, RECEIVE_BYTES, Worker};
 use crate::config::{ConfigError, PATHS_MAX, PathConfig};
 use crate::link::{Link, Loss};
+use crate::security::{Offers, Security, Tls};
 use crate::shared::Shared;
 use crate::slots::Slots;
 use crate::volume::RemoteVolume;
@@ -41,6 +50,8 @@ const NODES_MAX: usize = 8;
 const DEPTH_MAX: u8 = 3;
 /// Reasons for leaving entries out that are kept of each log.
 const REFUSED_MAX: usize = 4;
+/// The commands of an authentication go under this cid, behind those of the client.
+const AUTH_TAG: u16 = TAGS;
 
 /// Where to look for the paths of volumes.
 #[derive(Clone, Debug)]
@@ -53,9 +64,11 @@ pub struct WatchConfig {
     pub always: Vec<PathConfig>,
     /// TCP ports that may be connected to: entries with others are left out.
     pub ports: BTreeSet<u16>,
-    /// The volumes use TLS, so that entries which require it are theirs as well. Discovery
-    /// controllers are connected to without.
+    /// The volumes use TLS, so that entries which require it are theirs as well.
     pub has_tls: bool,
+    /// TLS and authentication of the connections to discovery controllers. One that does not do what
+    /// it says is not listened to.
+    pub security: Security,
     /// NQN this host goes by.
     pub hostnqn: Nqn,
     /// Host Identifier that belongs to `hostnqn`; not zero.
@@ -82,6 +95,7 @@ impl WatchConfig {
             always: Vec::new(),
             ports: BTreeSet::from([4420, 8009]),
             has_tls: false,
+            security: Security::default(),
             hostnqn: host.0,
             hostid: host.1,
             kato: Duration::from_secs(5),
@@ -119,6 +133,8 @@ struct Common {
     stop: AtomicBool,
     /// Of each node, in the order in which they were found.
     states: Mutex<Arc<Vec<DiscoveryState>>>,
+    /// For authentication.
+    worker: Worker,
 }
 
 /// A running look-out for paths. Ends when it is dropped; the paths stay as they are then.
@@ -132,7 +148,8 @@ impl Watch {
     /// and sets the paths of all `volumes`, which must be ones whose paths change.
     ///
     /// # Errors
-    /// No controller to ask, too many, one of them twice, or a volume whose paths do not change.
+    /// No controller to ask, too many, one of them twice, security that cannot work, or a volume whose
+    /// paths do not change.
     pub fn start(
         config: WatchConfig,
         volumes: &[Arc<RemoteVolume>],
@@ -148,11 +165,18 @@ impl Watch {
         if let Some(at) = (1..addrs.len()).find(|at| addrs[..*at].contains(&addrs[*at])) {
             return wrong(&addrs[at], "each address once");
         }
+        if let Err((key, value, allowed)) = config.security.check() {
+            return Err(ConfigError { key, value, allowed });
+        }
         for volume in volumes {
             volume.set_paths(&config.always)?;
         }
-        let common =
-            Arc::new(Common { config, stop: AtomicBool::new(false), states: Mutex::default() });
+        let common = Arc::new(Common {
+            config,
+            stop: AtomicBool::new(false),
+            states: Mutex::default(),
+            worker: Worker::default(),
+        });
         let mut task = WatchTask {
             local: local.clone(),
             nodes: Vec::new(),
@@ -257,7 +281,11 @@ fn usable(
         ));
     }
     let needs_tls = entry.treq & TREQ_SECURE_MASK == TREQ_SECURE_REQUIRED;
-    if needs_tls && !(config.has_tls && is_ours) {
+    let has_tls = match is_ours {
+        true => config.has_tls,
+        false => !matches!(config.security.tls, Tls::Off),
+    };
+    if needs_tls && !has_tls {
         return Err(format!("{addr} requires TLS"));
     }
     Ok(addr)
@@ -269,7 +297,7 @@ enum Stage {
     Waiting { until: Duration },
     /// The link is opening. Moved on by ICResp.
     Opening,
-    /// The client reads the log, and stays to be told of changes.
+    /// The client connects, authenticates as far as that is asked for, reads the log, and stays to be told of changes.
     Up,
     /// The link is closing. Moved on when it is quiet.
     Leaving,
@@ -284,6 +312,12 @@ struct Node {
     link: Link,
     client: Option<Client>,
     slots: Slots,
+    /// What is offered for TLS under the controller's NQN; made with the first connection.
+    offers: Option<Arc<Offers>>,
+    /// An authentication under way, and an exponentiation of it.
+    auth: Option<(Auth, Option<Computing>)>,
+    /// The connection ended as its only purpose was to make the key for the next.
+    is_renewed: bool,
     backoff: Backoff,
     is_connected: bool,
     genctr: Option<u64>,
@@ -299,8 +333,8 @@ impl Node {
         referred_by: Option<SocketAddr>,
         depth: u8,
     ) -> Node {
-        let host_config = HostConfig { queue_depth: TAGS, ..HostConfig::default() };
-        let tx_entries_max = usize::from(TAGS) + 2;
+        let host_config = HostConfig { queue_depth: TAGS + 1, ..HostConfig::default() };
+        let tx_entries_max = usize::from(TAGS) + 3;
         let timeout = config.connect_timeout;
         Node {
             link: Link::new(local, referral.addr, host_config, tx_entries_max, timeout),
@@ -309,7 +343,10 @@ impl Node {
             depth,
             stage: Stage::Waiting { until: local.now() },
             client: None,
-            slots: Slots::new(TAGS),
+            slots: Slots::new(TAGS + 1),
+            offers: None,
+            auth: None,
+            is_renewed: false,
             backoff: Backoff::new(config.reconnect_delay, config.reconnect_delay_max),
             is_connected: false,
             genctr: None,
@@ -336,18 +373,23 @@ impl Node {
         &mut self,
         now: Duration,
         local: &Local,
-        config: &WatchConfig,
+        common: &Common,
         progressed: &mut bool,
     ) -> Result<bool, Loss> {
+        let config = &common.config;
         *progressed |= self.link.poll(now)?;
         match self.stage {
             Stage::Waiting { until } if now >= until => {
                 self.stage = Stage::Opening;
-                self.link.open(None)?;
+                let offers = self.offers(config)?;
+                self.link.open(offers)?;
                 *progressed = true;
             }
             Stage::Leaving if self.link.is_closed() => {
-                let delay = self.backoff.next_delay(local.random_u64());
+                let delay = match std::mem::take(&mut self.is_renewed) {
+                    true => Duration::ZERO,
+                    false => self.backoff.next_delay(local.random_u64()),
+                };
                 self.stage = Stage::Waiting { until: now + delay };
                 *progressed = true;
             }
@@ -358,9 +400,10 @@ impl Node {
             *progressed = true;
             let mut input: &[u8] = &chunk;
             while let Some(event) = self.link.next(&mut input)? {
-                self.on_event(event, now, config)?;
+                self.on_event(event, now, local, common)?;
             }
         }
+        *progressed |= self.run_auth(now, local, config)?;
         let mut is_changed = false;
         if let Some(client) = &mut self.client {
             while self.link.room() > 0 {
@@ -382,27 +425,53 @@ impl Node {
         Ok(is_changed)
     }
 
+    fn names(&self, config: &WatchConfig) -> ConnectNames {
+        ConnectNames {
+            hostnqn: config.hostnqn.clone(),
+            hostid: config.hostid,
+            subnqn: self.referral.nqn.clone(),
+        }
+    }
+
+    /// What the next connection offers; `None`: plaintext, if only until it has made a key.
+    fn offers(&mut self, config: &WatchConfig) -> Result<Option<Arc<Offers>>, Loss> {
+        if let (None, Tls::Keys(tls)) = (&self.offers, &config.security.tls) {
+            let subnqn = self.referral.nqn.as_str();
+            let offers = Offers::new(tls, config.hostnqn.as_str(), subnqn);
+            self.offers = Some(offers.map_err(|error| Loss::Tls(error.to_string()))?);
+        }
+        Ok(self.offers.clone())
+    }
+
     fn on_event(
         &mut self,
         event: HostEvent<'_>,
         now: Duration,
-        config: &WatchConfig,
+        local: &Local,
+        common: &Common,
     ) -> Result<(), Loss> {
+        let config = &common.config;
         match event {
             HostEvent::Initialized => {
                 self.client = Some(Client::new(ClientConfig {
-                    names: ConnectNames {
-                        hostnqn: config.hostnqn.clone(),
-                        hostid: config.hostid,
-                        subnqn: self.referral.nqn.clone(),
-                    },
+                    names: self.names(config),
                     command_timeout: config.command_timeout,
                     kato: config.kato,
-                    authenticate: Authenticate::Never,
+                    // What the controller asks for is judged here.
+                    authenticate: Authenticate::Always,
                 }));
                 self.stage = Stage::Up;
             }
             HostEvent::Data { cid, offset, bytes } => self.slots.on_data(cid, offset, bytes)?,
+            HostEvent::Complete { cid: AUTH_TAG, cqe } => {
+                let data = self.slots.data(AUTH_TAG);
+                if let Some((auth, computing)) = &mut self.auth {
+                    let status = Cqe::from_bytes(&cqe).status();
+                    if let Some(task) = auth.on_completion(status, data)? {
+                        *computing = Some(Computing::start(task, &common.worker, local)?);
+                    }
+                }
+            }
             HostEvent::Complete { cid, cqe } => {
                 let Some(client) = &mut self.client else { return Ok(()) };
                 let data = self.slots.data(cid);
@@ -413,6 +482,82 @@ impl Node {
             }
             HostEvent::Terminated { fes } => return Err(Loss::Terminated { fes }),
         }
+        Ok(())
+    }
+
+    /// Authenticates after Connect, as far as the controller or the configuration wants.
+    fn run_auth(
+        &mut self,
+        now: Duration,
+        local: &Local,
+        config: &WatchConfig,
+    ) -> Result<bool, Loss> {
+        let mut progressed = false;
+        let asked = self.client.as_ref().and_then(Client::authentication);
+        if let Some(asked) = asked
+            && self.auth.is_none()
+        {
+            let wanted = auth::wanted(&config.security, asked, self.link.is_tls())?;
+            match (wanted, &config.security.dhchap) {
+                (Some(concatenation), Some(dhchap)) => {
+                    let (names, until) = (self.names(config), now + config.command_timeout);
+                    let random = &mut || local.random_u64();
+                    let auth = Auth::new(dhchap, &names, concatenation, random, until);
+                    self.auth = Some((auth, None));
+                }
+                _ => self.client.iter_mut().for_each(Client::authenticated),
+            }
+            progressed = true;
+        }
+        let Some((auth, computing)) = &mut self.auth else { return Ok(progressed) };
+        auth.is_late(now)?;
+        if let Some(done) = computing.as_ref().and_then(Computing::take) {
+            *computing = None;
+            auth.on_computed(done);
+            progressed = true;
+        }
+        if self.link.room() == 0 {
+            return Ok(progressed);
+        }
+        if let Some(command) = auth.next_command() {
+            let read_len = if command.message.is_some() { 0 } else { RECEIVE_BYTES as u32 };
+            let command =
+                AdminCommand { tag: AUTH_TAG, sqe: command.sqe, write: command.message, read_len };
+            self.slots.send(&command, &mut self.link, local)?;
+            return Ok(true);
+        }
+        let Some(outcome) = auth.outcome()?.cloned() else { return Ok(progressed) };
+        self.auth = None;
+        self.on_authenticated(&outcome, now, config)?;
+        Ok(true)
+    }
+
+    fn on_authenticated(
+        &mut self,
+        outcome: &Outcome,
+        now: Duration,
+        config: &WatchConfig,
+    ) -> Result<(), Loss> {
+        tracing::debug!(
+            addr = %self.referral.addr,
+            hash = ?outcome.hash,
+            group = ?outcome.group,
+            mutual = outcome.is_mutual,
+            "authenticated"
+        );
+        if !matches!(config.security.tls, Tls::Concatenate) || self.link.is_tls() {
+            self.client.iter_mut().for_each(Client::authenticated);
+            return Ok(());
+        }
+        let no_key = |text: String| Loss::Authentication(text);
+        let generated = outcome.generated.as_ref();
+        let generated = generated.ok_or_else(|| no_key("it made no key for TLS".to_owned()))?;
+        let (hostnqn, subnqn) = (config.hostnqn.as_str(), self.referral.nqn.as_str());
+        let psk = generated.psk(IdentityVersion::V1, hostnqn, subnqn);
+        self.offers = Some(Offers::generated(psk.map_err(|error| no_key(error.to_string()))?));
+        // "The host shall then disconnect and connect again with TLS" (TP8018).
+        self.is_renewed = true;
+        self.close(now, None, config);
         Ok(())
     }
 
@@ -439,21 +584,25 @@ impl Node {
 
     /// The connection, or the attempt at one, is over. Whether that is news.
     #[cold]
-    fn lose(&mut self, now: Duration, loss: &Loss) -> bool {
+    fn lose(&mut self, now: Duration, loss: &Loss, config: &WatchConfig) -> bool {
         let text = loss.to_string();
         let is_new = self.is_connected || self.last_error.as_deref() != Some(&*text);
         if is_new {
             tracing::warn!(addr = %self.referral.addr, cause = text, "no discovery; paths stay");
         }
         (self.is_connected, self.last_error) = (false, Some(text));
-        self.close(now, loss);
+        self.close(now, Some(loss), config);
         is_new
     }
 
-    fn close(&mut self, now: Duration, loss: &Loss) {
-        self.client = None;
+    fn close(&mut self, now: Duration, loss: Option<&Loss>, config: &WatchConfig) {
+        (self.client, self.auth) = (None, None);
+        if !self.is_renewed && matches!(config.security.tls, Tls::Concatenate) {
+            // Each association makes its own key.
+            self.offers = None;
+        }
         self.stage = Stage::Leaving;
-        self.link.close(now, loss.fault());
+        self.link.close(now, loss.and_then(Loss::fault));
     }
 
     fn deadline(&self) -> Option<Duration> {
@@ -462,7 +611,8 @@ impl Node {
             _ => None,
         };
         let client = self.client.as_ref().and_then(Client::deadline);
-        [stage, client, self.link.deadline()].into_iter().flatten().min()
+        let auth = self.auth.as_ref().map(|(auth, _)| auth.until);
+        [stage, client, auth, self.link.deadline()].into_iter().flatten().min()
     }
 }
 
@@ -514,7 +664,7 @@ impl WatchTask {
                 }
                 None => {
                     tracing::info!(addr = %node.referral.addr, "no referral to it any more");
-                    node.close(now, &Loss::Eof);
+                    node.close(now, None, &self.common.config);
                     self.gone.push(node);
                 }
             }
@@ -576,11 +726,11 @@ impl Task for WatchTask {
         let common = Arc::clone(&self.common);
         let (mut progressed, mut is_changed) = (false, false);
         for node in &mut self.nodes {
-            is_changed |= match node.step(now, &self.local, &common.config, &mut progressed) {
+            is_changed |= match node.step(now, &self.local, &common, &mut progressed) {
                 Ok(is_changed) => is_changed,
                 Err(loss) => {
                     progressed = true;
-                    node.lose(now, &loss)
+                    node.lose(now, &loss, &common.config)
                 }
             };
         }
@@ -660,6 +810,17 @@ mod tests {
         assert!(found.left_out[3].contains("requires TLS"), "{found:?}");
         let secure = WatchConfig { has_tls: true, ..config() };
         assert_eq!(sift(&log[10..11], &secure).paths, ["192.0.2.4:4420".parse().unwrap()]);
+        // Of referrals it matters how discovery controllers are asked.
+        let referral =
+            [Ok(DiscoveryEntry { subtype: SubsystemType::REFERRAL, ..entry("192.0.2.4:4420") }
+                .with_tls(true))];
+        assert!(sift(&referral, &secure).left_out[0].contains("requires TLS"));
+        let keys = crate::TlsKeys::new(vec![
+            crypto::TlsKey::new(crypto::KeyHash::Sha256, &[7; 32]).unwrap(),
+        ]);
+        let security = Security { tls: Tls::Keys(keys), dhchap: None };
+        let secure = WatchConfig { security, ..config() };
+        assert_eq!(sift(&referral, &secure).referrals.len(), 1);
         let found = sift(&log[11..], &config());
         assert!(found.left_out[0].contains("port 22, which is not among"), "{found:?}");
     }

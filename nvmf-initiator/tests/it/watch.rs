@@ -6,10 +6,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crypto::dhchap::DhGroup;
+use crypto::{DhchapKey, KeyHash, TlsKey};
 use nvme::spec::discovery::SubsystemType;
 use nvme::spec::{Nqn, NvmOpcode};
 use nvme::subsys::discovery::DiscoveryEntry;
-use nvmf_initiator::{PathState, Phase, RemoteConfig, Watch, WatchConfig};
+use nvmf_initiator::{
+    Dhchap, PathState, Phase, RemoteConfig, Security, Tls, TlsKeys, Watch, WatchConfig,
+};
 
 use crate::fake::{Answer, Fake, SUBNQN, Script, is_op};
 use crate::rig::{Rig, Setup, TARGET, nqn};
@@ -51,6 +55,15 @@ impl Bed {
     /// A target with three paths, and a discovery controller for each of `logs`, of which the first
     /// is configured.
     fn start(logs: &[Vec<DiscoveryEntry>], always: &[SocketAddr]) -> Bed {
+        Bed::start_secure(logs, always, Security::default())
+    }
+
+    /// The same with a watch that proves itself, and wants proof, so. The controllers know of nothing.
+    fn start_secure(
+        logs: &[Vec<DiscoveryEntry>],
+        always: &[SocketAddr],
+        security: Security,
+    ) -> Bed {
         let mute = Rc::new(Cell::new(false));
         let muted = Rc::clone(&mute);
         let on_io = move |sqe: &_| match muted.get() && is_op(sqe, NvmOpcode::WRITE) {
@@ -80,6 +93,7 @@ impl Bed {
         let host = (nqn("nqn.2025-01.io.example:host"), [7; 16]);
         let config = WatchConfig {
             always: paths,
+            security,
             ..WatchConfig::new(vec![controller(1)], nqn(SUBNQN), host)
         };
         let (watch, task) = Watch::start(config, &[Arc::clone(&rig.volume)], &local).unwrap();
@@ -278,4 +292,39 @@ fn a_log_that_names_everything_is_bounded() {
     bed.tell(1, &entries(&[3, 2]));
     bed.until_paths(&[2, 3]);
     assert_eq!(bed.rig.state().paths.len(), 16);
+}
+
+/// Who stands in for a discovery controller and has no key can say what it likes.
+#[test]
+fn nobody_without_the_key_can_name_a_path_to_a_host_with_tls() {
+    let key = TlsKey::new(KeyHash::Sha256, &[7; 32]).unwrap();
+    let security = Security { tls: Tls::Keys(TlsKeys::new(vec![key])), dhchap: None };
+    let mut bed = Bed::start_secure(&[entries(&[1, 2])], &[path(3)], security);
+    bed.until_paths(&[3]);
+    bed.until_watch("an error", |watch| watch.state()[0].last_error.is_some());
+    bed.rig.run_for(60 * SECOND);
+    let state = bed.watch.state()[0].clone();
+    assert!(!state.is_connected && state.genctr.is_none() && state.entries == 0, "{state:?}");
+    assert!(state.last_error.unwrap().starts_with("TLS: "));
+    assert_eq!(bed.paths().len(), 1);
+    // Not a word was said to it in plaintext.
+    assert_eq!(bed.controllers[0].0.seen.get().associations, 0);
+}
+
+#[test]
+fn a_controller_that_does_not_prove_itself_names_no_path() {
+    let secret = |n| DhchapKey::new(KeyHash::Sha256, &[n; 32]).unwrap();
+    let dhchap = Dhchap { groups: vec![DhGroup::Null], ..Dhchap::new(secret(1)) };
+    let mutual = Dhchap { controller_key: Some(secret(2)), ..dhchap.clone() };
+    let security = |dhchap| Security { dhchap: Some(dhchap), ..Security::default() };
+    let mut bed = Bed::start_secure(&[entries(&[1, 2])], &[path(3)], security(mutual));
+    bed.until_paths(&[3]);
+    bed.rig.run_for(60 * SECOND);
+    let state = bed.watch.state()[0].clone();
+    assert!(!state.is_connected && state.genctr.is_none(), "{state:?}");
+    assert!(state.last_error.unwrap().starts_with("DH-HMAC-CHAP: "));
+    assert_eq!(bed.paths().len(), 1);
+    // A secret of the host is for controllers that ask for it.
+    let mut bed = Bed::start_secure(&[entries(&[1])], &[], security(dhchap));
+    bed.until_paths(&[1]);
 }

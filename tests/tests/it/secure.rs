@@ -1,7 +1,7 @@
 //! Our initiator and our target with TLS and in-band authentication: on sockets with real cores, and
 //! simulated on a faulty network.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use it::rig::{Rig, SUBNQN};
 use nvme::spec::Nqn;
 use nvmf_initiator::{
     Dhchap, DiscoverConfig, Phase, RemoteConfig, RemoteState, RemoteVolume, Security, TlsKeys,
-    discover,
+    Watch, WatchConfig, discover,
 };
 use nvmf_target::{
     AuthPolicy, ControllerStatus, HostDhchapKey, HostKeys, HostTlsKey, KeyStore, Limits, Tls,
@@ -34,6 +34,15 @@ fn tls_key(n: u8) -> TlsKey {
 
 fn secret(n: u8) -> DhchapKey {
     DhchapKey::new(KeyHash::Sha256, &[n; 32]).expect("a secret")
+}
+
+fn nqn(text: &str) -> Nqn {
+    Nqn::new(text).expect("a name")
+}
+
+/// The host, with its identifier.
+fn host() -> (Nqn, [u8; 16]) {
+    (nqn(HOSTNQN), [9; 16])
 }
 
 /// What the target knows of the host.
@@ -64,6 +73,18 @@ struct Pair {
 
 impl Pair {
     fn start(tls: Tls, keys: HostKeys, security: Security) -> Pair {
+        Pair::start_with(tls, keys, |addr| RemoteConfig {
+            security,
+            ..RemoteConfig::new(addr, nqn(SUBNQN), 1, host())
+        })
+    }
+
+    /// The same with a volume of one's own making for the target at an address.
+    fn start_with(
+        tls: Tls,
+        keys: HostKeys,
+        config: impl FnOnce(SocketAddr) -> RemoteConfig,
+    ) -> Pair {
         let store = Arc::new(KeyStore::default());
         store.set(HOSTNQN, keys);
         let volume: Arc<dyn Volume> =
@@ -73,12 +94,10 @@ impl Pair {
         let rig = Rig::start_secure(&listen, vec![volume], 1, Limits::default(), secure)
             .expect("a target");
         let mut core = Core::new(CoreConfig::default()).expect("a core");
-        let nqn = |text| Nqn::new(text).expect("a name");
         let config = RemoteConfig {
-            security,
             reconnect_delay: Duration::from_millis(1),
             reconnect_delay_max: Duration::from_millis(20),
-            ..RemoteConfig::new(rig.addr, nqn(SUBNQN), 1, (nqn(HOSTNQN), [9; 16]))
+            ..config(rig.addr)
         };
         let local = core.local();
         let (volume, task) = RemoteVolume::start(config, &local).expect("a configuration");
@@ -375,6 +394,87 @@ fn discovery_speaks_tls_and_authenticates() {
     assert!(refused(Tls::Off, wrong).contains("DH-HMAC-CHAP"));
     let why = refused(Tls::Off, concatenated);
     assert!(why.contains("TLS") || why.contains("secure channel"), "{why}");
+}
+
+/// A volume whose only way is told by the target's own discovery controller, asked with `security`.
+fn told(tls: Tls, keys: HostKeys, security: &Security) -> (Pair, Watch) {
+    let mut pair = Pair::start_with(tls, keys, |_| RemoteConfig {
+        security: security.clone(),
+        ..RemoteConfig::unplaced(nqn(SUBNQN), 1, host())
+    });
+    let addr = pair.rig.addr;
+    let config = WatchConfig {
+        ports: [addr.port()].into(),
+        has_tls: !matches!(security.tls, nvmf_initiator::Tls::Off),
+        security: security.clone(),
+        reconnect_delay: Duration::from_millis(1),
+        reconnect_delay_max: Duration::from_millis(20),
+        ..WatchConfig::new(vec![addr], nqn(SUBNQN), host())
+    };
+    let volumes = [Arc::clone(&pair.volume)];
+    let (watch, task) = Watch::start(config, &volumes, &pair.local).expect("a configuration");
+    pair.core.spawn(task);
+    (pair, watch)
+}
+
+#[test]
+fn paths_are_told_over_tls_and_after_authentication() {
+    let dhchap = with_dhchap(secret(1), Some(secret(9))).dhchap;
+    let secrets = || known(&[tls_key(1)], &[secret(1)], Some(secret(9)));
+    let derived = |version, derivation| TlsKeys {
+        versions: vec![version],
+        derivations: vec![derivation],
+        ..TlsKeys::new(vec![tls_key(2), tls_key(1)])
+    };
+    let by = |keys| Security { tls: nvmf_initiator::Tls::Keys(keys), dhchap: dhchap.clone() };
+    for (tls, security) in [
+        (Tls::Required, by(TlsKeys::new(vec![tls_key(2), tls_key(1)]))),
+        (Tls::Required, by(derived(IdentityVersion::V0, Derivation::Libnvme))),
+        (Tls::Required, by(derived(IdentityVersion::V1, Derivation::Libnvme))),
+        (Tls::Off, with_dhchap(secret(1), Some(secret(9)))),
+        (Tls::Allowed, Security { tls: nvmf_initiator::Tls::Concatenate, dhchap: dhchap.clone() }),
+    ] {
+        let (mut pair, watch) = told(tls, secrets(), &security);
+        pair.until_live();
+        pair.verify(3);
+        assert!(watch.state()[0].is_connected);
+        let controllers = pair.rig.target.status().controllers;
+        assert_eq!(controllers.len(), 2, "{controllers:?}");
+        for controller in controllers {
+            assert_eq!(controller.tls.is_some(), tls != Tls::Off, "{controller:?}");
+            // What an authentication made is proof of both.
+            let is_made = matches!(security.tls, nvmf_initiator::Tls::Concatenate);
+            assert!(is_made || controller.authenticated.is_some(), "{controller:?}");
+        }
+    }
+}
+
+#[test]
+fn a_discovery_controller_that_is_not_the_one_tells_nothing() {
+    let refusal = |tls, keys, security: &Security| {
+        let (mut pair, watch) = told(tls, keys, security);
+        pair.run("a refusal", |_, _| watch.state()[0].last_error.is_some());
+        let state = watch.state()[0].clone();
+        assert!(!state.is_connected && state.genctr.is_none(), "{state:?}");
+        assert!(pair.state().paths.is_empty());
+        state.last_error.expect("there is one")
+    };
+    let tls = with_tls(vec![tls_key(1)]);
+    let other = known(&[tls_key(2)], &[], None);
+    let why = refusal(Tls::Required, other.clone(), &tls);
+    assert!(why.contains("give the target the key of host"), "{why}");
+    let why = refusal(Tls::Off, other, &tls);
+    assert!(why.starts_with("TLS: "), "{why}");
+    // A key for the subsystem alone is none for the discovery subsystem.
+    let mut alone = known(&[tls_key(1)], &[], None);
+    alone.tls[0].subnqn = Some(SUBNQN.to_owned());
+    let why = refusal(Tls::Required, alone, &tls);
+    assert!(why.contains("unknown_psk_identity"), "{why}");
+    let mutual = with_dhchap(secret(1), Some(secret(8)));
+    let why = refusal(Tls::Off, known(&[], &[secret(1)], Some(secret(9))), &mutual);
+    assert!(why.starts_with("DH-HMAC-CHAP: "), "{why}");
+    let why = refusal(Tls::Off, known(&[], &[secret(1)], None), &Security::default());
+    assert!(why.contains("asks this host"), "{why}");
 }
 
 /// As the simulation without TLS, on its worst network.
