@@ -250,6 +250,8 @@ pub struct DeviceConfig {
     pub connect: Vec<PathConfig>,
     /// Discovery controllers that tell more ways.
     pub discover: Vec<SocketAddr>,
+    /// They are asked in plaintext, whatever `credentials` say of the target.
+    pub discover_in_plaintext: bool,
     /// TCP ports of what they tell that may be connected to.
     pub ports: BTreeSet<u16>,
     /// Which of them an I/O takes.
@@ -266,7 +268,7 @@ pub struct DeviceConfig {
     pub queues: u16,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// TLS and authentication towards the target.
+    /// TLS and authentication towards the target, and its discovery controllers.
     pub credentials: CredentialsConfig,
 }
 
@@ -409,11 +411,12 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 18] = [
+const DEVICE_KEYS: [&str; 19] = [
     "type",
     "socket",
     "connect",
     "discover",
+    "discover_tls",
     "ports",
     "subnqn",
     "nsid",

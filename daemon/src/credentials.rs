@@ -103,6 +103,25 @@ impl CredentialsConfig {
         };
         Ok(Security { tls, dhchap })
     }
+
+    /// The same for the discovery controllers of a target for which [`load`](Self::load) gave
+    /// `target`. The keys of files are for them as well; those of the data directory are as far as they
+    /// are not for one subsystem alone.
+    pub fn load_discovery(
+        &self,
+        target: &Security,
+        host: &Nqn,
+        data: Option<&Path>,
+    ) -> anyhow::Result<Security> {
+        let (TlsSetting::Required, None, Some(dir)) = (self.tls, &self.psk, data) else {
+            return Ok(target.clone());
+        };
+        let kept = keys::of_host(dir, host, &Nqn::discovery())?;
+        if kept.tls.is_empty() {
+            bail!("{}", no_key_for_discovery(host));
+        }
+        Ok(Security { tls: Tls::Keys(TlsKeys::new(kept.tls)), ..target.clone() })
+    }
 }
 
 /// What to do where there is no key.
@@ -111,6 +130,14 @@ fn no_key(host: &Nqn) -> String {
         "no key for TLS to the target: `penstock key generate --host {host}` at the target makes one, \
          `penstock key export --emulator` there prints it for a file to give here with psk=FILE; or say \
          tls=off to connect in plaintext"
+    )
+}
+
+fn no_key_for_discovery(host: &Nqn) -> String {
+    format!(
+        "no key for TLS to discovery controllers: those of {host} in the data directory are for one \
+         subsystem each. Give the target and this data directory one for all of them (`penstock key \
+         generate --host {host}` without --subsystem); or say discover_tls=off to ask them in plaintext"
     )
 }
 
@@ -254,11 +281,32 @@ mod tests {
             keys.add(&request).unwrap();
         }
         drop(keys);
-        let security = CredentialsConfig::default().load(&host, &sub, Some(&dir)).unwrap();
-        let Tls::Keys(tls) = security.tls else { panic!("there are keys") };
+        let lens = |security: &Security| -> Vec<_> {
+            let Tls::Keys(tls) = &security.tls else { panic!("there are keys") };
+            tls.keys.iter().map(|key| key.secret().expose().len()).collect()
+        };
+        let credentials = CredentialsConfig::default();
+        let security = credentials.load(&host, &sub, Some(&dir)).unwrap();
         // The newest first, so that a new key is used as soon as the target has it too.
-        let lens: Vec<_> = tls.keys.iter().map(|key| key.secret().expose().len()).collect();
-        assert_eq!(lens, [48, 32]);
-        assert_eq!(security.dhchap.unwrap().key.secret().expose().len(), 64);
+        assert_eq!(lens(&security), [48, 32]);
+        // What is for one subsystem is not for the discovery subsystem.
+        let discovery = credentials.load_discovery(&security, &host, Some(&dir)).unwrap();
+        assert_eq!(lens(&discovery), [32]);
+        for security in [security, discovery] {
+            assert_eq!(security.dhchap.unwrap().key.secret().expose().len(), 64);
+        }
+        let mut keys = crate::OfflineKeys::open(&dir).unwrap();
+        let alone = nqn("nqn.2014-08.org.example:alone");
+        keys.add(&add(KeyKind::Tls, &alone, Some(&sub), 256)).unwrap();
+        drop(keys);
+        let security = credentials.load(&alone, &sub, Some(&dir)).unwrap();
+        let refused = credentials.load_discovery(&security, &alone, Some(&dir)).unwrap_err();
+        let why = refused.to_string();
+        assert!(why.contains("without --subsystem") && why.contains("discover_tls=off"), "{why}");
+        // A file's keys are for both.
+        let psk = Some(PathBuf::from("/nonexistent/read-already"));
+        let from_file = CredentialsConfig { psk, ..credentials };
+        let discovery = from_file.load_discovery(&security, &alone, Some(&dir)).unwrap();
+        assert_eq!(lens(&discovery), [32]);
     }
 }

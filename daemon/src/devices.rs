@@ -12,7 +12,7 @@ use api::{Code, Problem};
 use block::{Latency, Volume};
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
 use nvmf_initiator::{
-    DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Watch, WatchConfig,
+    DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Tls, Watch, WatchConfig,
 };
 use reactor::CoreHandle;
 use reactor::unix::Listener;
@@ -21,7 +21,6 @@ use uuid::Uuid;
 
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
-use crate::credentials::TlsSetting;
 use crate::identity::{self, HostIdentity};
 use crate::manage::serial_text;
 use crate::supervise::Legacy;
@@ -36,6 +35,14 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The devices of a process, for whoever asks what they are doing.
 #[derive(Default)]
 pub(crate) struct Book(Mutex<Vec<Arc<Entry>>>);
+
+/// What a device proves itself with.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceSecurity {
+    pub(crate) target: Security,
+    /// Towards discovery controllers.
+    pub(crate) discovery: Security,
+}
 
 /// A device on its way to being served, or served.
 pub(crate) struct Entry {
@@ -97,7 +104,7 @@ impl RunningDevice {
     /// Begins to reach the target; core `first` of `cores` drives the association.
     pub(crate) fn start(
         config: DeviceConfig,
-        security: &Security,
+        security: &DeviceSecurity,
         place: Place,
         host: &HostIdentity,
         (cores, first): (&Cores, usize),
@@ -128,7 +135,7 @@ impl RunningDevice {
                 paths_change: !config.discover.is_empty(),
                 policy: config.policy,
                 ctrl_loss_timeout: config.ctrl_loss_timeout,
-                security: security.clone(),
+                security: security.target.clone(),
                 ..RemoteConfig::unplaced(config.subnqn.clone(), *nsid, (host.nqn.clone(), host.id))
             };
             remote.check().with_context(|| format!("device {:?}", config.name))?;
@@ -146,7 +153,8 @@ impl RunningDevice {
                 let watch = WatchConfig {
                     always: config.connect.clone(),
                     ports: config.ports.clone(),
-                    has_tls: config.credentials.tls != TlsSetting::Off,
+                    has_tls: !matches!(security.target.tls, Tls::Off),
+                    security: security.discovery.clone(),
                     ..WatchConfig::new(discover.to_vec(), config.subnqn.clone(), host)
                 };
                 let volumes: Vec<_> =

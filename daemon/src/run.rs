@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use block::{Geometry, Identity};
-use nvmf_initiator::Security;
+use nvmf_initiator::{Security, Tls};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::config::{Config, DeviceConfig};
 use crate::contain::{self, Needs};
 use crate::cores::{self, Cores};
-use crate::devices::{self, Book, Place, RunningDevice};
+use crate::devices::{self, Book, DeviceSecurity, Place, RunningDevice};
 use crate::http::{self, Server};
 use crate::identity::{HostIdentity, SubsystemIdentity};
 use crate::listen;
@@ -353,18 +353,25 @@ impl Daemon {
     }
 
     /// What a device proves itself with. Opens files: not for a process that is contained.
-    fn security_of(&self, device: &DeviceConfig) -> anyhow::Result<Security> {
-        let host = device.host.as_ref().unwrap_or(&self.host);
-        device
-            .credentials
-            .load(&host.nqn, &device.subnqn, self.data_dir.as_deref())
-            .with_context(|| format!("device {:?}", device.name))
+    fn security_of(&self, device: &DeviceConfig) -> anyhow::Result<DeviceSecurity> {
+        let host = &device.host.as_ref().unwrap_or(&self.host).nqn;
+        let (credentials, data) = (&device.credentials, self.data_dir.as_deref());
+        let load = || {
+            let target = credentials.load(host, &device.subnqn, data)?;
+            let discovery = match (device.discover.is_empty(), device.discover_in_plaintext) {
+                (true, _) => Security::default(),
+                (false, true) => Security { tls: Tls::Off, ..target.clone() },
+                (false, false) => credentials.load_discovery(&target, host, data)?,
+            };
+            anyhow::Ok(DeviceSecurity { target, discovery })
+        };
+        load().with_context(|| format!("device {:?}", device.name))
     }
 
     fn add_device_on(
         &mut self,
         config: DeviceConfig,
-        security: &Security,
+        security: &DeviceSecurity,
         place: Place,
     ) -> anyhow::Result<()> {
         if self.emulator.is_none() {

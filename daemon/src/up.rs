@@ -415,6 +415,7 @@ fn device(disk: &Disk, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceCo
         socket: disk.socket.clone(),
         connect: vec![connect.into()],
         discover: Vec::new(),
+        discover_in_plaintext: false,
         ports: [connect.port()].into(),
         policy: PathPolicy::default(),
         subnqn: subnqn.clone(),

@@ -373,6 +373,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             volume: Some(spec),
             connect: Vec::new(),
             discover: Vec::new(),
+            discover_in_plaintext: false,
             ports: BTreeSet::new(),
             policy: PathPolicy::default(),
             nsids: vec![1],
@@ -395,6 +396,18 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             ));
         }
         None => Vec::new(),
+    };
+    let discover_in_plaintext = match draft.keys.get("discover_tls") {
+        Some(setting) if discover.is_empty() => {
+            return Err(setting.refuse("is about discovery controllers; add discover=ADDR:PORT"));
+        }
+        Some(setting) if setting.text != "off" => {
+            return Err(setting.refuse(
+                "allowed: off, for discovery controllers in plaintext; without it they are asked as \
+                 tls= says",
+            ));
+        }
+        setting => setting.is_some(),
     };
     let mut ports = match draft.keys.get("ports") {
         Some(setting) if discover.is_empty() => {
@@ -429,6 +442,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
         volume: None,
         connect,
         discover,
+        discover_in_plaintext,
         ports,
         policy,
         subnqn,

@@ -156,6 +156,7 @@ struct RawDevice {
     socket: Option<Spanned<String>>,
     connect: Option<Spanned<String>>,
     discover: Option<Spanned<String>>,
+    discover_tls: Option<Spanned<String>>,
     ports: Option<Spanned<NumberOrList>>,
     subnqn: Option<Spanned<String>>,
     nsid: Option<Spanned<NumberOrList>>,
@@ -342,6 +343,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("socket", source.optional("device.socket", &device.socket));
         add("connect", source.optional("device.connect", &device.connect));
         add("discover", source.optional("device.discover", &device.discover));
+        add("discover_tls", source.optional("device.discover_tls", &device.discover_tls));
         add("ports", source.optional("device.ports", &device.ports));
         add("subnqn", source.optional("device.subnqn", &device.subnqn));
         add("nsid", source.optional("device.nsid", &device.nsid));

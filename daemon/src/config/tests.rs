@@ -413,7 +413,10 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!(nodes, [Some(1), None]);
 
     // What discovery may lead to: the well-known ports, or those named; and what is configured.
+    let config = check("nvme,psk=k,discover=192.0.2.7:1,discover_tls=off,nsid=1").unwrap();
+    assert!(config.devices[0].discover_in_plaintext);
     let config = check("nvme,tls=off,discover=192.0.2.7:8010+[::1]:8009,nsid=1").unwrap();
+    assert!(!config.devices[0].discover_in_plaintext);
     let device = &config.devices[0];
     assert_eq!(device.discover, ["192.0.2.7:8010".parse().unwrap(), "[::1]:8009".parse().unwrap()]);
     assert!(device.connect.is_empty());
@@ -433,6 +436,8 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
         ("nvme,tls=off,discover=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),
         ("nvme,tls=off,discover=0.0.0.0:8009,nsid=1", "of a discovery controller"),
         ("nvme,tls=off,connect=192.0.2.7:1,ports=1,nsid=1", "add discover=ADDR:PORT"),
+        ("nvme,tls=off,connect=192.0.2.7:1,discover_tls=off,nsid=1", "add discover=ADDR:PORT"),
+        ("nvme,psk=k,discover=192.0.2.7:1,discover_tls=on,nsid=1", "allowed: off, for discovery"),
         ("nvme,tls=off,discover=192.0.2.7:1,ports=0,nsid=1", "allowed: TCP ports such as"),
         ("nvme,tls=off,discover=192.0.2.7:1,ports=1+70000,nsid=1", "allowed: TCP ports such as"),
     ] {

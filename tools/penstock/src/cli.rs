@@ -217,6 +217,7 @@ needs the configuration file):
   socket=PATH         socket the machine connects to: vhost-user (virtio-blk) or vfio-user (nvme)
   connect=ADDR:PORT   the target; several ways to it are joined by +; @N behind one is its NUMA node
   discover=ADDR:PORT  discovery controllers that tell the ways, in place of connect or beside it
+  discover_tls=off    ask them in plaintext [default: as tls= says, with the same keys]
   ports=N             TCP ports that they may lead to, joined by + [default: 4420+8009]
   iopolicy=POLICY     which way an I/O takes: numa, round-robin, queue-depth [default: numa]
   psk=FILE            key for TLS to the target, in a file that nobody else can read

@@ -128,6 +128,73 @@ fn a_contained_device_reaches_its_target_by_the_lines_that_export_prints() {
 }
 
 #[test]
+fn a_device_is_told_its_ways_by_discovery_over_tls() {
+    const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:5f0e8a52-1c7b-4b0f-9d3b-0d5cbb6a4f33";
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("target");
+    let data = data.to_str().unwrap();
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap();
+    let (io, discovery) = (free(), free());
+    let [io, discovery] = [io, discovery].map(|socket| socket.local_addr().unwrap());
+    let key = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        let output = command.arg("key").args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for kind in ["tls", "dhchap", "dhchap-controller"] {
+        key(&["generate", "--host", HOST, "--kind", kind, "--data", data]);
+    }
+    let address = io.to_string();
+    let to = ["--host", HOST, "--subsystem", NQN, "--address", &address, "--data", data];
+    let lines = key(&[&["export", "--emulator"], &to[..]].concat());
+    let (files, line) = lines.trim_end().rsplit_once('\n').unwrap();
+    let mut shell = Command::new("sh");
+    let made = shell.args(["-ec", files]).current_dir(dir.path()).status().unwrap();
+    assert!(made.success());
+    let text = line.strip_prefix("penstock emulate --device ").unwrap();
+    let ways = format!("discover={discovery},ports={}", io.port());
+    let text = text.replace(&format!("connect={address}"), &ways);
+
+    let (listen, tell) = (format!("{io},tls=required"), format!("{discovery},tls=required"));
+    let volume = ["--volume", "a=ram:4MiB", "--listen", &listen, "--subnqn", NQN, "--cores", "1"];
+    let asked = ["target", "--data", data, "--discovery", &tell];
+    let _target = Running::start(&[&asked[..], &volume].concat());
+    let emulate = |api: &str, text: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        let device = ["--log", "error", "emulate", "--cores", "1", "--api", api, "--device", text];
+        Running(command.args(device).current_dir(dir.path()).spawn().unwrap())
+    };
+    let _emulator = emulate("api.sock", &text);
+    let served = wait(&dir.path().join("api.sock"), |device| device["is_served"] == true);
+    assert_eq!(served["namespaces"][0]["paths"][0]["state"], "live");
+    assert_eq!(served["discovery"][0]["state"], "connected");
+
+    // In plaintext when it is told to, which this listener does not take.
+    let text = text.replace("disk.sock", "plain.sock") + ",discover_tls=off";
+    let _emulator = emulate("plain-api.sock", &text);
+    let refused = wait(&dir.path().join("plain-api.sock"), |device| {
+        device["discovery"][0]["last_error"].is_string()
+    });
+    let why = refused["discovery"][0]["last_error"].as_str().unwrap();
+    assert!(why.contains("does the listener require TLS?"), "{why}");
+    assert_eq!(refused["namespaces"][0]["paths"], serde_json::json!([]));
+
+    // A key that is for the target's subsystem alone is none for discovery, and said so at the start.
+    let own = dir.path().join("own");
+    let own = own.to_str().unwrap();
+    key(&["generate", "--host", HOST, "--subsystem", NQN, "--data", own]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+    let text = format!(
+        "disk=virtio-blk,socket=own.sock,discover={discovery},subnqn={NQN},nsid=1,hostnqn={HOST}"
+    );
+    command.args(["emulate", "--cores", "1", "--data", own, "--device", &text]);
+    let output = command.current_dir(dir.path()).output().unwrap();
+    let why = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && why.contains("discover_tls=off"), "{why}");
+}
+
+#[test]
 fn a_device_without_a_key_is_refused_and_told_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |more: &str, data: &[&str]| {
