@@ -6,12 +6,14 @@
 //!  libblkio        fio drives a vhost-user socket ──► emulator ────────────► target
 //!  virtio-blk      a guest's disk ──► QEMU ──► vhost-user ──► emulator ────► target
 //!  nvme            a guest's NVMe disk ──► QEMU ──► vfio-user ──► emulator ► target
+//!  guest-kernel    a guest's NVMe/TCP host ──► QEMU's user network ────────► target
 //! ```
 //!
 //! The volume is of no storage by default, so that the ways are compared and not a disk. The engines
 //! on this machine take turns job by job and round by round; a guest runs all of its jobs in one
 //! go. Guests need a processor's virtualisation that runs a stock kernel, which is tried: emulated,
-//! they measure QEMU. An engine that cannot run here is named with the reason.
+//! they measure QEMU. The kernel's host runs in the guest where this machine's kernel has none. An
+//! engine that cannot run here is named with the reason.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,12 +29,15 @@ use super::super::guest::{Job, json};
 use super::super::service::Service;
 use super::super::tree::Kernel;
 use super::super::{Lab, Scene};
-use super::{SUBNQN, Target, emulator, fio_result, first, nvme_emulator};
+use super::{HOST_ADDRESS, SUBNQN, Target, emulator, fio_result, first, nvme_emulator};
 use crate::{exec, install};
 
 /// QEMU arguments of a guest's machine and memory, which a device's server maps.
 const MACHINE: &str = "-machine q35,memory-backend=mem,accel=ACCEL -m 1G \
                        -object memory-backend-memfd,id=mem,size=1G,share=on";
+
+/// The kernel's host where it is not this machine's kernel.
+const GUEST_KERNEL: &str = "guest-kernel";
 
 /// How long a stock kernel may take to show a sign of life under KVM.
 const KVM_LIMIT: Duration = Duration::from_secs(30);
@@ -93,7 +98,8 @@ pub(crate) fn task(rest: &[String]) -> Result<bool> {
     let mut table = Table::new();
     let mut skipped = Vec::new();
     natively(&scene, &args, &jobs, &mut table, &mut skipped)?;
-    in_guests(&scene, &args, &jobs, &mut table, &mut skipped)?;
+    let wants_kernel = !table.keys().any(|(_, engine)| *engine == "kernel");
+    in_guests(&scene, &args, &jobs, wants_kernel, &mut table, &mut skipped)?;
 
     print(&jobs, &table);
     for (engine, why) in &skipped {
@@ -329,6 +335,7 @@ fn in_guests(
     scene: &Scene<'_>,
     args: &Args,
     jobs: &[String],
+    wants_kernel: bool,
     table: &mut Table,
     skipped: &mut Vec<(&'static str, String)>,
 ) -> Result<()> {
@@ -338,23 +345,32 @@ fn in_guests(
         match kvm(scene)? {
             Ok(()) => "kvm",
             Err(why) => {
-                skipped.extend(["virtio-blk", "nvme"].map(|engine| (engine, why.clone())));
+                let engines =
+                    ["virtio-blk", "nvme"].into_iter().chain(wants_kernel.then_some(GUEST_KERNEL));
+                skipped.extend(engines.map(|engine| (engine, why.clone())));
                 return Ok(());
             }
         }
     };
-    let target = Target::new(scene, &["a", "b"].map(|name| format!("{name}={}", args.volume)))?;
+    let volumes = ["a", "b", "c"].map(|name| format!("{name}={}", args.volume));
+    let target = Target::new(scene, &volumes)?;
     let mut service = target.start(scene)?;
     let [virtio, nvme] = ["guest-virtio.sock", "guest-nvme.sock"].map(|name| scene.socket(name));
     let mut devices: [Service; 2] =
         [emulator(scene, &virtio, &target, 1)?, nvme_emulator(scene, &nvme, &target, "2", &[])?];
     let (runtime, rounds) = (args.runtime.to_string(), args.rounds.to_string());
+    let port = target.port.to_string();
+    let mut words = vec![&*runtime, &rounds];
+    if wants_kernel {
+        words.extend([HOST_ADDRESS, &port, SUBNQN, "3"]);
+    }
     let mut job = Job::new("fio-bench.sh")
-        .args(&[&runtime, &rounds])
+        .network()
+        .args(&words)
         .machine(MACHINE.replace("ACCEL", accel).split_whitespace().map(str::to_owned).collect())
         .vfio_user(&nvme)
         .vhost_user_blk(&virtio);
-    let runs = 2 * jobs.len() * args.rounds;
+    let runs = (2 + usize::from(wants_kernel)) * jobs.len() * args.rounds;
     job.limit =
         Duration::from_secs(120) + Duration::from_secs(2 + u64::from(args.runtime)) * runs as u32;
     let folder = scene.lab.checkout.join("fio-jobs");
@@ -367,7 +383,11 @@ fn in_guests(
         // ENGINE_JOB_ROUND.json
         let mut parts = name.trim_end_matches(".json").split('_');
         let (Some(engine), Some(job)) = (parts.next(), parts.next()) else { continue };
-        let engine = if engine == "nvme" { "nvme" } else { "virtio-blk" };
+        let engine = match engine {
+            "nvme" => "nvme",
+            "kernel" => GUEST_KERNEL,
+            _ => "virtio-blk",
+        };
         let at = jobs.iter().position(|known| known == job);
         let at = at.with_context(|| format!("the guest left {name}, which is of no job"))?;
         let found = figures(&results.json(&name)?, &name)?;
