@@ -1,10 +1,12 @@
 //! What the benchmark programs share: the target as a process of its own, keys of its hosts, and
 //! medians.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -71,6 +73,23 @@ pub struct KeyedHost {
     pub protection: Protection,
 }
 
+impl KeyedHost {
+    /// A host that has this key for one subsystem.
+    ///
+    /// # Errors
+    /// A name is none.
+    pub fn new(
+        nqn: String,
+        key: &TlsKey,
+        version: IdentityVersion,
+        subnqn: &str,
+    ) -> Result<KeyedHost> {
+        let retained = RetainedKey::new(key, &nqn, Derivation::Rfc8446)?;
+        let psk = retained.psk(version, &nqn, subnqn)?;
+        Ok(KeyedHost { nqn, protection: Protection::Tls(psk) })
+    }
+}
+
 /// The target under test, a process of its own on core 0.
 pub struct Target {
     child: Child,
@@ -93,7 +112,10 @@ impl Target {
     /// # Errors
     /// The process cannot be started, or ends.
     pub fn start(binary: &Path, volumes: &[String], queue_entries: u16) -> Result<Target> {
-        let data = std::env::temp_dir().join(format!("penstock-bench-{}", std::process::id()));
+        // Of this process there may be several.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let data = std::env::temp_dir().join(format!("penstock-bench-{process}-{count}"));
         std::fs::create_dir_all(&data)?;
         let (plain, tls) = (process::free_addr()?, process::free_addr()?);
         let mut command = Command::new("taskset");
@@ -159,9 +181,26 @@ impl Target {
         stdin.write_all(key.to_text().expose().as_bytes())?;
         drop(stdin);
         ensure!(import.wait()?.success(), "penstock key import failed");
-        let retained = RetainedKey::new(&key, &nqn, Derivation::Rfc8446)?;
-        let psk = retained.psk(IdentityVersion::V1, &nqn, SUBNQN)?;
-        Ok(KeyedHost { nqn, protection: Protection::Tls(psk) })
+        KeyedHost::new(nqn, &key, IdentityVersion::V1, SUBNQN)
+    }
+
+    /// Has the target follow one request in `every` from now on; 0: none.
+    ///
+    /// # Errors
+    /// The target does not do it.
+    pub fn set_sampling(&self, every: u32) -> Result<()> {
+        let mut api = UnixStream::connect(self.data.join("api")).context("the target's API")?;
+        let body = format!("{{\"every\":{every}}}");
+        write!(
+            api,
+            "PUT /v1/breakdown HTTP/1.1\r\nHost: penstock\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = String::new();
+        api.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200 "), "the target's API: {answer}");
+        Ok(())
     }
 }
 

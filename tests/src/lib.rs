@@ -13,4 +13,5 @@ pub mod load;
 pub mod process;
 pub mod rig;
 pub mod secure;
+pub mod turns;
 pub mod wire;

@@ -1,6 +1,7 @@
-//! `cargo xtask bench scale`: what many connections, many volumes and a start cost the target.
+//! `cargo xtask bench scale`: what many connections, many volumes, a start and following requests cost
+//! the target, and what the file backend reaches of fio.
 //!
-//! Each comparison measures its two sides in turn, round by round, on the same process (or on two that
+//! Each comparison measures its sides in turn, round by round, on the same process (or on two that
 //! stand side by side), and prints medians and their ratio.
 
 use std::path::{Path, PathBuf};
@@ -8,11 +9,12 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use it::bench::{self, SUBNQN, Summary, Target, hostnqn};
 use it::link::{Association, Protection, associate};
 use it::load::{self, Figures, Workload};
 use it::process;
+use it::turns::{self, Ratio};
 
 const ENTRIES: u16 = 256;
 const VOLUMES: u32 = 1000;
@@ -20,6 +22,23 @@ const SPAN_BYTES: u64 = 1 << 30;
 /// I/O queues of one host in the comparisons of many connections.
 const QUEUES: u16 = 20;
 const HOSTS: usize = 10;
+/// What `penstock bench --breakdown` asks for.
+const FOLLOW_EVERY: u32 = 127;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// From the start of the process to its first I/O.
+    Start,
+    /// Connections: ten instead of one, hundreds, idle ones.
+    Connections,
+    /// A thousand volumes.
+    Volumes,
+    /// Following requests, as `penstock bench --breakdown` does.
+    Following,
+    /// The file backend, if there is `--files`.
+    Files,
+}
 
 #[derive(Parser)]
 #[command(about = "What many connections, many volumes and a start cost the target")]
@@ -36,10 +55,21 @@ struct Args {
     /// The `penstock` binary; default: the one built beside this program.
     #[arg(long)]
     penstock: Option<PathBuf>,
+    /// The parts to run.
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "start,connections,volumes,following,files"
+    )]
+    parts: Vec<Part>,
     /// Directory for a file of 1 GiB, to compare the file backend with fio; without it that is left
     /// out.
     #[arg(long)]
     files: Option<PathBuf>,
+    /// fio, with what runs it; each word by itself.
+    #[arg(long, num_args = 1, allow_hyphen_values = true, default_value = "fio")]
+    fio: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -84,18 +114,28 @@ fn run(args: &Args) -> Result<bool> {
     process::pin_to(1).context("pinning the client to core 1")?;
     let binary = bench::binary(args.penstock.as_deref())?;
     let mut report = Report { at_least: args.at_least, good: true };
-    {
+    let has = |part| args.parts.contains(&part);
+    if has(Part::Start) || has(Part::Connections) || has(Part::Following) {
         let start = Instant::now();
         let target = Target::start(&binary, &["bench=null:1GiB".to_owned()], ENTRIES)?;
         let mut host = connect(&target, 0, 1)?;
         load::run(&mut host.io, &work(1, 1), Duration::ZERO)?;
         let first_io = start.elapsed().as_secs_f64() * 1e3;
-        report.at_most("start to first I/O, ms", first_io, 100.0);
-        connections(&target, args, &mut report)?;
+        if has(Part::Start) {
+            report.at_most("start to first I/O, ms", first_io, 100.0);
+        }
+        if has(Part::Connections) {
+            connections(&target, args, &mut report)?;
+        }
+        if has(Part::Following) {
+            following(&target, args, &mut report)?;
+        }
         drop(host);
     }
-    volumes(&binary, args, &mut report)?;
-    if let Some(folder) = &args.files {
+    if has(Part::Volumes) {
+        volumes(&binary, args, &mut report)?;
+    }
+    if let Some(folder) = args.files.as_ref().filter(|_| has(Part::Files)) {
         files(&binary, folder, args, &mut report)?;
     }
     Ok(report.good)
@@ -210,29 +250,96 @@ fn volumes(binary: &Path, args: &Args, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The file backend over the fabric against fio's io_uring engine on the same file.
+/// What it costs to follow one request in so many, in many short turns: the goal is below what
+/// single rounds differ by.
+fn following(target: &Target, args: &Args, report: &mut Report) -> Result<()> {
+    const ROUNDS: usize = 40;
+    const TURN: Duration = Duration::from_millis(60);
+    let host = std::cell::RefCell::new(connect(target, 1, 1)?);
+    for (write, depth) in [(false, 1), (false, 32), (false, 128), (true, 32)] {
+        let work = Workload { write, ..work(depth, 1) };
+        let side = |every| -> turns::Side<'_> {
+            let host = &host;
+            Box::new(move |time| {
+                target.set_sampling(every)?;
+                Ok(load::run(&mut host.borrow_mut().io, &work, time)?)
+            })
+        };
+        let mut found = [const { Vec::new() }; 3];
+        let rounds = ROUNDS.max(args.rounds);
+        turns::take(&mut [side(0), side(0), side(FOLLOW_EVERY)], rounds, TURN, &mut found)?;
+        let ratio = Ratio::of(&found[2], &found[0], &found[1]);
+        let kind = if write { "writes" } else { "reads" };
+        println!("  noise of the same without, of 1: {:.3}", ratio.noise);
+        let what = format!("4 KiB {kind} at depth {depth}, 1 in {FOLLOW_EVERY} followed, of none");
+        report.judge(&what, ratio.value / 0.98, &format!("{:.3} (goal 0.98)", ratio.value));
+    }
+    target.set_sampling(0)
+}
+
+/// The file backend against fio's io_uring engine on the same file, both on core 0; and for
+/// comparison the same file through the fabric.
 fn files(binary: &Path, folder: &Path, args: &Args, report: &mut Report) -> Result<()> {
-    if Command::new("fio").arg("--version").output().is_err() {
-        println!("file backend: SKIPPED, fio is not installed");
+    let fio = Fio { words: &args.fio, file: folder.join("penstock-bench-file") };
+    if fio.command().arg("--version").output().is_err() {
+        println!("file backend: SKIPPED, there is no fio");
         return Ok(());
     }
-    let file = folder.join("penstock-bench-file");
-    let name = file.display().to_string();
-    let remove = removed_later(&file);
-    // Written once, so that both read blocks that exist.
-    fio(&name, "write", 131_072, 32, Duration::from_secs(60), true)?;
-    let target = Target::start(binary, &[format!("bench=file:{name}")], ENTRIES)?;
+    let remove = removed_later(&fio.file);
+    // Written once, so that all read blocks that exist.
+    fio.fill()?;
+    for write in [false, true] {
+        for depth in [1, 32, 128] {
+            let kind = if write { "writes" } else { "reads" };
+            println!("4 KiB random {kind} of a file, depth {depth}");
+            let ratio = compare(
+                args,
+                ("fio, io_uring, O_DIRECT", &mut |time| fio.run(write, depth, time)),
+                ("the file backend", &mut |time| alone(binary, &fio.file, write, depth, time)),
+            )?;
+            report.at_least(&format!("file backend, {kind} at depth {depth}, of fio"), ratio, 0.95);
+        }
+    }
+    let volume = format!("bench=file:{}", fio.file.display());
+    let target = Target::start(binary, &[volume], ENTRIES)?;
     for depth in [1, 32, 128] {
         let mut host = connect(&target, depth, 1)?;
         let ratio = compare(
             args,
-            ("fio, io_uring, O_DIRECT", &mut |time| fio(&name, "read", 4096, depth, time, false)),
-            ("the target", &mut |time| Ok(load::run(&mut host.io, &work(depth, 1), time)?)),
+            ("fio, io_uring, O_DIRECT", &mut |time| fio.run(false, depth, time)),
+            ("the target, through the fabric", &mut |time| {
+                Ok(load::run(&mut host.io, &work(depth, 1), time)?)
+            }),
         )?;
-        report.at_least(&format!("file backend at depth {depth}, of fio"), ratio, 0.95);
+        println!("the fabric before the file, reads at depth {depth}, of fio: {ratio:.2}");
     }
     drop(remove);
     Ok(())
+}
+
+/// The file backend on core 0 under `penstock bench`, whose runs are whole seconds.
+fn alone(binary: &Path, file: &Path, write: bool, depth: usize, time: Duration) -> Result<Figures> {
+    let mut command = Command::new("taskset");
+    command.args(["-c", "0"]).arg(binary).args(["bench", "--json", "--bs", "4KiB"]);
+    command.arg(format!("file:{}", file.display())).arg("--iodepth").arg(depth.to_string());
+    command.args(["--rw", if write { "randwrite" } else { "randread" }]);
+    command.arg("--runtime").arg(time.as_secs().max(1).to_string());
+    let json = json_of(&mut command)?;
+    let side = &json[if write { "write" } else { "read" }];
+    let latency = |name| figure(&side["latency_us"][name]);
+    Ok(Figures { iops: figure(&side["iops"])?, p50_us: latency("p50")?, p99_us: latency("p99")? })
+}
+
+fn json_of(command: &mut Command) -> Result<serde_json::Value> {
+    let text = format!("{command:?}").replace('"', "");
+    let output = command.output().with_context(|| format!("running {text}"))?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{text}: {stderr}");
+    serde_json::from_slice(&output.stdout).with_context(|| format!("the JSON of {text}"))
+}
+
+fn figure(value: &serde_json::Value) -> Result<f64> {
+    value.as_f64().context("a figure is missing")
 }
 
 /// Removes the file in the end.
@@ -247,31 +354,47 @@ fn removed_later(file: &Path) -> impl Drop {
     Guard(file.to_owned())
 }
 
-fn fio(
-    file: &str,
-    rw: &str,
-    block_bytes: usize,
-    depth: usize,
-    time: Duration,
-    whole: bool,
-) -> Result<Figures> {
-    let mut command = Command::new("taskset");
-    command.args(["-c", "0", "fio", "--name=bench", "--direct=1", "--ioengine=io_uring"]);
-    command.arg(format!("--filename={file}")).arg(format!("--rw={rw}"));
-    command.arg(format!("--bs={block_bytes}")).arg(format!("--iodepth={depth}"));
-    command.arg(format!("--size={SPAN_BYTES}")).arg("--output-format=json");
-    if !whole {
-        command.arg("--time_based").arg(format!("--runtime={}ms", time.as_millis()));
+/// fio on one file.
+struct Fio<'a> {
+    words: &'a [String],
+    file: PathBuf,
+}
+
+impl Fio<'_> {
+    /// fio on core 0.
+    fn command(&self) -> Command {
+        let mut command = Command::new("taskset");
+        command.args(["-c", "0"]).args(self.words);
+        command
     }
-    let output = command.output().context("running fio")?;
-    ensure!(output.status.success(), "fio: {}", String::from_utf8_lossy(&output.stderr));
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout).context("fio's JSON")?;
-    let side = &json["jobs"][0][if rw == "write" { "write" } else { "read" }];
-    let figure = |value: &serde_json::Value| value.as_f64().context("a figure of fio");
-    let percentile = |name| figure(&side["clat_ns"]["percentile"][name]).map(|ns| ns / 1e3);
-    Ok(Figures {
-        iops: figure(&side["iops"])?,
-        p50_us: percentile("50.000000")?,
-        p99_us: percentile("99.000000")?,
-    })
+
+    fn job(&self) -> Command {
+        let mut command = self.command();
+        command.args(["--name=bench", "--direct=1", "--ioengine=io_uring", "--output-format=json"]);
+        command.arg(format!("--filename={}", self.file.display()));
+        command.arg(format!("--size={SPAN_BYTES}"));
+        command
+    }
+
+    fn fill(&self) -> Result<()> {
+        json_of(self.job().args(["--rw=write", "--bs=128k", "--iodepth=32"])).map(drop)
+    }
+
+    /// 4 KiB at random places.
+    fn run(&self, write: bool, depth: usize, time: Duration) -> Result<Figures> {
+        let mut command = self.job();
+        command.arg(if write { "--rw=randwrite" } else { "--rw=randread" });
+        command.args(["--bs=4k", "--norandommap", "--time_based"]);
+        command.arg(format!("--iodepth={depth}"));
+        command.arg(format!("--runtime={}ms", time.as_millis().max(1000)));
+        let json = json_of(&mut command)?;
+        let side = &json["jobs"][0][if write { "write" } else { "read" }];
+        let percentile =
+            |name| Ok::<_, anyhow::Error>(figure(&side["clat_ns"]["percentile"][name])? / 1e3);
+        Ok(Figures {
+            iops: figure(&side["iops"])?,
+            p50_us: percentile("50.000000")?,
+            p99_us: percentile("99.000000")?,
+        })
+    }
 }

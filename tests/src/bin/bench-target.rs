@@ -4,7 +4,7 @@
 //! so that whatever else the machine does hits all alike. Printed are medians, the spread (lowest to
 //! highest round), the ratios of the medians and what they are to reach.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use crypto::psk::Suite;
+use crypto::TlsKey;
+use crypto::psk::{IdentityVersion, Suite};
 use it::bench::{self, KeyedHost, SUBNQN, Summary, Target, hostnqn};
 use it::link::{Link, Protection, associate};
 use it::load::{self, Figures, Workload};
@@ -49,6 +50,25 @@ struct Args {
     /// Only points whose name contains this, such as `read-4k`.
     #[arg(long, default_value = "")]
     only: String,
+    /// Another NVMe/TCP target, already running on core 0 with a namespace 1 of 64 GiB that holds
+    /// nothing: takes turns with the others.
+    #[arg(long, value_name = "ADDR:PORT", requires = "peer_subnqn", requires = "peer_pid")]
+    peer: Option<SocketAddr>,
+    /// The peer's subsystem, which lets the host
+    /// `nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000000` in.
+    #[arg(long, value_name = "NQN")]
+    peer_subnqn: Option<String>,
+    /// The peer's process: it is stopped (SIGSTOP) while it is not its turn, as a peer that spins
+    /// takes the core from all others.
+    #[arg(long, value_name = "PID")]
+    peer_pid: Option<i32>,
+    /// The peer's listener with TLS.
+    #[arg(long, value_name = "ADDR:PORT", requires = "peer", requires = "peer_key")]
+    peer_tls: Option<SocketAddr>,
+    /// File with the key (`NVMeTLSkey-1:...`) that the peer has for the host
+    /// `nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000103`.
+    #[arg(long, value_name = "FILE")]
+    peer_key: Option<PathBuf>,
 }
 
 /// Who answers, and how the connection is protected.
@@ -65,6 +85,12 @@ enum Side {
     Tls128,
     /// With TLS_AES_256_GCM_SHA384.
     Tls256,
+    /// The other target, without protection.
+    #[value(skip)]
+    Peer,
+    /// The other target with TLS.
+    #[value(skip)]
+    PeerTls,
 }
 
 impl Side {
@@ -75,6 +101,8 @@ impl Side {
             Side::Digests => "digests",
             Side::Tls128 => "TLS AES-128",
             Side::Tls256 => "TLS AES-256",
+            Side::Peer => "peer",
+            Side::PeerTls => "peer, TLS",
         }
     }
 }
@@ -114,7 +142,7 @@ impl Point {
         let mut goals = Vec::new();
         let mut share = |of, at_least| goals.push(Goal::Share { of, at_least });
         match side {
-            Side::Bare => {}
+            Side::Bare | Side::Peer | Side::PeerTls => {}
             Side::Plain if !self.is_small() => share(Side::Bare, 0.90),
             Side::Plain if self.write => share(Side::Bare, by_depth([0.90, 0.85, 0.75])),
             Side::Plain => share(Side::Bare, by_depth([0.90, 0.85, 0.80])),
@@ -213,9 +241,13 @@ fn run(args: &Args) -> Result<bool> {
         }
         println!("{}", point.name());
         let judged = bench.judge(&point, &rounds);
+        let medians: Vec<(Side, Figures)> = std::iter::zip(&bench.sides, &rounds)
+            .map(|(side, rounds)| (*side, Summary::of(rounds.clone()).median))
+            .collect();
         for ((side, rounds), judged) in bench.sides.iter().zip(&rounds).zip(judged) {
             let Summary { median, low, high } = Summary::of(rounds.clone());
             let mut verdicts = Vec::new();
+            verdicts.extend(beside_peer(*side, &median, &medians));
             for (words, share) in &judged {
                 let mark = if *share < args.at_least { "BELOW: " } else { "" };
                 good &= *share >= args.at_least;
@@ -247,10 +279,87 @@ fn run(args: &Args) -> Result<bool> {
     Ok(good)
 }
 
+/// The other target.
+struct Peer {
+    plain: SocketAddr,
+    tls: Option<(SocketAddr, KeyedHost)>,
+    subnqn: String,
+    pid: rustix::process::Pid,
+}
+
+/// The host whose key the peer has.
+const PEER_HOST: usize = 103;
+
+impl Peer {
+    fn new(args: &Args) -> Result<Option<Peer>> {
+        let (Some(plain), Some(subnqn), Some(pid)) = (args.peer, &args.peer_subnqn, args.peer_pid)
+        else {
+            return Ok(None);
+        };
+        let tls = match (args.peer_tls, &args.peer_key) {
+            (Some(addr), Some(file)) => {
+                let text = std::fs::read_to_string(file)
+                    .with_context(|| format!("reading {}", file.display()))?;
+                let key = TlsKey::parse(text.trim()).context("the key in --peer-key")?;
+                let nqn = hostnqn(PEER_HOST);
+                Some((addr, KeyedHost::new(nqn, &key, IdentityVersion::V0, subnqn)?))
+            }
+            _ => None,
+        };
+        let pid = rustix::process::Pid::from_raw(pid).context("--peer-pid: not a process")?;
+        let peer = Peer { plain, tls, subnqn: subnqn.clone(), pid };
+        peer.signal(rustix::process::Signal::STOP)?;
+        Ok(Some(peer))
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
+        rustix::process::kill_process(self.pid, signal).context("the peer's process")
+    }
+
+    /// The peer's turn.
+    fn measure(&self, side: Side, point: &Point, time: Duration) -> Result<Figures> {
+        self.signal(rustix::process::Signal::CONT)?;
+        let found = self.measure_running(side, point, time);
+        self.signal(rustix::process::Signal::STOP)?;
+        found
+    }
+
+    fn measure_running(&self, side: Side, point: &Point, time: Duration) -> Result<Figures> {
+        let (addr, nqn, protection) = match &self.tls {
+            Some((addr, host)) if side == Side::PeerTls => {
+                (*addr, host.nqn.clone(), host.protection.clone())
+            }
+            _ => (self.plain, hostnqn(0), Protection::None),
+        };
+        let mut association = associate(addr, (&self.subnqn, &nqn), ENTRIES, 1, &protection)
+            .with_context(|| format!("connecting to the peer at {addr}"))?;
+        Ok(load::run(&mut association.io, &workload(point, false), time)?)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // It may be gone.
+        let _ = self.signal(rustix::process::Signal::CONT);
+    }
+}
+
+/// How much of the peer's IOPS a side has, if there is a peer to compare it with.
+fn beside_peer(side: Side, ours: &Figures, medians: &[(Side, Figures)]) -> Option<String> {
+    let of = match side {
+        Side::Plain => Side::Peer,
+        Side::Tls128 => Side::PeerTls,
+        _ => return None,
+    };
+    let (_, theirs) = medians.iter().find(|(side, _)| *side == of)?;
+    Some(format!("{:.2} of {}", ours.iops / theirs.iops, of.name()))
+}
+
 struct Bench {
     target: Target,
     sides: Vec<Side>,
     hosts: Vec<(Side, KeyedHost)>,
+    peer: Option<Peer>,
 }
 
 impl Bench {
@@ -267,7 +376,12 @@ impl Bench {
         }
         let mut sides = vec![Side::Bare];
         sides.extend(&args.sides);
-        Ok(Bench { target, sides, hosts })
+        let peer = Peer::new(args)?;
+        if let Some(peer) = &peer {
+            sides.push(Side::Peer);
+            sides.extend(peer.tls.as_ref().map(|_| Side::PeerTls));
+        }
+        Ok(Bench { target, sides, hosts, peer })
     }
 
     /// Adds `args.rounds` rounds to all sides, which take turns.
@@ -278,6 +392,10 @@ impl Bench {
             for (side, rounds) in self.sides.iter().zip(&mut *rounds) {
                 let figures = match side {
                     Side::Bare => measure_bare(point, time),
+                    Side::Peer | Side::PeerTls => {
+                        let peer = self.peer.as_ref().context("there is no peer")?;
+                        peer.measure(*side, point, time)
+                    }
                     _ => self.measure_target(*side, point, time),
                 };
                 let figures =

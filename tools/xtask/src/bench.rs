@@ -26,9 +26,9 @@ pub(crate) enum Comparison {
     Target,
     /// The same, TLS against plain and the bare loop.
     Tls,
-    /// Many connections, many volumes, memory and start of the target.
+    /// Many connections, many volumes, memory, start, followed requests; the file backend beside fio.
     Scale,
-    /// The working tree against a base revision, by counted instructions.
+    /// The working tree against a base revision: counted instructions, and targets in turns.
     Gate,
     /// fio's jobs on every engine that this machine can run.
     Fio,
@@ -78,6 +78,16 @@ pub(crate) fn run(name: Comparison, rest: &[String]) -> Result<()> {
                 }
             }
             Err(why) => println!("without programs of others: {why}"),
+        }
+    }
+    if matches!(name, Comparison::Scale) && rest.iter().any(|word| word.starts_with("--files")) {
+        match lab::fio()? {
+            Ok(fio) => {
+                for word in std::iter::once(fio.get_program()).chain(fio.get_args()) {
+                    command.arg("--fio").arg(word);
+                }
+            }
+            Err(why) => println!("without the lab's fio: {why}"),
         }
     }
     exec::run(command.args(first).args(rest))

@@ -1,19 +1,22 @@
 //! `cargo xtask bench gate`: has the working tree become slower than a base revision?
 //!
 //! ```text
-//!  base revision ─┐ git archive         ┌─ base program ─┐  callgrind, base - tree - base
-//!                 ├─► gate/source ─► cargo               ├─► instructions of a request ─► table
-//!  working tree ──┘ git ls-files        └─ tree program ─┘
+//!  base revision ─┐ git archive         ┌─ base ─┐  counts: callgrind, base - tree - base ─► table
+//!                 ├─► gate/source ─► cargo       │
+//!  working tree ──┘ git ls-files        └─ tree ─┘  ratios: targets in turns, one client ──► table
 //! ```
 //!
 //! Both are built from the same folder into the same build output, one after the other, so that
-//! they differ in what their sources differ in and in nothing else. The workloads are those of
-//! `tests/gate` as they are in the working tree, for both; where they do not build against the base
-//! each has its own.
+//! they differ in what their sources differ in and in nothing else.
 //!
-//! Instructions are counted by callgrind, which says the same whatever else the machine does. What
-//! it does vary by is measured: the base runs twice. A loss counts from there on, and from
-//! [`LEAST_PERCENT`] on.
+//! *Counts*: the workloads are those of `tests/gate` as they are in the working tree, for both; where
+//! they do not build against the base each has its own. Instructions are counted by callgrind, which
+//! says the same whatever else the machine does. What it does vary by is measured: the base runs
+//! twice. A loss counts from there on, and from [`LEAST_PERCENT`] on.
+//!
+//! *Ratios*: what a count does not see, such as cache misses, system calls and waiting. `penstock` of
+//! both revisions serves the client of the working tree (`bench-gate`), which measures its noise in
+//! the same turns.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -25,7 +28,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use crate::{exec, install, workspace};
 
@@ -39,6 +42,9 @@ const COUNTS: [u64; 2] = [128, 640];
 /// What the workloads call all that is to be counted.
 const COUNTED: &str = "*gate*counted*";
 
+/// What the target and its client are built from, together: one set of features.
+const TARGET: [&str; 2] = ["penstock", "it"];
+
 /// The workloads, in the checkout.
 const WORKLOADS: &str = "tests/gate/src";
 
@@ -49,15 +55,29 @@ struct Args {
     /// or the last commit if something is not committed]
     #[arg(long, value_name = "REV")]
     base: Option<String>,
-    /// Only workloads whose name contains this.
+    /// What is compared.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "counts,ratios")]
+    parts: Vec<Part>,
+    /// Only workloads and points whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
-    /// Losses from this on count, in percent, even if the noise is lower.
+    /// Losses of instructions from this on count, in percent, even if the noise is lower.
     #[arg(long, value_name = "PERCENT", default_value_t = LEAST_PERCENT)]
     at_least: f64,
-    /// Write the table as JSON, too.
+    /// Rounds of turns for each point.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    rounds: usize,
+    /// Write the tables as JSON, too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Instructions of a request.
+    Counts,
+    /// IOPS of the target, base and tree in turns.
+    Ratios,
 }
 
 /// Counts of a workload, in instructions per request.
@@ -91,41 +111,84 @@ impl Row {
 /// Compares; `false`: something takes longer than it did.
 pub(super) fn task(rest: &[String]) -> Result<bool> {
     let args = Args::try_parse_from(rest).unwrap_or_else(|error| error.exit());
-    install::debian_packages(&[("valgrind", "valgrind"), ("git", "git"), ("tar", "tar")])?;
+    let has = |part| args.parts.contains(&part);
+    install::debian_packages(&[("git", "git"), ("tar", "tar")])?;
     let root = workspace::root()?;
     let place = Place::new(workspace::target_dir()?.join("gate"))?;
     let base = base(&root, args.base.as_deref())?;
     println!("base: {}", git(&root, &["log", "-1", "--format=%h %s", &base])?.trim());
-    let base = place.base(&root, &base)?;
-    let tree = place.tree(&root)?;
+    let (base, tree) = place.programs(&root, &base, &args.parts)?;
+    let mut tables = serde_json::Map::new();
+    let (mut is_good, mut nothing) = (true, true);
+    if let (Some(base), Some(tree)) = (&base.gate, &tree.gate) {
+        install::debian_packages(&[("valgrind", "valgrind")])?;
+        if let Some((rows, lost)) = counts(&args, base, tree)? {
+            (is_good, nothing) = (lost == 0, false);
+            tables.insert("counts".to_owned(), rows);
+        }
+    }
+    if has(Part::Ratios) {
+        let client = tree.client.as_deref().context("the client was not built")?;
+        let [base, tree] = [&base, &tree].map(|side| side.penstock.as_deref());
+        let (base, tree) = base.zip(tree).context("the targets were not built")?;
+        let json = place.folder.join("ratios.json");
+        is_good &= ratios(&args, client, (base, tree), &json)?;
+        // Not there: no point has such a name.
+        if let Ok(text) = fs::read(&json) {
+            nothing = false;
+            tables.insert("ratios".to_owned(), serde_json::from_slice(&text)?);
+        }
+    }
+    ensure!(!nothing, "no workload and no point is left to compare");
+    if let Some(path) = &args.json {
+        fs::write(path, serde_json::to_string_pretty(&tables)?)
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(is_good)
+}
 
+/// Counts instructions, prints the table, and says how many workloads are lost. `None`: there is none
+/// to compare.
+fn counts(args: &Args, base: &Path, tree: &Path) -> Result<Option<(serde_json::Value, usize)>> {
     let known = |program: &Path| -> Result<BTreeSet<String>> {
         Ok(exec::output(&mut Command::new(program))?.lines().map(str::to_owned).collect())
     };
-    let (of_base, of_tree) = (known(&base)?, known(&tree)?);
+    let (of_base, of_tree) = (known(base)?, known(tree)?);
     for name in of_tree.symmetric_difference(&of_base) {
         println!("{name}: not in both, left out");
     }
-    let mut names = exec::output(&mut Command::new(&tree))?;
-    names.retain(|c| c != '\r');
+    let names = exec::output(&mut Command::new(tree))?;
     let names: Vec<&str> =
         names.lines().filter(|name| of_base.contains(*name) && name.contains(&args.only)).collect();
-    ensure!(!names.is_empty(), "no workload is left to compare");
-    let rows = measure(&names, &base, &tree)?;
-    let lost = print(&names, &rows, args.at_least);
-    if let Some(path) = &args.json {
-        let rows: Vec<_> = names
-            .iter()
-            .zip(&rows)
-            .map(|(name, row)| {
-                serde_json::json!({ "workload": name, "base": row.base_mean(), "tree": row.tree,
-                    "loss_percent": row.loss(), "noise_percent": row.noise() })
-            })
-            .collect();
-        fs::write(path, serde_json::to_string_pretty(&rows)?)
-            .with_context(|| format!("writing {}", path.display()))?;
+    if names.is_empty() {
+        println!("no workload's name contains {:?}: no counts", args.only);
+        return Ok(None);
     }
-    Ok(lost == 0)
+    let rows = measure(&names, base, tree)?;
+    let lost = print(&names, &rows, args.at_least);
+    let rows = names.iter().zip(&rows).map(|(name, row)| {
+        serde_json::json!({ "workload": name, "base": row.base_mean(), "tree": row.tree,
+            "loss_percent": row.loss(), "noise_percent": row.noise() })
+    });
+    Ok(Some((rows.collect(), lost)))
+}
+
+/// Lets the client compare the two targets; `false`: one point at least is lost.
+fn ratios(args: &Args, client: &Path, targets: (&Path, &Path), json: &Path) -> Result<bool> {
+    if json.exists() {
+        fs::remove_file(json)?;
+    }
+    let mut command = Command::new(client);
+    command.arg("--base").arg(targets.0).arg("--tree").arg(targets.1);
+    command.args(["--only", &args.only, "--rounds", &args.rounds.to_string()]);
+    command.arg("--json").arg(json);
+    let text = exec::shown(&command);
+    let status = command.status().with_context(|| format!("cannot run `{text}`"))?;
+    match status.code() {
+        Some(0) => Ok(true),
+        Some(1) => Ok(false),
+        _ => bail!("`{text}` ended with {status}"),
+    }
 }
 
 /// Prints the table; says how many are lost.
@@ -179,6 +242,17 @@ fn git(root: &Path, args: &[&str]) -> Result<String> {
     exec::output(Command::new("git").arg("-C").arg(root).args(args))
 }
 
+/// A revision's programs; those that are wanted.
+#[derive(Default)]
+struct Side {
+    /// What is counted.
+    gate: Option<PathBuf>,
+    /// The target.
+    penstock: Option<PathBuf>,
+    /// The client of both targets.
+    client: Option<PathBuf>,
+}
+
 /// Where sources are put together and built.
 struct Place {
     folder: PathBuf,
@@ -194,8 +268,8 @@ impl Place {
         self.folder.join("source")
     }
 
-    /// The program of the base, with the tree's workloads if they build there.
-    fn base(&self, root: &Path, commit: &str) -> Result<PathBuf> {
+    /// What the parts need of the base and of the tree.
+    fn programs(&self, root: &Path, commit: &str, parts: &[Part]) -> Result<(Side, Side)> {
         let unpacked = self.folder.join("base");
         if unpacked.exists() {
             fs::remove_dir_all(&unpacked)?;
@@ -206,11 +280,29 @@ impl Place {
         git(root, &["archive", "--format=tar", &output, commit])?;
         exec::output(Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&unpacked))?;
         fs::remove_file(&archive)?;
+
+        let mut base = Side::default();
+        if parts.contains(&Part::Counts) {
+            base.gate = Some(self.base_gate(root, commit, &unpacked)?);
+        }
+        if parts.contains(&Part::Ratios) {
+            base.penstock = Some(self.base_penstock(commit, &unpacked)?);
+        }
+        let tree = self.tree(root, parts)?;
+        Ok((base, tree))
+    }
+
+    /// A program of the base that is kept, by what it was made from.
+    fn kept(&self, commit: &str, name: &str) -> PathBuf {
+        self.folder.join(format!("base-{}-{name}", &commit[..12]))
+    }
+
+    /// What counts for the base, with the tree's workloads if they build there.
+    fn base_gate(&self, root: &Path, commit: &str, unpacked: &Path) -> Result<PathBuf> {
         ensure!(
             unpacked.join(WORKLOADS).is_dir(),
             "the base {commit} has no {WORKLOADS}: it is older than the gate"
         );
-
         let compiler = exec::output(Command::new("rustc").arg("-vV"))?;
         let own = stamp(&[compiler.as_bytes(), b"own"]);
         let mut parts = vec![compiler.into_bytes()];
@@ -219,31 +311,42 @@ impl Place {
             parts.push(fs::read(root.join(WORKLOADS).join(&file))?);
         }
         let ours = stamp(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>());
-        let program = |stamp: &str| self.folder.join(format!("base-{}-{stamp}", &commit[..12]));
+        let program = |stamp: &str| self.kept(commit, stamp);
         for stamp in [&ours, &own] {
             if program(stamp).exists() {
                 return Ok(program(stamp));
             }
         }
-        let list = below(&unpacked)?;
-        mirror(&unpacked, &list, &self.source())?;
+        let list = below(unpacked)?;
+        mirror(unpacked, &list, &self.source())?;
         let workloads = self.source().join(WORKLOADS);
         mirror(&root.join(WORKLOADS), &below(&root.join(WORKLOADS))?, &workloads)?;
-        match self.build(&program(&ours)) {
+        match self.build(&["gate"], &[("gate", &program(&ours))]) {
             Ok(()) => Ok(program(&ours)),
             Err(error) => {
                 println!(
                     "the tree's workloads do not build there ({error:#}): the base has its own"
                 );
-                mirror(&unpacked, &list, &self.source())?;
-                self.build(&program(&own))?;
+                mirror(unpacked, &list, &self.source())?;
+                self.build(&["gate"], &[("gate", &program(&own))])?;
                 Ok(program(&own))
             }
         }
     }
 
-    /// The program of the working tree, whatever of it is committed.
-    fn tree(&self, root: &Path) -> Result<PathBuf> {
+    fn base_penstock(&self, commit: &str, unpacked: &Path) -> Result<PathBuf> {
+        let compiler = exec::output(Command::new("rustc").arg("-vV"))?;
+        let stamp = stamp(&[compiler.as_bytes(), b"penstock"]);
+        let program = self.kept(commit, &format!("penstock-{stamp}"));
+        if !program.exists() {
+            mirror(unpacked, &below(unpacked)?, &self.source())?;
+            self.build(&TARGET, &[("penstock", &program)])?;
+        }
+        Ok(program)
+    }
+
+    /// The programs of the working tree, whatever of it is committed.
+    fn tree(&self, root: &Path, parts: &[Part]) -> Result<Side> {
         let list = git(root, &["ls-files", "-z", "--cached", "--others", "--exclude-standard"])?;
         let list: BTreeSet<PathBuf> = list
             .split('\0')
@@ -253,18 +356,32 @@ impl Place {
             .filter(|path| root.join(path).is_file())
             .collect();
         mirror(root, &list, &self.source())?;
-        let program = self.folder.join("tree");
-        self.build(&program)?;
-        Ok(program)
+        let at = |name: &str| self.folder.join(name);
+        let mut tree = Side::default();
+        if parts.contains(&Part::Counts) {
+            self.build(&["gate"], &[("gate", &at("tree"))])?;
+            tree.gate = Some(at("tree"));
+        }
+        if parts.contains(&Part::Ratios) {
+            let (penstock, client) = (at("tree-penstock"), at("tree-client"));
+            self.build(&TARGET, &[("penstock", &penstock), ("bench-gate", &client)])?;
+            tree.penstock = Some(penstock);
+            tree.client = Some(client);
+        }
+        Ok(tree)
     }
 
-    fn build(&self, program: &Path) -> Result<()> {
+    /// Builds packages from the sources put together, and keeps programs of them.
+    fn build(&self, packages: &[&str], programs: &[(&str, &Path)]) -> Result<()> {
         let output = self.folder.join("build");
         let mut cargo = workspace::cargo();
         cargo.current_dir(self.source()).env("CARGO_TARGET_DIR", &output);
-        exec::run(cargo.args(["build", "--release", "--locked", "-p", "gate"]))?;
-        fs::copy(output.join("release/gate"), program)
-            .with_context(|| format!("keeping {}", program.display()))?;
+        cargo.args(["build", "--release", "--locked"]);
+        exec::run(cargo.args(packages.iter().flat_map(|package| ["-p", package])))?;
+        for (name, kept) in programs {
+            fs::copy(output.join("release").join(name), kept)
+                .with_context(|| format!("keeping {}", kept.display()))?;
+        }
         Ok(())
     }
 }

@@ -169,6 +169,11 @@ pub(crate) fn peers() -> Result<Result<Vec<(&'static str, Command)>, String>> {
     Ok(Ok(peers))
 }
 
+/// The tree's fio, or why there is none.
+pub(crate) fn fio() -> Result<Result<Command, String>> {
+    Ok(Tree::open(&cache_folder()?)?.map(|tree| tree.program("usr/bin/fio")))
+}
+
 fn cache_folder() -> Result<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let folder = match (variable(CACHE_VARIABLE), variable("XDG_CACHE_HOME"), variable("HOME")) {
