@@ -288,16 +288,15 @@ fn files(binary: &Path, folder: &Path, args: &Args, report: &mut Report) -> Resu
     let remove = removed_later(&fio.file);
     // Written once, so that all read blocks that exist.
     fio.fill()?;
-    for write in [false, true] {
+    for rw in ["randread", "randwrite"] {
         for depth in [1, 32, 128] {
-            let kind = if write { "writes" } else { "reads" };
-            println!("4 KiB random {kind} of a file, depth {depth}");
+            println!("4 KiB {rw} of a file, depth {depth}");
             let ratio = compare(
                 args,
-                ("fio, io_uring, O_DIRECT", &mut |time| fio.run(write, depth, time)),
-                ("the file backend", &mut |time| alone(binary, &fio.file, write, depth, time)),
+                ("fio, io_uring, O_DIRECT", &mut |time| fio.run(rw, depth, time)),
+                ("the file backend", &mut |time| alone(binary, &fio.file, rw, depth, time)),
             )?;
-            report.at_least(&format!("file backend, {kind} at depth {depth}, of fio"), ratio, 0.95);
+            report.at_least(&format!("file backend, {rw} at depth {depth}, of fio"), ratio, 0.95);
         }
     }
     let volume = format!("bench=file:{}", fio.file.display());
@@ -306,28 +305,35 @@ fn files(binary: &Path, folder: &Path, args: &Args, report: &mut Report) -> Resu
         let mut host = connect(&target, depth, 1)?;
         let ratio = compare(
             args,
-            ("fio, io_uring, O_DIRECT", &mut |time| fio.run(false, depth, time)),
+            ("fio, io_uring, O_DIRECT", &mut |time| fio.run("read", depth, time)),
             ("the target, through the fabric", &mut |time| {
                 Ok(load::run(&mut host.io, &work(depth, 1), time)?)
             }),
         )?;
-        println!("the fabric before the file, reads at depth {depth}, of fio: {ratio:.2}");
+        println!(
+            "the file through the fabric, reads in sequence at depth {depth}, of fio: {ratio:.2}"
+        );
     }
     drop(remove);
     Ok(())
 }
 
 /// The file backend on core 0 under `penstock bench`, whose runs are whole seconds.
-fn alone(binary: &Path, file: &Path, write: bool, depth: usize, time: Duration) -> Result<Figures> {
+fn alone(binary: &Path, file: &Path, rw: &str, depth: usize, time: Duration) -> Result<Figures> {
     let mut command = Command::new("taskset");
     command.args(["-c", "0"]).arg(binary).args(["bench", "--json", "--bs", "4KiB"]);
     command.arg(format!("file:{}", file.display())).arg("--iodepth").arg(depth.to_string());
-    command.args(["--rw", if write { "randwrite" } else { "randread" }]);
+    command.args(["--rw", rw]);
     command.arg("--runtime").arg(time.as_secs().max(1).to_string());
     let json = json_of(&mut command)?;
-    let side = &json[if write { "write" } else { "read" }];
+    let side = &json[direction(rw)];
     let latency = |name| figure(&side["latency_us"][name]);
     Ok(Figures { iops: figure(&side["iops"])?, p50_us: latency("p50")?, p99_us: latency("p99")? })
+}
+
+/// What fio and `penstock bench` call the side of their results.
+fn direction(rw: &str) -> &'static str {
+    if rw.ends_with("write") { "write" } else { "read" }
 }
 
 fn json_of(command: &mut Command) -> Result<serde_json::Value> {
@@ -380,15 +386,15 @@ impl Fio<'_> {
         json_of(self.job().args(["--rw=write", "--bs=128k", "--iodepth=32"])).map(drop)
     }
 
-    /// 4 KiB at random places.
-    fn run(&self, write: bool, depth: usize, time: Duration) -> Result<Figures> {
+    /// 4 KiB in fio's order `rw`.
+    fn run(&self, rw: &str, depth: usize, time: Duration) -> Result<Figures> {
         let mut command = self.job();
-        command.arg(if write { "--rw=randwrite" } else { "--rw=randread" });
+        command.arg(format!("--rw={rw}"));
         command.args(["--bs=4k", "--norandommap", "--time_based"]);
         command.arg(format!("--iodepth={depth}"));
         command.arg(format!("--runtime={}ms", time.as_millis().max(1000)));
         let json = json_of(&mut command)?;
-        let side = &json["jobs"][0][if write { "write" } else { "read" }];
+        let side = &json["jobs"][0][direction(rw)];
         let percentile =
             |name| Ok::<_, anyhow::Error>(figure(&side["clat_ns"]["percentile"][name])? / 1e3);
         Ok(Figures {
