@@ -703,7 +703,7 @@ impl Path {
         if let Some(asked) = asked
             && self.auth.is_none()
         {
-            let wanted = auth::wanted(&self.shared.config.security, asked, self.link.is_tls())?;
+            let wanted = auth::wanted(&self.shared.security(), asked, self.link.is_tls())?;
             match wanted {
                 Some(concatenation) => self.begin_auth(concatenation, now)?,
                 None => self.session.iter_mut().for_each(Session::authenticated),
@@ -744,7 +744,8 @@ impl Path {
 
     fn begin_auth(&mut self, concatenation: Concatenation, now: Duration) -> Result<(), Loss> {
         let config = &self.shared.config;
-        let Some(dhchap) = &config.security.dhchap else {
+        let security = self.shared.security();
+        let Some(dhchap) = &security.dhchap else {
             return Err(Loss::Authentication("there is no secret".to_owned()));
         };
         let (local, until) = (&self.local, now + config.command_timeout);

@@ -120,7 +120,7 @@ pub struct RemoteConfig {
     pub header_digest: bool,
     /// Ask for digests over data. A controller that refuses is not used.
     pub data_digest: bool,
-    /// TLS and authentication.
+    /// TLS and authentication, until [`crate::RemoteVolume::set_security`] says otherwise.
     pub security: Security,
 }
 
@@ -222,9 +222,12 @@ impl RemoteConfig {
         Ok(())
     }
 
-    /// What connections of each path offer; `None`: plaintext, or no key yet.
-    pub(crate) fn offers(&self) -> Result<Vec<Option<Arc<Offers>>>, ConfigError> {
-        let Tls::Keys(tls) = &self.security.tls else { return Ok(vec![None; self.paths_max()]) };
+    /// What connections of each path offer with `security`; `None`: plaintext, or no key yet.
+    pub(crate) fn offers(
+        &self,
+        security: &Security,
+    ) -> Result<Vec<Option<Arc<Offers>>>, ConfigError> {
+        let Tls::Keys(tls) = &security.tls else { return Ok(vec![None; self.paths_max()]) };
         let offers = |_| {
             Offers::new(tls, self.hostnqn.as_str(), self.subnqn.as_str()).map_err(|error| {
                 ConfigError {

@@ -428,7 +428,7 @@ impl Queue {
             return Err(Loss::Command(format!("Connect refused: {status}")));
         }
         let asked = Authentication::asked(cqe.dw0());
-        match auth::wanted(&env.shared.config.security, asked, self.link.is_tls())? {
+        match auth::wanted(&env.shared.security(), asked, self.link.is_tls())? {
             Some(concatenation) => {
                 self.stage = Stage::Authenticating;
                 self.begin_auth(concatenation, true, env)?;
@@ -484,7 +484,8 @@ impl Queue {
         env: &Env<'_>,
     ) -> Result<(), Loss> {
         let config = &env.shared.config;
-        let Some(dhchap) = &config.security.dhchap else {
+        let security = env.shared.security();
+        let Some(dhchap) = &security.dhchap else {
             return Err(Loss::Authentication("the controller asks for it anew".to_owned()));
         };
         let until = env.now + config.command_timeout;

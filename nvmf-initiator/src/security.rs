@@ -118,6 +118,23 @@ impl fmt::Debug for Security {
 }
 
 impl Security {
+    /// Whether `self` may take the place of `old`: what it is good for, and whether connections are
+    /// encrypted at all, stays as it was.
+    pub(crate) fn replaces(
+        &self,
+        old: &Security,
+    ) -> Result<(), (&'static str, String, &'static str)> {
+        self.check()?;
+        if std::mem::discriminant(&self.tls) == std::mem::discriminant(&old.tls) {
+            return Ok(());
+        }
+        Err((
+            "security.tls",
+            "another kind".to_owned(),
+            "keys for keys: TLS is on or off from the start",
+        ))
+    }
+
     /// What is wrong with it, and what is allowed.
     pub(crate) fn check(&self) -> Result<(), (&'static str, String, &'static str)> {
         let dhchap = self.dhchap.as_ref();
@@ -270,6 +287,19 @@ mod tests {
         let tls = Tls::Keys(TlsKeys::new(vec![key(KeyHash::None)]));
         let text = format!("{:?}", Security { tls, dhchap: Some(dhchap) });
         assert_eq!(text, "Security { tls: \"keys\", dhchap_is_mutual: Some(false) }");
+    }
+
+    #[test]
+    fn keys_replace_keys_and_nothing_else() {
+        let by = |n| Security {
+            tls: Tls::Keys(TlsKeys::new(vec![TlsKey::new(KeyHash::None, &[n; 32]).unwrap()])),
+            dhchap: None,
+        };
+        assert!(by(2).replaces(&by(1)).is_ok());
+        assert_eq!(Security::default().replaces(&by(1)).unwrap_err().0, "security.tls");
+        assert_eq!(by(1).replaces(&Security::default()).unwrap_err().0, "security.tls");
+        let none = Security { tls: Tls::Keys(TlsKeys::new(Vec::new())), dhchap: None };
+        assert_eq!(none.replaces(&by(1)).unwrap_err().0, "security.tls.keys");
     }
 
     #[test]

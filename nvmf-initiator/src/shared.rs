@@ -15,7 +15,7 @@ use reactor::CoreHandle;
 
 use crate::auth::Worker;
 use crate::config::{PathConfig, RemoteConfig};
-use crate::security::Offers;
+use crate::security::{Offers, Security};
 
 /// Where the volume stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -295,6 +295,8 @@ struct Inner {
     seats: Vec<Option<Seat>>,
     /// What connections of each path offer; `None`: plaintext.
     offers: Vec<Option<Arc<Offers>>>,
+    /// What the next authentication is with.
+    security: Arc<Security>,
     /// Sums of the channels that were closed.
     closed: Counters,
 }
@@ -325,6 +327,7 @@ impl Shared {
         offers: Vec<Option<Arc<Offers>>>,
     ) -> Arc<Shared> {
         let paths = (0..config.paths_max()).map(|_| AskedPath::default()).collect();
+        let security = Arc::new(config.security.clone());
         Arc::new(Shared {
             config,
             admin,
@@ -336,6 +339,7 @@ impl Shared {
                 asked: Asked { paths, wanted: None, stop: false },
                 seats: Vec::new(),
                 offers,
+                security,
                 closed: Counters::default(),
             }),
             changed: Condvar::new(),
@@ -346,6 +350,24 @@ impl Shared {
     /// What connections of a path offer; `None`: plaintext.
     pub(crate) fn offers(&self, path: usize) -> Option<Arc<Offers>> {
         self.lock().offers.get(path).cloned().flatten()
+    }
+
+    /// TLS and authentication as they are now. Whether connections are encrypted never changes.
+    pub(crate) fn security(&self) -> Arc<Security> {
+        Arc::clone(&self.lock().security)
+    }
+
+    /// From now on. `offers`: for each path, where they are made from keys.
+    pub(crate) fn set_security(
+        &self,
+        security: Security,
+        offers: Option<Vec<Option<Arc<Offers>>>>,
+    ) {
+        let mut inner = self.lock();
+        inner.security = Arc::new(security);
+        if let Some(offers) = offers {
+            inner.offers = offers;
+        }
     }
 
     /// An authentication has made a key for a path, or it is over with that key.

@@ -11,6 +11,7 @@ use reactor::{Local, Task};
 use crate::admin::AdminTask;
 use crate::channel::RemoteChannel;
 use crate::config::{ConfigError, PathConfig, RemoteConfig, check_paths};
+use crate::security::{Security, Tls};
 use crate::shared::{Counters, PathCounters, Phase, RemoteState, Shared};
 
 /// The remote namespace did not become ready in time.
@@ -44,7 +45,7 @@ impl RemoteVolume {
     ) -> Result<(Arc<RemoteVolume>, Box<dyn Task>), ConfigError> {
         config.check()?;
         let state = RemoteState::unknown(&config);
-        let offers = config.offers()?;
+        let offers = config.offers(&config.security)?;
         let shared = Shared::new(config, local.handle(), state, offers);
         let task = Box::new(AdminTask::new(Arc::clone(&shared), local));
         Ok((Arc::new(RemoteVolume { shared }), task))
@@ -99,6 +100,26 @@ impl RemoteVolume {
     /// controller asked for it at first. A queue that fails ends its association.
     pub fn reauthenticate(&self) {
         self.shared.ask_reauthentication();
+    }
+
+    /// Uses other keys from now on: with the next connection, and the next authentication, of each
+    /// queue. Connections that exist stay, and with them what is in flight.
+    ///
+    /// # Errors
+    /// Security that cannot work, or that would switch TLS on or off.
+    pub fn set_security(&self, security: Security) -> Result<(), ConfigError> {
+        let config = &self.shared.config;
+        security.replaces(&config.security).map_err(|(key, value, allowed)| ConfigError {
+            key,
+            value,
+            allowed,
+        })?;
+        let offers = match &security.tls {
+            Tls::Keys(_) => Some(config.offers(&security)?),
+            Tls::Off | Tls::Concatenate => None,
+        };
+        self.shared.set_security(security, offers);
+        Ok(())
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {

@@ -66,8 +66,8 @@ pub struct WatchConfig {
     pub ports: BTreeSet<u16>,
     /// The volumes use TLS, so that entries which require it are theirs as well.
     pub has_tls: bool,
-    /// TLS and authentication of the connections to discovery controllers. One that does not do what
-    /// it says is not listened to.
+    /// TLS and authentication of the connections to discovery controllers, until
+    /// [`Watch::set_security`] says otherwise. One that does not do what it says is not listened to.
     pub security: Security,
     /// NQN this host goes by.
     pub hostnqn: Nqn,
@@ -135,6 +135,14 @@ struct Common {
     states: Mutex<Arc<Vec<DiscoveryState>>>,
     /// For authentication.
     worker: Worker,
+    /// What the next connection is made with. Whether it is encrypted never changes.
+    security: Mutex<Arc<Security>>,
+}
+
+impl Common {
+    fn security(&self) -> Arc<Security> {
+        Arc::clone(&self.security.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// A running look-out for paths. Ends when it is dropped; the paths stay as they are then.
@@ -172,6 +180,7 @@ impl Watch {
             volume.set_paths(&config.always)?;
         }
         let common = Arc::new(Common {
+            security: Mutex::new(Arc::new(config.security.clone())),
             config,
             stop: AtomicBool::new(false),
             states: Mutex::default(),
@@ -190,6 +199,19 @@ impl Watch {
         }
         task.publish();
         Ok((Watch { common, core: local.handle() }, Box::new(task)))
+    }
+
+    /// Uses other keys from the next connections on; those that exist stay.
+    ///
+    /// # Errors
+    /// Security that cannot work, or that would switch TLS on or off.
+    pub fn set_security(&self, security: Security) -> Result<(), ConfigError> {
+        security
+            .replaces(&self.common.config.security)
+            .map_err(|(key, value, allowed)| ConfigError { key, value, allowed })?;
+        let mut place = self.common.security.lock().unwrap_or_else(PoisonError::into_inner);
+        *place = Arc::new(security);
+        Ok(())
     }
 
     /// The discovery controllers that are asked.
@@ -312,6 +334,8 @@ struct Node {
     link: Link,
     client: Option<Client>,
     slots: Slots,
+    /// What the connection is made with.
+    security: Arc<Security>,
     /// What is offered for TLS under the controller's NQN; made with the first connection.
     offers: Option<Arc<Offers>>,
     /// An authentication under way, and an exponentiation of it.
@@ -328,11 +352,12 @@ struct Node {
 impl Node {
     fn new(
         local: &Local,
-        config: &WatchConfig,
+        common: &Common,
         referral: Referral,
         referred_by: Option<SocketAddr>,
         depth: u8,
     ) -> Node {
+        let config = &common.config;
         let host_config = HostConfig { queue_depth: TAGS + 1, ..HostConfig::default() };
         let tx_entries_max = usize::from(TAGS) + 3;
         let timeout = config.connect_timeout;
@@ -344,6 +369,7 @@ impl Node {
             stage: Stage::Waiting { until: local.now() },
             client: None,
             slots: Slots::new(TAGS + 1),
+            security: common.security(),
             offers: None,
             auth: None,
             is_renewed: false,
@@ -381,7 +407,7 @@ impl Node {
         match self.stage {
             Stage::Waiting { until } if now >= until => {
                 self.stage = Stage::Opening;
-                let offers = self.offers(config)?;
+                let offers = self.offers(common)?;
                 self.link.open(offers)?;
                 *progressed = true;
             }
@@ -434,10 +460,17 @@ impl Node {
     }
 
     /// What the next connection offers; `None`: plaintext, if only until it has made a key.
-    fn offers(&mut self, config: &WatchConfig) -> Result<Option<Arc<Offers>>, Loss> {
-        if let (None, Tls::Keys(tls)) = (&self.offers, &config.security.tls) {
+    fn offers(&mut self, common: &Common) -> Result<Option<Arc<Offers>>, Loss> {
+        let security = common.security();
+        if !Arc::ptr_eq(&self.security, &security) {
+            if matches!(security.tls, Tls::Keys(_)) {
+                self.offers = None;
+            }
+            self.security = security;
+        }
+        if let (None, Tls::Keys(tls)) = (&self.offers, &self.security.tls) {
             let subnqn = self.referral.nqn.as_str();
-            let offers = Offers::new(tls, config.hostnqn.as_str(), subnqn);
+            let offers = Offers::new(tls, common.config.hostnqn.as_str(), subnqn);
             self.offers = Some(offers.map_err(|error| Loss::Tls(error.to_string()))?);
         }
         Ok(self.offers.clone())
@@ -497,8 +530,8 @@ impl Node {
         if let Some(asked) = asked
             && self.auth.is_none()
         {
-            let wanted = auth::wanted(&config.security, asked, self.link.is_tls())?;
-            match (wanted, &config.security.dhchap) {
+            let wanted = auth::wanted(&self.security, asked, self.link.is_tls())?;
+            match (wanted, &self.security.dhchap) {
                 (Some(concatenation), Some(dhchap)) => {
                     let (names, until) = (self.names(config), now + config.command_timeout);
                     let random = &mut || local.random_u64();
@@ -631,7 +664,7 @@ struct WatchTask {
 
 impl WatchTask {
     fn add(&mut self, referral: Referral, by: Option<SocketAddr>, depth: u8) {
-        self.nodes.push(Node::new(&self.local, &self.common.config, referral, by, depth));
+        self.nodes.push(Node::new(&self.local, &self.common, referral, by, depth));
     }
 
     /// Makes the nodes those that the configuration and the logs name.

@@ -259,6 +259,54 @@ fn a_key_is_changed_without_a_disconnect() {
 }
 
 #[test]
+fn new_keys_are_for_what_comes_next_and_io_goes_on() {
+    let by = |n| {
+        let dhchap = with_dhchap(secret(n), Some(secret(n + 10))).dhchap;
+        Security { dhchap, ..with_tls(vec![tls_key(n)]) }
+    };
+    let at_target = |n| known(&[tls_key(n)], &[secret(n)], Some(secret(n + 10)));
+    let (mut pair, watch) = told(Tls::Required, at_target(1), &by(1));
+    pair.until_live();
+    pair.run("discovery", |_, _| watch.state()[0].is_connected);
+    pair.verify(1);
+    let give = |pair: &Pair, n| {
+        pair.volume.set_security(by(n)).expect("keys for keys");
+        watch.set_security(by(n)).expect("keys for keys");
+    };
+    give(&pair, 2);
+    pair.verify(2);
+    pair.keys.set(HOSTNQN, at_target(2));
+    for round in 3..6 {
+        // With the secret of the start each would be a loss.
+        pair.volume.reauthenticate();
+        pair.verify(round);
+    }
+    assert_eq!((pair.state().losses, pair.state().attempts), (0, 1));
+    // The next connections are by the new keys alone, those to discovery as well.
+    let disconnect = |pair: &Pair| {
+        pair.rig.target.disconnect_host(None, &nqn(HOSTNQN)).expect("a host");
+    };
+    disconnect(&pair);
+    pair.run("the loss", |pair, _| pair.state().losses == 1);
+    pair.until_live();
+    pair.verify(6);
+    // Keys that the target lacks keep the next connection out until there are others.
+    give(&pair, 3);
+    pair.verify(7);
+    disconnect(&pair);
+    pair.run("a refusal", |pair, _| {
+        pair.state().last_error.as_ref().is_some_and(|why| why.contains("unknown_psk_identity"))
+    });
+    pair.keys.set(HOSTNQN, at_target(3));
+    pair.until_live();
+    pair.verify(8);
+    pair.run("discovery", |_, _| watch.state()[0].is_connected);
+    // TLS is not switched off on the way.
+    assert!(pair.volume.set_security(Security::default()).is_err());
+    assert!(watch.set_security(Security::default()).is_err());
+}
+
+#[test]
 fn every_hash_and_group_authenticates() {
     let cases = [
         (Hash::Sha256, DhGroup::Null),
