@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::SecretString;
+
 /// One emulated device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
@@ -11,6 +13,9 @@ pub struct Device {
     pub kind: String,
     /// Socket the machine connects to.
     pub socket: String,
+    /// Who it is to its target; empty: it has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hostnqn: String,
     /// The target has answered, and whoever connects to the socket is served.
     pub is_served: bool,
     /// A machine is connected.
@@ -29,6 +34,29 @@ pub struct Device {
     /// Why it cannot be served or is not ready, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+/// Keys that a device uses from now on, in place of those of the same kind that it had. What is not
+/// given stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetDeviceKeys {
+    /// For TLS, as nvme-cli prints them, the preferred first; up to 8.
+    #[serde(default)]
+    pub psk: Vec<SecretString>,
+    /// The same for discovery controllers; `null`: those in `psk`.
+    #[serde(default)]
+    pub discovery_psk: Option<Vec<SecretString>>,
+    /// Secret of the host for DH-HMAC-CHAP.
+    #[serde(default)]
+    pub dhchap: Option<SecretString>,
+    /// Secret that controllers have to prove themselves with.
+    #[serde(default)]
+    pub dhchap_ctrl: Option<SecretString>,
+    /// Connections that were authenticated authenticate again now, while I/O goes on. One that the
+    /// target does not let go on ends.
+    #[serde(default)]
+    pub reauthenticate: bool,
 }
 
 /// A remote namespace behind a device, or its own volume.

@@ -29,6 +29,7 @@ pub use change::{
 };
 pub use device::{
     Device, DeviceCounters, DeviceDiscovery, DeviceNamespace, DevicePath, DeviceQueue,
+    SetDeviceKeys,
 };
 pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use status::{
@@ -61,7 +62,8 @@ pub mod path {
     pub const VOLUMES: &str = "/v1/volumes";
     /// GET: list of [`Subsystem`](crate::Subsystem). POST: [`AddSubsystem`](crate::AddSubsystem).
     pub const SUBSYSTEMS: &str = "/v1/subsystems";
-    /// GET, of an emulator: list of [`Device`](crate::Device). `/v1/devices/{name}`: one of them.
+    /// GET, of an emulator: list of [`Device`](crate::Device). `/v1/devices/{name}`: one of them. PUT
+    /// `/v1/devices/{name}/keys` [`SetDeviceKeys`](crate::SetDeviceKeys): the device.
     pub const DEVICES: &str = "/v1/devices";
     /// PUT: [`SetAna`](crate::SetAna).
     pub const ANA: &str = "/v1/ana";

@@ -7,16 +7,19 @@
 //! ```
 //!
 //! Keys are never in arguments, which every process of the machine can read. They are read before
-//! the process gives up its access to files, and not again.
+//! the process gives up its access to files, and not again: who changes them at run time reads the
+//! files himself ([`device_keys`]) and hands the keys over at the management socket ([`renewed`]).
 
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
+use api::{Code, Problem, SecretString, SetDeviceKeys};
 use crypto::nvme_cli::{Imported, import};
-use crypto::{DhchapKey, TlsKey};
+use crypto::{DhchapKey, SecretText, TlsKey};
 use nvme::spec::Nqn;
 use nvmf_initiator::{Dhchap, Security, Tls, TlsKeys};
 
+use crate::state::State;
 use crate::{keys, private};
 
 /// A file of keys is not longer.
@@ -122,6 +125,139 @@ impl CredentialsConfig {
         }
         Ok(Security { tls: Tls::Keys(TlsKeys::new(kept.tls)), ..target.clone() })
     }
+}
+
+/// What hands a running device the keys of these files.
+///
+/// # Errors
+/// A file cannot be read, others may use it, or it holds no keys of its kind.
+pub fn device_keys(
+    psk: Option<&Path>,
+    dhchap: Option<&Path>,
+    dhchap_ctrl: Option<&Path>,
+) -> anyhow::Result<SetDeviceKeys> {
+    let secret = |path: Option<&Path>| -> anyhow::Result<_> {
+        Ok(path.map(secret).transpose()?.map(|key| text(&key.to_text())))
+    };
+    Ok(SetDeviceKeys {
+        discovery_psk: None,
+        psk: match psk {
+            Some(path) => tls_keys(path)?.iter().map(|key| text(&key.to_text())).collect(),
+            None => Vec::new(),
+        },
+        dhchap: secret(dhchap)?,
+        dhchap_ctrl: secret(dhchap_ctrl)?,
+        reauthenticate: false,
+    })
+}
+
+/// The same with what a data directory has for `host` at `subsystem`, and at discovery controllers.
+///
+/// # Errors
+/// There is no such directory, it is locked by another process, or damaged.
+pub fn kept_device_keys(dir: &Path, host: &Nqn, subsystem: &Nqn) -> anyhow::Result<SetDeviceKeys> {
+    if !dir.is_dir() {
+        bail!("data directory {}: there is none", dir.display());
+    }
+    let _locked = State::open(dir)?;
+    let kept = keys::of_host(dir, host, subsystem)?;
+    let discovery = keys::of_host(dir, host, &Nqn::discovery())?;
+    let texts = |keys: &[TlsKey]| keys.iter().map(|key| text(&key.to_text())).collect();
+    Ok(SetDeviceKeys {
+        psk: texts(&kept.tls),
+        discovery_psk: Some(texts(&discovery.tls)),
+        dhchap: kept.dhchap.map(|key| text(&key.to_text())),
+        dhchap_ctrl: kept.dhchap_controller.map(|key| text(&key.to_text())),
+        reauthenticate: false,
+    })
+}
+
+fn text(key: &SecretText) -> SecretString {
+    SecretString::new(key.expose().to_owned())
+}
+
+/// Whom keys are shown to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The target.
+    Target,
+    /// Discovery controllers, which may be asked in plaintext although the target is not.
+    Discovery,
+}
+
+/// `old` with the keys of `request` in place of those of the same kind.
+pub(crate) fn renewed(
+    old: &Security,
+    request: &SetDeviceKeys,
+    part: Part,
+) -> Result<Security, Problem> {
+    let invalid = |what: &str, allowed: &str| Problem {
+        error: Code::Invalid,
+        what: what.to_owned(),
+        allowed: allowed.to_owned(),
+    };
+    let secret = |field: &str, text: &SecretString| match import(text.expose()) {
+        Ok(Imported::Dhchap(key)) => Ok(key),
+        Ok(Imported::Tls(_)) => {
+            Err(invalid(&format!("{field}: a key for TLS"), "what `nvme gen-dhchap-key` prints"))
+        }
+        Err(error) => {
+            Err(invalid(&format!("{field}: {error}"), "what `nvme gen-dhchap-key` prints"))
+        }
+    };
+    let mut new = old.clone();
+    let psk = match (part, &request.discovery_psk) {
+        (Part::Discovery, Some(own)) if own.is_empty() && !request.psk.is_empty() => {
+            if matches!(old.tls, Tls::Keys(_)) {
+                let what = "the keys for TLS are for one subsystem each, and none is for discovery";
+                return Err(invalid(what, "a key for every subsystem"));
+            }
+            own
+        }
+        (Part::Discovery, Some(own)) => own,
+        _ => &request.psk,
+    };
+    if psk.len() > TLS_KEYS_MAX {
+        return Err(invalid(&format!("{} keys for TLS", psk.len()), "at most 8"));
+    }
+    let mut keys = Vec::with_capacity(psk.len());
+    for text in psk {
+        match import(text.expose()) {
+            Ok(Imported::Tls(key)) => keys.push(key),
+            Ok(Imported::Dhchap(_)) => {
+                return Err(invalid("psk: a secret", "what `nvme gen-tls-key` prints"));
+            }
+            // The text is not shown: it is a key.
+            Err(error) => {
+                let what = format!("psk: {error}");
+                return Err(invalid(&what, "what `nvme gen-tls-key` prints"));
+            }
+        }
+    }
+    match &mut new.tls {
+        _ if keys.is_empty() => {}
+        Tls::Keys(tls) => tls.keys = keys,
+        Tls::Off if part == Part::Discovery => {}
+        Tls::Off | Tls::Concatenate => {
+            let what = "the device has no key for TLS, as it is one with tls=off or tls=concat";
+            return Err(invalid(what, "the secrets of DH-HMAC-CHAP"));
+        }
+    }
+    if let Some(text) = &request.dhchap {
+        let key = secret("dhchap", text)?;
+        let controller_key = new.dhchap.take().and_then(|dhchap| dhchap.controller_key);
+        new.dhchap = Some(Dhchap { controller_key, ..Dhchap::new(key) });
+    }
+    if let Some(text) = &request.dhchap_ctrl {
+        let key = secret("dhchap_ctrl", text)?;
+        let Some(dhchap) = &mut new.dhchap else {
+            let what =
+                "a controller proves itself to a host that does, and the device has no secret";
+            return Err(invalid(what, "dhchap as well"));
+        };
+        dhchap.controller_key = Some(key);
+    }
+    Ok(new)
 }
 
 /// What to do where there is no key.
@@ -255,6 +391,43 @@ mod tests {
     }
 
     #[test]
+    fn new_keys_take_the_place_of_those_of_their_kind() {
+        let files = Files(tempfile::tempdir().unwrap());
+        let psk = files.put("psk", TLS, 0o600);
+        let dhchap = files.put("secret", DHCHAP, 0o600);
+        let old =
+            load(&CredentialsConfig { psk: Some(psk.clone()), ..CredentialsConfig::default() })
+                .unwrap();
+        let two = files.put("two", &format!("{TLS}\n{TLS}\n"), 0o600);
+        let request = device_keys(Some(&two), Some(&dhchap), None).unwrap();
+        let new = renewed(&old, &request, Part::Target).unwrap();
+        let Tls::Keys(tls) = &new.tls else { panic!("TLS stays") };
+        assert!(tls.keys.len() == 2 && new.dhchap.as_ref().unwrap().controller_key.is_none());
+        // What is not given stays.
+        let request = device_keys(None, None, Some(&dhchap)).unwrap();
+        let mutual = renewed(&new, &request, Part::Target).unwrap();
+        let Tls::Keys(tls) = &mutual.tls else { panic!("TLS stays") };
+        assert!(tls.keys.len() == 2 && mutual.dhchap.unwrap().controller_key.is_some());
+        let why = |old: &Security, request| renewed(old, request, Part::Target).unwrap_err().what;
+        assert!(why(&old, &request).contains("the device has no secret"));
+        let request = device_keys(Some(&psk), None, None).unwrap();
+        let plain = Security::default();
+        assert!(why(&plain, &request).contains("tls=off"));
+        assert!(matches!(renewed(&plain, &request, Part::Discovery).unwrap().tls, Tls::Off));
+        let secret = SetDeviceKeys {
+            psk: vec![SecretString::new(DHCHAP.to_owned())],
+            ..SetDeviceKeys::default()
+        };
+        assert_eq!(why(&old, &secret), "psk: a secret");
+        let broken = SetDeviceKeys {
+            dhchap: Some(SecretString::new("DHHC-1:01:AAEC".to_owned())),
+            ..SetDeviceKeys::default()
+        };
+        assert!(!why(&old, &broken).contains("AAEC"));
+        assert!(device_keys(Some(&dhchap), None, None).is_err());
+    }
+
+    #[test]
     fn the_data_directory_gives_what_the_files_do_not() {
         use api::{AddKey, KeyKind};
 
@@ -292,6 +465,13 @@ mod tests {
         // What is for one subsystem is not for the discovery subsystem.
         let discovery = credentials.load_discovery(&security, &host, Some(&dir)).unwrap();
         assert_eq!(lens(&discovery), [32]);
+        let given = kept_device_keys(&dir, &host, &sub).unwrap();
+        assert_eq!(lens(&renewed(&discovery, &given, Part::Target).unwrap()), [48, 32]);
+        assert_eq!(lens(&renewed(&security, &given, Part::Discovery).unwrap()), [32]);
+        let alone = SetDeviceKeys { discovery_psk: Some(Vec::new()), ..given };
+        let why = renewed(&discovery, &alone, Part::Discovery).unwrap_err().what;
+        assert!(why.contains("none is for discovery"), "{why}");
+        assert!(kept_device_keys(&dir.join("none"), &host, &sub).is_err());
         for security in [security, discovery] {
             assert_eq!(security.dhchap.unwrap().key.secret().expose().len(), 64);
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
 use block::{Latency, Volume};
+use nvme::spec::Nqn;
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
 use nvmf_initiator::{
     DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Tls, Watch, WatchConfig,
@@ -21,6 +22,7 @@ use uuid::Uuid;
 
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
+use crate::credentials::{self, Part};
 use crate::identity::{self, HostIdentity};
 use crate::manage::serial_text;
 use crate::supervise::Legacy;
@@ -52,6 +54,9 @@ pub(crate) struct Entry {
     local: Option<Arc<dyn Volume>>,
     /// Looks out for their paths, if discovery tells them.
     watch: Mutex<Option<Watch>>,
+    security: Mutex<DeviceSecurity>,
+    /// Who it is to its target, if it has one.
+    hostnqn: Option<Nqn>,
     stop: AtomicBool,
     handle: Mutex<Option<Handle>>,
     failed: Mutex<Option<String>>,
@@ -173,11 +178,14 @@ impl RunningDevice {
         let handles: Vec<_> =
             (0..count).map(|index| cores.handles()[(first + index) % count].clone()).collect();
         let name = format!("start-{}", config.name);
+        let hostnqn = local.is_none().then(|| host.nqn.clone());
         let entry = Arc::new(Entry {
             config,
             remotes,
             local,
             watch: Mutex::new(watch),
+            security: Mutex::new(security.clone()),
+            hostnqn,
             stop: AtomicBool::new(false),
             handle: Mutex::new(None),
             failed: Mutex::new(None),
@@ -319,12 +327,55 @@ impl Entry {
         }
     }
 
+    /// Has connections and authentications from now on use other keys.
+    fn set_keys(&self, request: &api::SetDeviceKeys) -> Result<(), Problem> {
+        let invalid = |what: String| Problem {
+            error: Code::Invalid,
+            what,
+            allowed: "keys of a device with a target".to_owned(),
+        };
+        if self.local.is_some() {
+            return Err(invalid("the device has a volume of its own, and no target".to_owned()));
+        }
+        // Held to the end: two requests at once come one after the other.
+        let mut security = lock(&self.security);
+        let watch = lock(&self.watch);
+        let new = DeviceSecurity {
+            target: credentials::renewed(&security.target, request, Part::Target)?,
+            discovery: match watch.is_some() {
+                true => credentials::renewed(&security.discovery, request, Part::Discovery)?,
+                false => security.discovery.clone(),
+            },
+        };
+        for (_, remote) in &self.remotes {
+            remote.set_security(new.target.clone()).map_err(|error| invalid(error.to_string()))?;
+        }
+        if let Some(watch) = &*watch {
+            watch
+                .set_security(new.discovery.clone())
+                .map_err(|error| invalid(error.to_string()))?;
+        }
+        *security = new;
+        tracing::info!(
+            device = %self.config.name,
+            psk = request.psk.len(),
+            dhchap = request.dhchap.is_some(),
+            dhchap_ctrl = request.dhchap_ctrl.is_some(),
+            "new keys"
+        );
+        if request.reauthenticate {
+            self.remotes.iter().for_each(|(_, remote)| remote.reauthenticate());
+        }
+        Ok(())
+    }
+
     fn report(&self) -> api::Device {
         let config = &self.config;
         let mut device = api::Device {
             name: config.name.clone(),
             kind: config.kind.to_string(),
             socket: config.socket.display().to_string(),
+            hostnqn: self.hostnqn.as_ref().map_or_else(String::new, Nqn::to_string),
             is_served: false,
             guest_attached: false,
             namespaces: match &self.local {
@@ -526,9 +577,24 @@ impl Book {
 
     /// One of them.
     pub(crate) fn device(&self, name: &str) -> Result<api::Device, Problem> {
+        Ok(self.entry(name)?.report())
+    }
+
+    /// Gives one of them other keys.
+    pub(crate) fn set_keys(
+        &self,
+        name: &str,
+        request: &api::SetDeviceKeys,
+    ) -> Result<api::Device, Problem> {
+        let entry = self.entry(name)?;
+        entry.set_keys(request)?;
+        Ok(entry.report())
+    }
+
+    fn entry(&self, name: &str) -> Result<Arc<Entry>, Problem> {
         let entries = lock(&self.0).clone();
-        let found = entries.iter().find(|entry| entry.config.name == name);
-        found.map(|entry| entry.report()).ok_or_else(|| Problem {
+        let found = entries.into_iter().find(|entry| entry.config.name == name);
+        found.ok_or_else(|| Problem {
             error: Code::NotFound,
             what: format!("there is no device {name:?}"),
             allowed: "the names that /v1/devices lists".to_owned(),

@@ -95,8 +95,6 @@ pub struct Daemon {
     api: Option<Server>,
     failures: mpsc::UnboundedReceiver<String>,
     failed: mpsc::UnboundedSender<String>,
-    /// Without a target nobody else keeps the lock on the data directory.
-    _state: Option<State>,
 }
 
 impl Daemon {
@@ -180,7 +178,6 @@ impl Daemon {
             api: None,
             failures,
             failed,
-            _state: left,
         };
         let mut needs = Needs { connect_ports: Some(BTreeSet::new()), ..Needs::default() };
         if let (None, Some(path)) = (&daemon.target, &config.api) {
@@ -205,6 +202,8 @@ impl Daemon {
         if !securities.is_empty() {
             crypto::tls::prepare()?;
         }
+        // An emulator needs its data directory at the start alone: keys may be put there now.
+        drop(left);
         let contained = match &daemon.target {
             None => contain::enter(config.containment, &needs)?,
             // It opens what it is told to at run time.

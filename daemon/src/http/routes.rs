@@ -40,11 +40,12 @@ struct Parameters {
     host: Option<String>,
 }
 
-/// What an emulator answers: its devices, which nobody changes at run time.
+/// What an emulator answers: its devices, of which nothing but the keys changes at run time.
 pub(crate) fn devices(book: Arc<Book>) -> Router {
     Router::new()
         .route(api::path::DEVICES, get(list_devices))
         .route("/v1/devices/{name}", get(device))
+        .route("/v1/devices/{name}/keys", put(set_device_keys))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .with_state(book)
@@ -57,6 +58,12 @@ async fn list_devices(State(book): State<Arc<Book>>) -> Answer {
 async fn device(State(book): State<Arc<Book>>, path: Name) -> Answer {
     let name = name(path)?;
     blocking(move || book.device(&name)).await
+}
+
+async fn set_device_keys(State(book): State<Arc<Book>>, path: Name, request: Request) -> Answer {
+    let name = name(path)?;
+    let body: api::SetDeviceKeys = body(request).await?;
+    blocking(move || book.set_keys(&name, &body)).await
 }
 
 pub(crate) fn router(manager: Arc<Manager>) -> Router {

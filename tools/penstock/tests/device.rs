@@ -195,6 +195,93 @@ fn a_device_is_told_its_ways_by_discovery_over_tls() {
 }
 
 #[test]
+fn a_contained_device_is_given_new_keys_while_it_runs() {
+    const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:5f0e8a52-1c7b-4b0f-9d3b-0d5cbb6a4f44";
+    let dir = tempfile::tempdir().unwrap();
+    let (data, target_api) = (dir.path().join("target"), dir.path().join("target.sock"));
+    let (data, target_api) = (data.to_str().unwrap(), target_api.to_str().unwrap());
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        let output = command.args(arguments).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for kind in ["tls", "dhchap"] {
+        run(&["key", "generate", "--host", HOST, "--kind", kind, "--data", data]);
+    }
+    // Makes the files, and gives what uses them.
+    let export = |place: &[&str]| {
+        let export = ["key", "export", "--emulator", "--host", HOST, "--subsystem", NQN];
+        let lines = run(&[&export[..], &["--address", &address], place].concat());
+        let (files, line) = lines.trim_end().rsplit_once('\n').unwrap();
+        let mut shell = Command::new("sh");
+        let made = shell.args(["-ec", files]).current_dir(dir.path()).status().unwrap();
+        assert!(made.success());
+        line.strip_prefix("penstock emulate --device ").unwrap().to_owned()
+    };
+    let text = export(&["--data", data]);
+    let listen = format!("{address},tls=required");
+    let volume = ["--volume", "a=ram:4MiB", "--listen", &listen, "--subnqn", NQN, "--cores", "1"];
+    let managed = ["target", "--data", data, "--api", target_api];
+    let _target = Running::start(&[&managed[..], &volume].concat());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+    let emulate = ["--log", "error", "emulate", "--cores", "1", "--data", "own"];
+    command.args(emulate).args(["--api", "api.sock", "--device", &text]);
+    let emulator = Running(command.current_dir(dir.path()).spawn().unwrap());
+    let api = dir.path().join("api.sock");
+    let path = |device: &Value| device["namespaces"][0]["paths"][0].clone();
+    wait(&api, |device| device["is_served"] == true);
+
+    let place = ["--api", target_api];
+    let rotate = || {
+        let listed = run(&[&["key", "list", "--json"][..], &place].concat());
+        let listed: Value = serde_json::from_str(&listed).unwrap();
+        for key in listed.as_array().unwrap().iter().filter(|key| key["expired"] == false) {
+            let id = key["id"].as_str().unwrap();
+            run(&[&["key", "rotate", id, "--overlap", "0"][..], &place].concat());
+        }
+        export(&place);
+    };
+    rotate();
+    // The files are new, and the process cannot look at them: it is told.
+    let files = ["--psk", "penstock.psk", "--dhchap", "penstock.dhchap", "--api", "api.sock"];
+    let said = run(&[&["device", "rekey", "disk", "--reauthenticate"][..], &files].concat());
+    assert!(said.contains("new keys"), "{said}");
+    let before = path(&wait(&api, |_| true));
+    assert_eq!((&before["losses"], &before["associations"]), (&0.into(), &1.into()));
+    run(&[&["host", "disconnect", HOST][..], &place].concat());
+    let is_back = |count: u64| {
+        let after = wait(&api, |device| {
+            path(device)["associations"] == count && path(device)["state"] == "live"
+        });
+        assert_eq!(path(&after)["losses"], count - 1);
+    };
+    is_back(2);
+    // By way of the data directory, which is not locked while the emulator runs.
+    rotate();
+    for (kind, file) in [("tls", "penstock.psk"), ("dhchap", "penstock.dhchap")] {
+        let import = ["key", "import", "--host", HOST, "--kind", kind, "--file", file];
+        run(&[&import[..], &["--data", "own"]].concat());
+    }
+    run(&["device", "rekey", "disk", "--data", "own", "--api", "api.sock"]);
+    run(&[&["host", "disconnect", HOST][..], &place].concat());
+    is_back(3);
+
+    let refused = device(
+        &api,
+        &["rekey", "other", "--psk", dir.path().join("penstock.psk").to_str().unwrap()],
+    );
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && why.contains("there is no device \"other\""), "{why}");
+    let refused = device(&api, &["rekey", "disk"]);
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && why.contains("--psk"), "{why}");
+    drop(emulator);
+}
+
+#[test]
 fn a_device_without_a_key_is_refused_and_told_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |more: &str, data: &[&str]| {

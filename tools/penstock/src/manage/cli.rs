@@ -92,7 +92,41 @@ pub(crate) enum DeviceAction {
         #[command(flatten)]
         connection: Connection,
     },
+    /// Give a device other keys, for its next connections; those that exist stay, and their I/O
+    #[command(after_help = REKEY_AFTER)]
+    Rekey {
+        /// Its name
+        name: String,
+        /// Keys for TLS, in a file that nobody else can read
+        #[arg(long, value_name = "FILE", required_unless_present_any = ["dhchap", "dhchap_ctrl", "data"])]
+        psk: Option<PathBuf>,
+        /// Secret of the host for DH-HMAC-CHAP, in such a file
+        #[arg(long, value_name = "FILE")]
+        dhchap: Option<PathBuf>,
+        /// Secret that the controller has to prove itself with, in such a file
+        #[arg(long, value_name = "FILE")]
+        dhchap_ctrl: Option<PathBuf>,
+        /// Data directory of the emulator (its --data), for what no file is given for
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
+        /// Authenticate again at once on the connections that exist; what the target does not let go
+        /// on is lost, and made anew
+        #[arg(long)]
+        reauthenticate: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
 }
+
+const REKEY_AFTER: &str =
+    "The emulator keeps the keys in memory alone: it cannot open files. At its \
+next start it reads its own (psk=, dhchap=, dhchap_ctrl=, --data), so change these first and name them here.
+
+Examples:
+  penstock device rekey db0 --psk /etc/penstock/db0.psk --api /run/penstock/emulate.sock
+  penstock device rekey db0 --dhchap /etc/penstock/db0.dhchap --reauthenticate
+  penstock key import --data /var/lib/penstock --host NQN <new.psk
+  penstock device rekey db0 --data /var/lib/penstock";
 
 pub(crate) const VOLUME_AFTER: &str = "A change has happened when the command ends: no I/O of \
 before can land any more.

@@ -44,7 +44,7 @@ pub(crate) struct KeyArgs {
 struct Place {
     #[command(flatten)]
     connection: Connection,
-    /// Data directory of a target that does not run; instead of --api
+    /// Data directory of a target that does not run, or of an emulator; instead of --api
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
 }

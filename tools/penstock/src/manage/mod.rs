@@ -7,14 +7,16 @@ mod key;
 mod place;
 mod text;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use api::{
     AddReferral, AddSubsystem, AnaState, AttachVolume, Breakdown, Device, DisconnectHost, Done,
-    MoveVolume, Referral, ResizeVolume, SetAna, SetHosts, SetSampling, SetWriteProtect, Status,
-    Subsystem, Volume,
+    MoveVolume, Referral, ResizeVolume, SetAna, SetDeviceKeys, SetHosts, SetSampling,
+    SetWriteProtect, Status, Subsystem, Volume,
 };
+use daemon::credentials::{device_keys, kept_device_keys};
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -40,7 +42,55 @@ pub(crate) fn device(args: &DeviceArgs) -> anyhow::Result<ExitCode> {
             let path = format!("{}/{}", api::path::DEVICES, segment(name));
             show(connection, &path, text::device)
         }
+        DeviceAction::Rekey {
+            name,
+            psk,
+            dhchap,
+            dhchap_ctrl,
+            data,
+            reauthenticate,
+            connection,
+        } => {
+            let (psk, dhchap) = (psk.as_deref(), dhchap.as_deref());
+            let mut body = device_keys(psk, dhchap, dhchap_ctrl.as_deref())?;
+            if let Some(dir) = data {
+                let kept = kept_keys(connection, name, dir)?;
+                if psk.is_none() {
+                    (body.psk, body.discovery_psk) = (kept.psk, kept.discovery_psk);
+                }
+                body.dhchap = body.dhchap.or(kept.dhchap);
+                body.dhchap_ctrl = body.dhchap_ctrl.or(kept.dhchap_ctrl);
+            }
+            body.reauthenticate = *reauthenticate;
+            let ask = Ask {
+                method: Method::PUT,
+                path: format!("{}/{}/keys", api::path::DEVICES, segment(name)),
+                body: Some(serde_json::to_string(&body)?),
+            };
+            let device: Device =
+                client::send(connection, Duration::from_secs(connection.timeout), ask)?;
+            if connection.json {
+                println!("{}", serde_json::to_string_pretty(&device)?);
+            } else {
+                println!("{name}: the next connection uses the new keys");
+            }
+            Ok(ExitCode::SUCCESS)
+        }
     }
+}
+
+/// What a data directory has for a device, as who it is to its target.
+fn kept_keys(connection: &Connection, name: &str, dir: &Path) -> anyhow::Result<SetDeviceKeys> {
+    let device: Device = get(connection, &format!("{}/{}", api::path::DEVICES, segment(name)))?;
+    let subnqn = device.namespaces.first().map_or("", |namespace| &namespace.subnqn);
+    let (Ok(host), Ok(subnqn)) = (device.hostnqn.parse(), subnqn.parse()) else {
+        anyhow::bail!("device {name:?} has no target, and no keys");
+    };
+    let kept = kept_device_keys(dir, &host, &subnqn)?;
+    if kept.psk.is_empty() && kept.dhchap.is_none() && kept.dhchap_ctrl.is_none() {
+        anyhow::bail!("data directory {}: no key of {host} for {subnqn}", dir.display());
+    }
+    Ok(kept)
 }
 
 pub(crate) fn volume(args: &VolumeArgs) -> anyhow::Result<ExitCode> {
