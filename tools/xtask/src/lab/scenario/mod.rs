@@ -87,7 +87,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "secure-target",
-        shows: "our initiator with TLS and DH-HMAC-CHAP against the newest kernel's target",
+        shows: "our initiator and emulated disks with TLS and DH-HMAC-CHAP against the newest kernel's target",
         needs_penstock: true,
         run: secure_target::backports,
     },

@@ -1,5 +1,5 @@
 //! Our initiator with TLS and in-band authentication against the Linux kernel's target, which is in the
-//! guest with its handshake agent.
+//! guest with its handshake agent: as `penstock bench`, and under emulated disks that fio drives.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::super::Scene;
 use super::super::guest::Job;
-use super::super::service::free_ports;
+use super::super::service::{Service, free_ports};
 use super::super::tree::Kernel;
-use super::manage;
+use super::{READY_LIMIT, fio_result, manage};
 use crate::exec;
 use crate::report::Outcome;
 
@@ -108,6 +108,72 @@ fn run(scene: &Scene<'_>, kernel: Kernel) -> Result<Outcome> {
     let swapped = [("--dhchap", &*secret), ("--dhchap-ctrl", &*secret)];
     let said = refusal(bench(scene, auth_port, &auth, &host(3), &swapped))?;
     ensure!(said.contains("DH-HMAC-CHAP: "), "a controller with another secret: {said}");
+    let disks = [
+        Disk { name: "v0", port: tls_port, host: host(1), keys: vec![("psk", &*psk)] },
+        Disk { name: "v1", port: tls_port, host: host(1), keys: vec![("psk", &*psk)] },
+        Disk {
+            name: "auth",
+            port: auth_port,
+            host: host(3),
+            keys: vec![("dhchap", &*secret), ("dhchap_ctrl", &*controller)],
+        },
+    ];
+    let outcome = emulated(scene, &disks)?;
     guest.kill()?;
+    Ok(outcome)
+}
+
+/// A disk of the emulator on a subsystem of the guest's.
+struct Disk<'a> {
+    /// Of the subsystem.
+    name: &'static str,
+    port: u16,
+    host: String,
+    keys: Vec<(&'static str, &'a Path)>,
+}
+
+/// A contained emulator with these disks; fio writes on each, around the page cache, and reads back.
+fn emulated(scene: &Scene<'_>, disks: &[Disk<'_>]) -> Result<Outcome> {
+    if let Err(why) = scene.tree().fio_blkio() {
+        return Ok(Outcome::Skipped(format!("the emulated disks: {why}")));
+    }
+    let mut command = scene.penstock();
+    command.args(["emulate", "--cores", "1", "--containment", "on"]);
+    let mut sockets = Vec::new();
+    for Disk { name, port, host, keys } in disks {
+        let socket = scene.socket(&format!("{name}.sock"));
+        let mut device = format!(
+            "{name}=virtio-blk,socket={},connect=127.0.0.1:{port},subnqn={NQN}:{name},nsid=1,\
+             hostnqn={host}",
+            socket.display()
+        );
+        for (key, path) in keys {
+            device += &format!(",{key}={}", path.display());
+        }
+        if !keys.iter().any(|(key, _)| *key == "psk") {
+            device += ",tls=off";
+        }
+        command.arg("--device").arg(device);
+        sockets.push(socket);
+    }
+    let mut emulator = Service::start("penstock emulate", &command, &scene.path("emulate.log"))?;
+    emulator.wait_until("disks of the kernel's target", READY_LIMIT, |emulator| {
+        emulator.text().matches("device ready").count() == disks.len()
+    })?;
+    for (Disk { name, .. }, socket) in disks.iter().zip(&sockets) {
+        let out = scene.path(&format!("fio-{name}.json"));
+        let mut fio = scene.tree().fio_blkio().map_err(anyhow::Error::msg)?;
+        fio.args(["--eta=never", "--output-format=json", "--output"]).arg(&out);
+        fio.args(["--ioengine=libblkio", "--libblkio_driver=virtio-blk-vhost-user", "--thread=1"]);
+        fio.arg(format!("--libblkio_path={}", socket.display())).arg(format!("--name={name}"));
+        fio.args(["--rw=randrw", "--bsrange=512-64k", "--size=4m", "--iodepth=8"]);
+        fio.args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1"]);
+        fio.args(["--verify_state_save=0", "--randrepeat=0"]);
+        exec::run(&mut fio).with_context(|| format!("fio on disk {name}"))?;
+        let results = serde_json::from_str(&std::fs::read_to_string(&out)?)?;
+        let (read, written) = fio_result(&results, name)?;
+        ensure!(read > 0 && written > 0, "{name}: {written} bytes written, {read} read back");
+    }
+    emulator.must_run()?;
     Ok(Outcome::Passed)
 }
