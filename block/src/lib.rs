@@ -45,4 +45,4 @@ pub use crate::io::{
 };
 pub use crate::latency::Latency;
 pub use crate::spec::{OpenError, SpecError, VolumeSpec};
-pub use crate::volume::{Busy, Channel, CopyLimits, Geometry, Identity, Volume};
+pub use crate::volume::{Busy, Channel, CopyLimits, Geometry, Identity, Volume, Wear};

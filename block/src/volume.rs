@@ -108,6 +108,19 @@ impl Geometry {
     }
 }
 
+/// How worn the media behind a volume are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wear {
+    /// Life used, percent of what the vendor expects; may be over 100, and 255 is that or more.
+    pub percentage_used: u8,
+    /// Spare capacity that remains, percent.
+    pub spare_percent: u8,
+    /// Below which spare capacity is critical, percent.
+    pub spare_threshold_percent: u8,
+    /// What is wrong with the media, as the bits of NVMe's Critical Warning.
+    pub critical_warning: u8,
+}
+
 /// Longest read or write that the backends of this crate take. What is done in the kernel or by
 /// copying is cut into smaller pieces anyway; this bounds what one submitter may ask at a time.
 pub(crate) const IO_BYTES_MAX: u32 = 32 << 20;
@@ -133,7 +146,13 @@ pub trait Volume: Send + Sync {
         Ok(self.geometry())
     }
 
-    /// Rises whenever [`Volume::geometry`] is not what it was before: devices look at it, as cheap
+    /// How worn the media are, where somebody who knows has said so. `None` means that nobody knows,
+    /// which is so of files and of everything else in this crate.
+    fn wear(&self) -> Option<Wear> {
+        None
+    }
+
+    /// Rises whenever [`Volume::geometry`] or [`Volume::wear`] is not what it was before: devices look at it, as cheap
     /// as a load, once per turn or so, and tell their guests. A volume that changes only by
     /// [`Volume::refresh`] may leave it at 0: whoever calls that knows.
     fn generation(&self) -> u64 {

@@ -828,10 +828,15 @@ impl Path {
 
     /// The namespace of a live association is not what it was.
     fn on_changed(&mut self, info: &ReadyInfo, now: Duration) {
-        self.note_ana(info.namespace.ana, now);
-        if info.namespace.is_attached == self.detached_since.is_some() {
-            let nsid = info.namespace.nsid;
-            if info.namespace.is_attached {
+        let Some(namespace) = &info.namespace else {
+            tracing::info!(addr = %self.addr, attached = ?info.attached, "namespaces");
+            self.shared.publish(|state| state.set_attached(self.index, &info.attached));
+            return;
+        };
+        self.note_ana(namespace.ana, now);
+        if namespace.is_attached == self.detached_since.is_some() {
+            let nsid = namespace.nsid;
+            if namespace.is_attached {
                 tracing::info!(addr = %self.addr, nsid, "the namespace is attached again");
                 self.detached_since = None;
             } else {
@@ -839,10 +844,11 @@ impl Path {
                 self.detached_since = Some(now);
             }
         }
-        let (index, geometry) = (self.index, geometry(info));
+        let (index, geometry) = (self.index, geometry(namespace));
         self.shared.publish(|state| {
             state.geometry = geometry;
-            set_namespace(&mut state.paths[index], &info.namespace);
+            set_namespace(&mut state.paths[index], namespace);
+            state.paths[index].wear = info.wear;
         });
     }
 
@@ -855,7 +861,10 @@ impl Path {
 
     /// The controller is ready: checks that it is the right one, and lets the channels go.
     fn go_live(&mut self, info: &ReadyInfo, now: Duration, group: &mut Group) -> Result<(), Loss> {
-        let namespace = &info.namespace;
+        let Some(namespace) = &info.namespace else {
+            self.go_live_as_list(info, now);
+            return Ok(());
+        };
         let needed = self.shared.queues_needed();
         if info.queues < needed {
             let text =
@@ -902,7 +911,8 @@ impl Path {
             path.in_capsule_bytes = info.in_capsule_bytes;
             path.transfer_bytes_max = info.transfer_bytes_max;
             set_namespace(path, namespace);
-            state.geometry = geometry(info);
+            path.wear = info.wear;
+            state.geometry = geometry(namespace);
             state.identity = Identity {
                 uuid: namespace.uuid,
                 nguid: namespace.nguid,
@@ -910,6 +920,26 @@ impl Path {
             };
         });
         Ok(())
+    }
+}
+
+impl Path {
+    /// The same without a namespace: there is no I/O that could land late.
+    fn go_live_as_list(&mut self, info: &ReadyInfo, now: Duration) {
+        self.stage = Stage::Live { since: now };
+        self.generation += 1;
+        self.backoff.reset();
+        self.lost_at = Duration::MAX;
+        let attached = &info.attached;
+        let subnqn = &self.shared.config.subnqn;
+        tracing::info!(addr = %self.addr, %subnqn, ?attached, "namespaces");
+        let (generation, cntlid) = (self.generation, info.cntlid);
+        self.shared.publish(|state| {
+            let path = &mut state.paths[self.index];
+            path.is_live = true;
+            (path.generation, path.fenced, path.cntlid) = (generation, generation, cntlid);
+            state.set_attached(self.index, attached);
+        });
     }
 }
 
@@ -934,8 +964,7 @@ fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace) {
     path.verify_blocks_max = namespace.verify_blocks_max;
 }
 
-fn geometry(info: &ReadyInfo) -> Geometry {
-    let namespace = &info.namespace;
+fn geometry(namespace: &RemoteNamespace) -> Geometry {
     let bytes = |blocks: u32| u64::from(blocks) * u64::from(namespace.block_bytes);
     Geometry {
         physical_block_bytes: namespace.write_granularity_bytes.max(namespace.block_bytes),

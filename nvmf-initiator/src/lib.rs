@@ -45,6 +45,12 @@
 //! for, and what is out nevertheless is treated as on a lost path. It stays as long as it is the
 //! only one that works; and all of them stay when no discovery controller answers.
 //!
+//! # Which namespaces there are
+//!
+//! A [`RemoteSubsystem`] has an admin queue on each path and no I/O queue. It knows the namespaces that the
+//! subsystem has attached to controllers of this host, follows the event that says that these have
+//! changed, and is for who opens and closes volumes accordingly. What it knew last counts while no path works.
+//!
 //! # When a path is lost
 //!
 //! Any error on any queue of a path (the peer broke the protocol, closed, went silent, a command
@@ -119,15 +125,18 @@ mod shake;
 mod shared;
 mod slots;
 mod status;
+mod subsystem;
 mod table;
 mod volume;
 mod watch;
 
 pub use config::{ConfigError, PathConfig, PathPolicy, RemoteConfig};
 pub use discover::{DiscoverConfig, DiscoverError, discover};
+pub use nvme::host::Wear;
 pub use nvme::host::discovery::Discovered;
 pub use nvme::subsys::ana::AnaState;
 pub use security::{Dhchap, Security, Tls, TlsKeys};
 pub use shared::{Counters, PathCounters, PathState, Phase, RemoteState};
+pub use subsystem::RemoteSubsystem;
 pub use volume::{NotReady, RemoteVolume};
 pub use watch::{DiscoveryState, Watch, WatchConfig};

@@ -4,18 +4,20 @@
 //! and takes the lock only when that word has changed, which happens a handful of times per
 //! association.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block::{Geometry, Identity};
+use nvme::host::Wear;
 use nvme::subsys::ana::AnaState;
 use reactor::CoreHandle;
 
 use crate::auth::Worker;
-use crate::config::{PathConfig, RemoteConfig};
-use crate::security::{Offers, Security};
+use crate::config::{ConfigError, PathConfig, RemoteConfig, check_paths};
+use crate::security::{Offers, Security, Tls};
 
 /// Where the volume stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,11 @@ pub struct PathState {
     pub ana: Option<AnaState>,
     /// The subsystem has detached the namespace from the controller. I/O waits, as without a path.
     pub is_detached: bool,
+    /// Namespaces that the controller has, as it said last; of a
+    /// [`RemoteSubsystem`](crate::RemoteSubsystem).
+    pub attached: Option<Vec<u32>>,
+    /// Wear of the media behind the controller, if it knows it.
+    pub wear: Option<Wear>,
     /// Controller ID the subsystem gave to this association.
     pub cntlid: u16,
     /// I/O queues granted by the controller.
@@ -95,6 +102,8 @@ impl PathState {
             fenced: 0,
             ana: None,
             is_detached: false,
+            attached: None,
+            wear: None,
             cntlid: 0,
             queues: 0,
             queue_entries: 0,
@@ -147,6 +156,11 @@ pub struct RemoteState {
     pub attempts: u64,
     /// The paths, in the order of the configuration; where paths change, in the places they got.
     pub paths: Vec<PathState>,
+    /// Namespaces of the subsystem by any live path, ascending, as the controllers said last; of a
+    /// [`RemoteSubsystem`](crate::RemoteSubsystem), once one has answered.
+    pub attached: Option<Vec<u32>>,
+    /// Wear of the media behind the namespace, as a controller said last, if one knows it.
+    pub wear: Option<Wear>,
     /// How often all queues were told to authenticate again.
     pub(crate) auth_round: u64,
     /// Losses and attempts of paths that are gone, and whose places others have.
@@ -165,8 +179,21 @@ impl RemoteState {
             losses: 0,
             attempts: 0,
             paths: config.paths.iter().map(PathState::unknown).collect(),
+            attached: None,
+            wear: None,
             auth_round: 0,
             of_gone: (0, 0),
+        }
+    }
+
+    /// The controller at the end of a live path has these namespaces. Those that it has no more are
+    /// gone from lost paths, too: a namespace is not taken for detached because a path is lost, nor for
+    /// attached because one cannot be asked.
+    pub(crate) fn set_attached(&mut self, path: usize, list: &[u32]) {
+        let before = self.paths[path].attached.replace(list.to_vec()).unwrap_or_default();
+        let is_gone = |nsid: &u32| before.contains(nsid) && !list.contains(nsid);
+        for other in self.paths.iter_mut().filter(|path| !path.is_live) {
+            other.attached.iter_mut().for_each(|list| list.retain(|nsid| !is_gone(nsid)));
         }
     }
 
@@ -176,6 +203,15 @@ impl RemoteState {
         self.generation = sum(|path| path.generation);
         self.losses = self.of_gone.0 + sum(|path| path.losses);
         self.attempts = self.of_gone.1 + sum(|path| path.attempts);
+        // What was said last counts until something else is.
+        let lists =
+            || self.paths.iter().filter(|path| !path.is_vacant).filter_map(|p| p.attached.as_ref());
+        if lists().next().is_some() {
+            let all: BTreeSet<u32> = lists().flatten().copied().collect();
+            self.attached = Some(all.into_iter().collect());
+        }
+        let mut live = self.paths.iter().filter(|path| path.is_live);
+        self.wear = live.find_map(|path| path.wear).or(self.wear);
         let can_send = self.paths.iter().any(|path| path.rank().is_some());
         self.phase = match self.phase {
             // What was lost has been given back, so it must not land behind what is sent from now
@@ -310,7 +346,7 @@ pub(crate) struct Shared {
     epoch: AtomicU64,
     /// Bumped the same way when `Inner::asked` changes.
     requests: AtomicU64,
-    /// Bumped when the geometry changes. Relaxed: whoever sees it then takes the lock.
+    /// Bumped when geometry or wear change. Relaxed: whoever sees it then takes the lock.
     geometry: AtomicU64,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -357,12 +393,24 @@ impl Shared {
         Arc::clone(&self.lock().security)
     }
 
+    /// Other keys in the place of those of the configuration.
+    pub(crate) fn renew_security(&self, security: Security) -> Result<(), ConfigError> {
+        let config = &self.config;
+        security.replaces(&config.security).map_err(|(key, value, allowed)| ConfigError {
+            key,
+            value,
+            allowed,
+        })?;
+        let offers = match &security.tls {
+            Tls::Keys(_) => Some(config.offers(&security)?),
+            Tls::Off | Tls::Concatenate => None,
+        };
+        self.set_security(security, offers);
+        Ok(())
+    }
+
     /// From now on. `offers`: for each path, where they are made from keys.
-    pub(crate) fn set_security(
-        &self,
-        security: Security,
-        offers: Option<Vec<Option<Arc<Offers>>>>,
-    ) {
+    fn set_security(&self, security: Security, offers: Option<Vec<Option<Arc<Offers>>>>) {
         let mut inner = self.lock();
         inner.security = Arc::new(security);
         if let Some(offers) = offers {
@@ -383,7 +431,7 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Rises with each change of the geometry.
+    /// Rises with each change of geometry or wear.
     pub(crate) fn geometry_generation(&self) -> u64 {
         self.geometry.load(Ordering::Relaxed)
     }
@@ -417,7 +465,7 @@ impl Shared {
         let mut state = (*inner.state).clone();
         change(&mut state);
         state.conclude();
-        if state.geometry != inner.state.geometry {
+        if state.geometry != inner.state.geometry || state.wear != inner.state.wear {
             self.geometry.fetch_add(1, Ordering::Relaxed);
         }
         inner.state = Arc::new(state);
@@ -471,6 +519,17 @@ impl Shared {
     pub(crate) fn ask_reauthentication(&self) {
         self.publish(|state| state.auth_round += 1);
         self.ask(|asked| asked.paths.iter_mut().for_each(|path| path.reauthenticate = true));
+    }
+
+    /// What the paths are to be from now on, if they may change and these can be some.
+    pub(crate) fn set_paths(&self, paths: &[PathConfig]) -> Result<(), ConfigError> {
+        if !self.config.paths_change {
+            let value = paths.len().to_string();
+            return Err(ConfigError { key: "paths", value, allowed: "those of the start" });
+        }
+        check_paths(paths)?;
+        self.want_paths(paths.to_vec());
+        Ok(())
     }
 
     /// What the paths are to be from now on.

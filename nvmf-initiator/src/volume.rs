@@ -4,14 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Channel, Geometry, Identity, Volume};
+use block::{Channel, Geometry, Identity, Volume, Wear};
 use nvme::spec::Nqn;
 use reactor::{Local, Task};
 
 use crate::admin::AdminTask;
 use crate::channel::RemoteChannel;
-use crate::config::{ConfigError, PathConfig, RemoteConfig, check_paths};
-use crate::security::{Security, Tls};
+use crate::config::{ConfigError, PathConfig, RemoteConfig};
+use crate::security::Security;
 use crate::shared::{Counters, PathCounters, Phase, RemoteState, Shared};
 
 /// The remote namespace did not become ready in time.
@@ -108,18 +108,7 @@ impl RemoteVolume {
     /// # Errors
     /// Security that cannot work, or that would switch TLS on or off.
     pub fn set_security(&self, security: Security) -> Result<(), ConfigError> {
-        let config = &self.shared.config;
-        security.replaces(&config.security).map_err(|(key, value, allowed)| ConfigError {
-            key,
-            value,
-            allowed,
-        })?;
-        let offers = match &security.tls {
-            Tls::Keys(_) => Some(config.offers(&security)?),
-            Tls::Off | Tls::Concatenate => None,
-        };
-        self.shared.set_security(security, offers);
-        Ok(())
+        self.shared.renew_security(security)
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
@@ -133,13 +122,7 @@ impl RemoteVolume {
     /// # Errors
     /// More than 16 paths, one of them twice, or a volume whose paths do not change.
     pub fn set_paths(&self, paths: &[PathConfig]) -> Result<(), ConfigError> {
-        if !self.shared.config.paths_change {
-            let value = paths.len().to_string();
-            return Err(ConfigError { key: "paths", value, allowed: "those of the start" });
-        }
-        check_paths(paths)?;
-        self.shared.want_paths(paths.to_vec());
-        Ok(())
+        self.shared.set_paths(paths)
     }
 
     /// What is going on on each path, in the order of [`RemoteState::paths`].
@@ -174,6 +157,15 @@ impl Volume for RemoteVolume {
 
     fn identity(&self) -> Identity {
         self.shared.state().identity
+    }
+
+    fn wear(&self) -> Option<Wear> {
+        self.shared.state().wear.map(|wear| Wear {
+            percentage_used: wear.percentage_used,
+            spare_percent: wear.spare_percent,
+            spare_threshold_percent: wear.spare_threshold_percent,
+            critical_warning: wear.critical_warning,
+        })
     }
 
     fn generation(&self) -> u64 {

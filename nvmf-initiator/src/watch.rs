@@ -23,7 +23,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crypto::dhchap::Outcome;
@@ -40,8 +40,9 @@ use crate::auth::{self, Auth, Computing, RECEIVE_BYTES, Worker};
 use crate::config::{ConfigError, PATHS_MAX, PathConfig};
 use crate::link::{Link, Loss};
 use crate::security::{Offers, Security, Tls};
-use crate::shared::Shared;
+use crate::shared::{Phase, Shared};
 use crate::slots::Slots;
+use crate::subsystem::RemoteSubsystem;
 use crate::volume::RemoteVolume;
 
 /// Most discovery controllers that are asked, referrals included.
@@ -131,6 +132,7 @@ pub struct DiscoveryState {
 struct Common {
     config: WatchConfig,
     stop: AtomicBool,
+    followers: Mutex<Followers>,
     /// Of each node, in the order in which they were found.
     states: Mutex<Arc<Vec<DiscoveryState>>>,
     /// For authentication.
@@ -142,6 +144,29 @@ struct Common {
 impl Common {
     fn security(&self) -> Arc<Security> {
         Arc::clone(&self.security.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Who is given the paths.
+#[derive(Default)]
+struct Followers {
+    of: Vec<Arc<Shared>>,
+    /// What they have been given; nothing before a log has been read.
+    paths: Option<Vec<PathConfig>>,
+}
+
+impl Common {
+    fn followers(&self) -> MutexGuard<'_, Followers> {
+        self.followers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, shared: Arc<Shared>) -> Result<(), ConfigError> {
+        let mut followers = self.followers();
+        let paths = followers.paths.as_ref().unwrap_or(&self.config.always);
+        shared.set_paths(paths)?;
+        followers.of.retain(|one| !matches!(one.state().phase, Phase::Stopped { .. }));
+        followers.of.push(shared);
+        Ok(())
     }
 }
 
@@ -176,22 +201,21 @@ impl Watch {
         if let Err((key, value, allowed)) = config.security.check() {
             return Err(ConfigError { key, value, allowed });
         }
-        for volume in volumes {
-            volume.set_paths(&config.always)?;
-        }
         let common = Arc::new(Common {
             security: Mutex::new(Arc::new(config.security.clone())),
             config,
             stop: AtomicBool::new(false),
+            followers: Mutex::default(),
             states: Mutex::default(),
             worker: Worker::default(),
         });
+        for volume in volumes {
+            common.add(volume.shared())?;
+        }
         let mut task = WatchTask {
             local: local.clone(),
             nodes: Vec::new(),
             gone: Vec::new(),
-            volumes: volumes.iter().map(|volume| volume.shared()).collect(),
-            sent: None,
             common: Arc::clone(&common),
         };
         for addr in &common.config.discover {
@@ -212,6 +236,23 @@ impl Watch {
         let mut place = self.common.security.lock().unwrap_or_else(PoisonError::into_inner);
         *place = Arc::new(security);
         Ok(())
+    }
+
+    /// Sets the paths of another volume as well, whose paths must be ones that change. One that is shut down
+    /// is forgotten.
+    ///
+    /// # Errors
+    /// A volume whose paths do not change.
+    pub fn add(&self, volume: &RemoteVolume) -> Result<(), ConfigError> {
+        self.common.add(volume.shared())
+    }
+
+    /// Sets the paths of a subsystem, as [`Watch::add`] does.
+    ///
+    /// # Errors
+    /// See [`Watch::add`].
+    pub fn add_subsystem(&self, subsystem: &RemoteSubsystem) -> Result<(), ConfigError> {
+        self.common.add(subsystem.shared())
     }
 
     /// The discovery controllers that are asked.
@@ -657,9 +698,6 @@ struct WatchTask {
     nodes: Vec<Node>,
     /// Nobody refers to these any more: they go when their links are closed.
     gone: Vec<Node>,
-    volumes: Vec<Arc<Shared>>,
-    /// The paths that the volumes have been given.
-    sent: Option<Vec<SocketAddr>>,
 }
 
 impl WatchTask {
@@ -726,22 +764,22 @@ impl WatchTask {
             }
             paths.push((*addr).into());
         }
-        let addrs: Vec<SocketAddr> = paths.iter().map(|path| path.addr).collect();
         // Before any log has been read, what is configured is all there is.
         let is_known = self.nodes.iter().any(|node| node.genctr.is_some());
-        if !is_known || self.sent.as_ref() == Some(&addrs) {
+        let mut followers = self.common.followers();
+        if !is_known || followers.paths.as_ref() == Some(&paths) {
             return;
         }
         if left > 0 {
             tracing::warn!(subnqn = %config.subnqn, left, "more paths than are used at a time");
         }
-        if addrs.is_empty() {
+        if paths.is_empty() {
             tracing::warn!(subnqn = %config.subnqn, "no discovery log names the subsystem");
         }
-        for volume in &self.volumes {
-            volume.want_paths(paths.clone());
+        for follower in &followers.of {
+            follower.want_paths(paths.clone());
         }
-        self.sent = Some(addrs);
+        followers.paths = Some(paths);
     }
 
     fn publish(&self) {

@@ -25,6 +25,7 @@ pub use self::backoff::Backoff;
 pub use self::bring_up::{AnaInfo, ControllerInfo};
 pub use self::session::{
     CopyLimits, OldController, ReadyInfo, RemoteNamespace, Session, SessionConfig, SessionState,
+    Wear,
 };
 use crate::fabrics::ConnectRequest;
 use crate::spec::fabrics::CONNECT_DATA_LEN;

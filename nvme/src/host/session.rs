@@ -1,12 +1,15 @@
 //! The admin queue of an I/O controller, from Connect to shutdown.
 //!
 //! ```text
-//! bring-up ─► Number of Queues ─► event configuration ─► Identify (CNS 06, 03, 00, 08) ─► ANA ─► Ready
+//! bring-up ─► Number of Queues ─► event configuration ─► SMART log ─► Identify (CNS 06, 03, 00, 08) ─► ANA ─► Ready
 //!                                                            ▲                              │
 //!     └► end the old controller (after a loss)               │
 //!                     Changed Namespace List ◄── event ──────┼──────────────────────────────┤
 //!                               └────────────────────────────┘          shutdown() ─► CC.SHN ─► Closed
 //! ```
+//! A session of no namespace ([`NSID_ALL`]) needs no I/O queues: it reads the list of namespaces (CNS
+//! 02) in place of Identify, and again when an event says that it has changed.
+//!
 //! Beside the steps, one Keep Alive every KATO/2, or only when there was no other command for KATO/4
 //! where the controller counts those, and one Asynchronous Event Request. A ready session
 //! also ends controllers of this host on other paths ([`Session::end_other`]).
@@ -17,9 +20,9 @@ use super::bring_up::{BringUp, ControllerInfo, Request, Shutdown, identify_data}
 use super::{AdminCommand, Authenticate, Authentication, ConnectNames, SessionError};
 use crate::ctrl::{CROSS_RESET_IMMEDIATE, Instance};
 use crate::spec::{
-    ANA_LSP_GROUPS_ONLY, AdminOpcode, Cns, Cqe, Feature, GetLogPage, IdentifyController,
-    IdentifyControllerNvm, IdentifyNamespace, IdentifyNamespaceIndependent, LogPage, NSID_ALL, Sqe,
-    Status, event, nidt,
+    ANA_LSP_GROUPS_ONLY, AdminOpcode, Cns, Cqe, Feature, GetLogPage, IDENTIFY_LEN,
+    IdentifyController, IdentifyControllerNvm, IdentifyNamespace, IdentifyNamespaceIndependent,
+    LogPage, NSID_ALL, SmartLog, Sqe, Status, critical_warning, event, nidt,
 };
 use crate::subsys::ana::{AnaState, log_state};
 
@@ -32,6 +35,19 @@ const TAG_EVENT: u16 = 2;
 const EVENT_INTERVAL: Duration = Duration::from_millis(50);
 /// How often a namespace that is detached is looked for, beside when an event tells of it.
 const DETACHED_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the list of namespaces is read where no event tells of a change.
+const LIST_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the controller is asked for its health, beside when an event tells of it.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
+/// Critical Warning bits that are to raise an event: all but the temperature.
+const HEALTH_EVENTS: u8 = critical_warning::SPARE
+    | critical_warning::DEGRADED
+    | critical_warning::READ_ONLY
+    | critical_warning::VOLATILE_MEMORY_BACKUP;
+/// From an event of its health to the question.
+const HEALTH_DELAY: Duration = Duration::from_secs(1);
+/// Bytes of the SMART log.
+const SMART_BYTES: u32 = size_of::<SmartLog>() as u32;
 /// Most bytes of the ANA log that are read: a header and 127 groups.
 const ANA_LOG_BYTES_MAX: u32 = 4096;
 
@@ -40,7 +56,7 @@ const ANA_LOG_BYTES_MAX: u32 = 4096;
 pub struct SessionConfig {
     /// Host and subsystem.
     pub names: ConnectNames,
-    /// Namespace to use.
+    /// Namespace to use; [`NSID_ALL`]: none, the session is about which ones there are.
     pub nsid: u32,
     /// Keep alive timeout; zero: none.
     pub kato: Duration,
@@ -115,6 +131,36 @@ pub struct RemoteNamespace {
     pub ana: Option<AnaState>,
 }
 
+/// How worn the media behind a controller are, as its SMART log says (NVMe Base 2.1, "SMART / Health
+/// Information").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wear {
+    /// Life used, percent of what the vendor expects; may be over 100, and 255 is that or more.
+    pub percentage_used: u8,
+    /// Spare capacity that remains, percent.
+    pub spare_percent: u8,
+    /// Below which spare capacity is critical, percent.
+    pub spare_threshold_percent: u8,
+    /// Critical Warning, without the temperature: spare, reliability, read-only and so on.
+    pub critical_warning: u8,
+}
+
+impl Wear {
+    /// What a SMART log says; `None`: nothing. Targets in software fill in a page that says neither
+    /// when spare is critical nor that anything is used, which no medium that wears does.
+    #[must_use]
+    pub fn from_log(log: &SmartLog) -> Option<Wear> {
+        let knows = log.available_spare_threshold != 0 || log.percentage_used != 0;
+        let is_possible = log.available_spare <= 100 && log.available_spare_threshold <= 100;
+        (knows && is_possible).then_some(Wear {
+            percentage_used: log.percentage_used,
+            spare_percent: log.available_spare,
+            spare_threshold_percent: log.available_spare_threshold,
+            critical_warning: log.critical_warning & !critical_warning::TEMPERATURE,
+        })
+    }
+}
+
 /// Limits of the Copy command of a namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CopyLimits {
@@ -131,7 +177,7 @@ pub struct CopyLimits {
 pub struct ReadyInfo {
     /// Controller ID, for the Connect of I/O queues.
     pub cntlid: u16,
-    /// I/O queues granted: qid 1 to this number, at most what was wanted.
+    /// I/O queues granted: qid 1 to this number, at most what was wanted; 0 without a namespace.
     pub queues: u16,
     /// Entries per I/O queue, one-based, at most what was wanted.
     pub queue_entries: u16,
@@ -139,8 +185,12 @@ pub struct ReadyInfo {
     pub in_capsule_bytes: u32,
     /// Bytes one Read or Write may transfer (at least one block); `u32::MAX`: no limit.
     pub transfer_bytes_max: u32,
-    /// The namespace.
-    pub namespace: RemoteNamespace,
+    /// The namespace; `None` for a session of none.
+    pub namespace: Option<RemoteNamespace>,
+    /// Namespaces attached to the controller, ascending, the first 1,024; of a session of none.
+    pub attached: Vec<u32>,
+    /// Wear of the media, once it is known, if the controller knows it.
+    pub wear: Option<Wear>,
     /// The controller.
     pub controller: ControllerInfo,
 }
@@ -174,6 +224,9 @@ enum Step {
     Namespace,
     Independent,
     AnaLog,
+    /// The list of namespaces is being read, of a session of none.
+    List,
+    Health,
     /// A controller on another path is being ended.
     EndOther,
     /// Nothing to do but keep alive and events.
@@ -228,6 +281,12 @@ pub struct Session {
     event_at: Option<Duration>,
     /// When the namespace is to be looked at again.
     rescan_at: Option<Duration>,
+    /// When the SMART log is to be read again; `None`: not at all.
+    health_at: Option<Duration>,
+    /// As the SMART log said last.
+    wear: Option<Wear>,
+    /// The controller is asked for events of its health, too; some take that for an error.
+    tells_health: bool,
     controller: Option<ControllerInfo>,
     queues: u16,
     limits: NvmLimits,
@@ -257,6 +316,9 @@ impl Session {
             event: None,
             event_at: None,
             rescan_at: None,
+            health_at: None,
+            wear: None,
+            tells_health: config.nsid != NSID_ALL,
             controller: None,
             queues: 0,
             limits: NvmLimits {
@@ -408,7 +470,15 @@ impl Session {
         }
         if self.step == Step::Idle && self.rescan_at.is_some_and(|at| now >= at) {
             self.rescan_at = None;
-            self.step = Step::ChangedNamespaces;
+            // Where events tell of changes, reading the log has the next change told as well.
+            let is_told = self.events() & IdentifyController::OAES_NAMESPACE_ATTRIBUTE != 0;
+            self.step = match self.is_list() && !is_told {
+                true => Step::List,
+                false => Step::ChangedNamespaces,
+            };
+        }
+        if self.step == Step::Idle && self.health_at.is_some_and(|at| now >= at) {
+            self.step = Step::Health;
         }
         let request = self.step_request(now)?;
         Some(Self::send(request, TAG_STEP, now, &mut self.in_flight))
@@ -442,7 +512,7 @@ impl Session {
             Step::EventConfiguration => set_features(
                 "Set Features: Asynchronous Event Configuration",
                 Feature::ASYNC_EVENT_CONFIGURATION,
-                self.events(),
+                self.events() | if self.tells_health { u32::from(HEALTH_EVENTS) } else { 0 },
             ),
             Step::NvmController => {
                 Request::identify("Identify Controller (NVM)", Cns::IOCS_CONTROLLER, 0)
@@ -466,6 +536,8 @@ impl Session {
                 let len = self.ana_log_len()?;
                 log_page("Get Log Page: ANA", LogPage::ANA, ANA_LSP_GROUPS_ONLY, len)
             }
+            Step::List => Request::identify("Identify Namespaces", Cns::ACTIVE_NAMESPACES, 0),
+            Step::Health => log_page("Get Log Page: SMART", LogPage::SMART, 0, SMART_BYTES),
             Step::Shutdown => return self.shutdown.as_ref()?.request(now),
             Step::Idle | Step::Closed | Step::Failed => return None,
         })
@@ -543,11 +615,22 @@ impl Session {
         if is_change {
             self.rescan(now);
         }
+        if dw0 & 7 == event::TYPE_SMART {
+            self.health_at = self.health_at.map(|at| at.min(now + HEALTH_DELAY));
+        }
+    }
+
+    /// Whether it is about which namespaces there are, and none of them.
+    fn is_list(&self) -> bool {
+        self.config.nsid == NSID_ALL
     }
 
     /// The events to be told of, of those that the controller has.
     fn events(&self) -> u32 {
-        let wanted = IdentifyController::OAES_NAMESPACE_ATTRIBUTE | IdentifyController::OAES_ANA;
+        let wanted = match self.is_list() {
+            true => IdentifyController::OAES_NAMESPACE_ATTRIBUTE,
+            false => IdentifyController::OAES_NAMESPACE_ATTRIBUTE | IdentifyController::OAES_ANA,
+        };
         self.controller.as_ref().map_or(0, |info| info.oaes & wanted)
     }
 
@@ -586,7 +669,10 @@ impl Session {
                         let value = u64::from(info.cntrltype);
                         return Err(SessionError::Invalid { what: "controller type", value });
                     }
+                    self.controller = Some(info.clone());
                     self.step = match self.old {
+                        _ if self.is_list() && self.events() != 0 => Step::EventConfiguration,
+                        _ if self.is_list() => Step::List,
                         // Or there was one and it is over by now.
                         None => Step::Queues,
                         Some(old) if old.instance.is_some() && info.instance.is_some() => {
@@ -594,7 +680,6 @@ impl Session {
                         }
                         Some(_) => Step::OutliveOld,
                     };
-                    self.controller = Some(info);
                 }
             }
             Step::EndOld => {
@@ -606,11 +691,15 @@ impl Session {
                 let granted_z = (cqe.dw0() & 0xffff).min(cqe.dw0() >> 16) as u16;
                 self.queues = granted_z.saturating_add(1).min(self.config.queues_wanted);
                 self.step =
-                    if self.events() != 0 { Step::EventConfiguration } else { Step::NvmController };
+                    if self.events() != 0 { Step::EventConfiguration } else { Step::Health };
             }
             Step::EventConfiguration => {
+                if !ok && core::mem::take(&mut self.tells_health) {
+                    // Linux's target takes no event that it does not have.
+                    return Ok(());
+                }
                 self.event_at = ok.then_some(now);
-                self.step = Step::NvmController;
+                self.step = if self.is_list() { Step::List } else { Step::Health };
             }
             Step::NvmController => {
                 self.on_nvm_controller(what, ok, data)?;
@@ -618,7 +707,29 @@ impl Session {
             }
             Step::ChangedNamespaces => {
                 required()?;
-                self.step = Step::Descriptors;
+                self.step = if self.is_list() { Step::List } else { Step::Descriptors };
+            }
+            Step::List => {
+                required()?;
+                let attached = active_namespaces(what, data)?;
+                if self.event_at.is_none() {
+                    self.rescan_at = Some(now + LIST_INTERVAL);
+                }
+                self.finish(None, attached)?;
+            }
+            Step::Health => {
+                // A controller that does not tell is not asked again.
+                self.health_at = ok.then_some(now + HEALTH_INTERVAL);
+                let log = if ok { Some(identify_data::<SmartLog>(what, data)?) } else { None };
+                self.wear = log.and_then(Wear::from_log);
+                self.step = match &mut self.ready {
+                    Some(ready) => {
+                        self.changed |= ready.wear != self.wear;
+                        ready.wear = self.wear;
+                        Step::Idle
+                    }
+                    None => Step::NvmController,
+                };
             }
             Step::Descriptors => {
                 self.draft = Draft::default();
@@ -826,17 +937,26 @@ impl Session {
 
     /// The namespace was there, and is not any more. It may come back.
     fn on_detached(&mut self, now: Duration) {
-        if let Some(ready) = &mut self.ready {
-            self.changed |= ready.namespace.is_attached;
-            ready.namespace.is_attached = false;
+        if let Some(namespace) = self.ready.as_mut().and_then(|ready| ready.namespace.as_mut()) {
+            self.changed |= namespace.is_attached;
+            namespace.is_attached = false;
         }
         self.rescan_at = Some(now + DETACHED_INTERVAL);
         self.step = Step::Idle;
     }
 
     fn finish_scan(&mut self) -> Result<(), SessionError> {
-        let (Some(namespace), Some(controller)) = (self.draft.namespace.take(), &self.controller)
-        else {
+        let namespace = self.draft.namespace.take();
+        let namespace = namespace.ok_or(SessionError::NoNamespace(self.config.nsid))?;
+        self.finish(Some(namespace), Vec::new())
+    }
+
+    fn finish(
+        &mut self,
+        namespace: Option<RemoteNamespace>,
+        attached: Vec<u32>,
+    ) -> Result<(), SessionError> {
+        let Some(controller) = &self.controller else {
             return Err(SessionError::NoNamespace(self.config.nsid));
         };
         let entries = u32::from(self.config.queue_entries).min(controller.queue_entries_max);
@@ -847,22 +967,26 @@ impl Session {
             in_capsule_bytes: controller.in_capsule_bytes,
             transfer_bytes_max: controller.transfer_bytes_max,
             namespace,
+            attached,
+            wear: self.wear,
             controller: controller.clone(),
         };
         if let Some(before) = &self.ready {
-            let (old, new) = (&before.namespace, &ready.namespace);
-            let same_identity = old.uuid == new.uuid
-                && old.nguid == new.nguid
-                && old.eui64 == new.eui64
-                && old.block_bytes == new.block_bytes;
-            if !same_identity {
-                let value = u64::from(new.nsid);
-                return Err(SessionError::Invalid {
-                    what: "another identity for namespace",
-                    value,
-                });
+            if let (Some(old), Some(new)) = (&before.namespace, &ready.namespace) {
+                let same_identity = old.uuid == new.uuid
+                    && old.nguid == new.nguid
+                    && old.eui64 == new.eui64
+                    && old.block_bytes == new.block_bytes;
+                if !same_identity {
+                    let value = u64::from(new.nsid);
+                    return Err(SessionError::Invalid {
+                        what: "another identity for namespace",
+                        value,
+                    });
+                }
             }
-            self.changed |= *old != *new;
+            self.changed |=
+                before.namespace != ready.namespace || before.attached != ready.attached;
         }
         self.ready = Some(ready);
         self.step = Step::Idle;
@@ -885,7 +1009,7 @@ impl Session {
             Step::Shutdown => idle(self.shutdown.as_ref().map(Shutdown::poll_at)),
             Step::OutliveOld => self.old.map_or(Some(Duration::ZERO), |old| Some(old.safe_at)),
             Step::Idle if self.other.is_some() => Some(Duration::ZERO),
-            Step::Idle => self.rescan_at,
+            Step::Idle => self.rescan_at.into_iter().chain(self.health_at).min(),
             _ => None,
         };
         [
@@ -923,6 +1047,24 @@ impl Session {
         self.keep_alive = None;
         self.event = None;
     }
+}
+
+/// An Active Namespace ID list: ascending, and zeroes behind the last.
+fn active_namespaces(what: &'static str, data: &[u8]) -> Result<Vec<u32>, SessionError> {
+    let expected = IDENTIFY_LEN as u32;
+    if data.len() != IDENTIFY_LEN {
+        return Err(SessionError::Length { what, len: data.len(), expected });
+    }
+    let (list, _) = data.as_chunks::<4>();
+    let mut nsids = Vec::new();
+    for nsid in list.iter().map(|bytes| u32::from_le_bytes(*bytes)).take_while(|nsid| *nsid != 0) {
+        if nsids.last().is_some_and(|last| nsid <= *last) {
+            let value = u64::from(nsid);
+            return Err(SessionError::Invalid { what: "namespace out of order", value });
+        }
+        nsids.push(nsid);
+    }
+    Ok(nsids)
 }
 
 fn log_page(what: &'static str, lid: LogPage, lsp: u8, len: u32) -> Request {

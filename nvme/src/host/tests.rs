@@ -7,17 +7,17 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::discovery::{Client, ClientConfig, ClientState};
 use super::*;
 use crate::ctrl::{
-    AdminOutcome, CROSS_RESET_IMMEDIATE, Controller, ControllerConfig, ControllerKind, Instance,
-    admit_admin,
+    AdminOutcome, CROSS_RESET_IMMEDIATE, Controller, ControllerConfig, ControllerKind,
+    HealthCounters, Instance, admit_admin,
 };
 use crate::spec::discovery::SubsystemType;
 use crate::spec::{
-    AdminOpcode, Cap, Cns, Cqe, IdentifyController, IdentifyNamespace, LbaFormat, SglDescriptor,
-    Sqe,
+    AdminOpcode, Cap, Cns, Cqe, IdentifyController, IdentifyNamespace, LbaFormat, NSID_ALL,
+    SglDescriptor, Sqe,
 };
-use crate::subsys::SubsystemInfo;
 use crate::subsys::discovery::{DiscoveryEntry, DiscoveryLog};
 use crate::subsys::tests::sample;
+use crate::subsys::{NamespaceInfo, SubsystemInfo};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -211,7 +211,7 @@ fn session_against_controller() {
     let info = ready(&session).clone();
     assert_eq!((info.cntlid, info.queues, info.queue_entries), (0x17, 4, 64));
     assert_eq!((info.in_capsule_bytes, info.transfer_bytes_max), (4096, 1 << 20));
-    let ns = &info.namespace;
+    let ns = info.namespace.as_ref().unwrap();
     assert_eq!((ns.block_bytes, ns.blocks, ns.uuid, ns.nguid), (512, 2048, [1; 16], [0x11; 16]));
     assert!(ns.write_cache && ns.deallocate && ns.write_zeroes && ns.deallocated_reads_zero);
     assert!(!ns.read_only);
@@ -244,7 +244,7 @@ fn session_against_controller() {
     now = session.deadline().unwrap();
     settle(&mut session, &mut peer, now);
     assert!(session.take_changed() && !session.take_changed());
-    assert_eq!(ready(&session).namespace.blocks, 4096);
+    assert_eq!(ready(&session).namespace.as_ref().unwrap().blocks, 4096);
 
     session.shutdown(now);
     assert_eq!(session.state(), SessionState::ShuttingDown);
@@ -267,7 +267,7 @@ fn ana_state_is_known_and_followed() {
     settle(&mut session, &mut peer, MS(0));
     let info = ready(&session);
     assert_eq!(info.controller.ana.unwrap().transition_time, Duration::from_secs(10));
-    assert_eq!(info.namespace.ana, Some(AnaState::NonOptimized));
+    assert_eq!(info.namespace.as_ref().unwrap().ana, Some(AnaState::NonOptimized));
     let mut now = MS(0);
     for state in [AnaState::Inaccessible, AnaState::Change, AnaState::Optimized] {
         peer.ctrl().update_subsys(with(state));
@@ -275,13 +275,136 @@ fn ana_state_is_known_and_followed() {
         now += EVENT_PAUSE;
         settle(&mut session, &mut peer, now);
         assert!(session.take_changed());
-        assert_eq!(ready(&session).namespace.ana, Some(state));
+        assert_eq!(ready(&session).namespace.as_ref().unwrap().ana, Some(state));
         now += EVENT_PAUSE;
     }
     // An I/O error is as good as an event.
     session.rescan(now);
     settle(&mut session, &mut peer, now + EVENT_PAUSE);
     assert!(!session.take_changed());
+}
+
+#[test]
+fn a_session_of_no_namespace_lists_them() {
+    let mut peer = Peer::io();
+    let with = |nsids: &[u32]| {
+        let like = sample().namespaces()[0].clone();
+        let one = |nsid: &u32| NamespaceInfo { nsid: *nsid, ..like.clone() };
+        Arc::new(sample().with_namespaces(nsids.iter().map(one).collect()).unwrap())
+    };
+    peer.subsys = with(&[]);
+    let mut session = Session::new(config(NSID_ALL), MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    let info = ready(&session);
+    assert_eq!((info.namespace.is_none(), &info.attached[..], info.queues), (true, &[][..], 0));
+    let mut now = MS(0);
+    for nsids in [&[3][..], &[1, 3, 7], &[1]] {
+        peer.ctrl().update_subsys(with(nsids));
+        settle(&mut session, &mut peer, now);
+        assert!(!session.take_changed());
+        now += EVENT_PAUSE;
+        settle(&mut session, &mut peer, now);
+        assert!(session.take_changed());
+        assert_eq!(ready(&session).attached, nsids);
+        now += EVENT_PAUSE;
+    }
+    // Nothing is asked but keep alive while nothing happens.
+    assert_eq!(session.deadline(), Some(MS(2500)));
+}
+
+/// Answers of a controller to a session of no namespace, one step after the other: it does not know
+/// events of its health, as Linux's target, and then none at all.
+#[test]
+fn a_list_is_read_from_time_to_time_where_nothing_tells() {
+    let mut peer = Peer::io();
+    let mut session = Session::new(config(NSID_ALL), MS(0));
+    let mut refused = 0;
+    let mut now = MS(0);
+    let mut lists = 0;
+    while now <= MS(60_000) {
+        let mut progressed = false;
+        while let Some(command) = session.next_command(now) {
+            progressed = true;
+            let sqe = Sqe::from_bytes(&command.sqe);
+            let is = |opcode: AdminOpcode| sqe.opcode == opcode.0;
+            lists += u32::from(is(AdminOpcode::IDENTIFY) && sqe.cdw10.get() == 2);
+            if is(AdminOpcode::SET_FEATURES) && sqe.cdw10.get() == 0x0b {
+                refused += 1;
+                let status = Status::INVALID_FIELD_IN_COMMAND.dnr();
+                let cqe = Cqe::new(command.tag, status, 0);
+                peer.replies.push((command.tag, cqe, Vec::new()));
+            } else {
+                peer.submit(&command, now);
+            }
+        }
+        for (tag, cqe, data) in core::mem::take(&mut peer.replies) {
+            session.on_completion(tag, &cqe.to_bytes(), &data, now).unwrap();
+            progressed = true;
+        }
+        if !progressed {
+            now = session.deadline().unwrap();
+        }
+    }
+    assert_eq!(refused, 1, "it has no events of health to leave out");
+    assert!((6..=8).contains(&lists), "{lists} in a minute");
+}
+
+#[test]
+fn lists_out_of_order_are_refused() {
+    let mut peer = Peer::io();
+    let mut session = Session::new(config(NSID_ALL), MS(0));
+    while let Some(command) = session.next_command(MS(0)) {
+        let is_list = Sqe::from_bytes(&command.sqe).opcode == AdminOpcode::IDENTIFY.0
+            && Sqe::from_bytes(&command.sqe).cdw10.get() == 2;
+        peer.submit(&command, MS(0));
+        for (tag, cqe, mut data) in core::mem::take(&mut peer.replies) {
+            if is_list {
+                data[..12].copy_from_slice(&[5, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0]);
+            }
+            let told = session.on_completion(tag, &cqe.to_bytes(), &data, MS(0));
+            if is_list {
+                let what = "namespace out of order";
+                assert_eq!(told, Err(SessionError::Invalid { what, value: 9 }));
+                return;
+            }
+            told.unwrap();
+        }
+    }
+    panic!("no list was read");
+}
+
+#[test]
+fn wear_is_read_once_a_minute_and_made_up_by_nobody() {
+    let mut peer = Peer::io();
+    let mut session = Session::new(config(1), MS(0));
+    settle(&mut session, &mut peer, MS(0));
+    assert_eq!(ready(&session).wear, None, "a page that says nothing");
+    let worn = HealthCounters {
+        percentage_used: 255,
+        available_spare_percent: 3,
+        available_spare_threshold_percent: 5,
+        critical_warning: 0b1010_1111,
+        ..HealthCounters::default()
+    };
+    peer.ctrl().set_health(worn);
+    // An event tells of the warnings.
+    settle(&mut session, &mut peer, MS(0));
+    settle(&mut session, &mut peer, MS(1000));
+    assert!(session.take_changed());
+    let wear = Wear {
+        percentage_used: 255,
+        spare_percent: 3,
+        spare_threshold_percent: 5,
+        critical_warning: 0b0010_1101,
+    };
+    assert_eq!(ready(&session).wear, Some(wear));
+    let impossible = HealthCounters { available_spare_percent: 101, ..worn };
+    peer.ctrl().set_health(impossible);
+    while ready(&session).wear.is_some() {
+        let now = session.deadline().unwrap();
+        assert!(now <= MS(62_000), "not asked again");
+        settle(&mut session, &mut peer, now);
+    }
 }
 
 /// Longer than from an event to what follows from it.
@@ -318,7 +441,7 @@ fn what_a_namespace_can_do() {
     let mut peer = Peer::io();
     let mut session = Session::new(config(1), MS(0));
     settle(&mut session, &mut peer, MS(0));
-    let ns = &ready(&session).namespace;
+    let ns = ready(&session).namespace.as_ref().unwrap();
     assert!(ns.compare);
     assert_eq!(ns.verify_blocks_max, 65536, "VSL is 32 MiB");
     let copy = CopyLimits { ranges_max: 128, range_blocks_max: 8192, blocks_max: 65536 };
@@ -330,15 +453,15 @@ fn what_a_namespace_can_do() {
     let mut id = good_namespace();
     (id.mssrl, id.mcl, id.msrc_z, id.rescap) = (U16::new(64), U32::new(100), 255, 0x7f);
     let session = scan(controller.clone(), &id).unwrap();
-    let ns = &ready(&session).namespace;
+    let ns = ready(&session).namespace.as_ref().unwrap();
     let copy = CopyLimits { ranges_max: 128, range_blocks_max: 64, blocks_max: 100 };
     assert_eq!((ns.copy, ns.rescap), (Some(copy), 0x7f));
     assert_eq!(ns.verify_blocks_max, 65536, "VSL 0: no limit");
     controller.cdfs = U16::new(2);
     let session = scan(controller, &id).unwrap();
-    assert_eq!(ready(&session).namespace.copy, None, "no format that is known");
+    assert_eq!(ready(&session).namespace.as_ref().unwrap().copy, None, "no format that is known");
     let session = scan(good_controller(), &id).unwrap();
-    let ns = &ready(&session).namespace;
+    let ns = ready(&session).namespace.as_ref().unwrap();
     assert_eq!((ns.compare, ns.verify_blocks_max, ns.copy, ns.rescap), (false, 0, None, 0));
 }
 
@@ -347,7 +470,7 @@ fn per_namespace_write_cache_and_protection() {
     let mut peer = Peer::io();
     let mut session = Session::new(config(3), MS(0));
     settle(&mut session, &mut peer, MS(0));
-    let ns = &ready(&session).namespace;
+    let ns = ready(&session).namespace.as_ref().unwrap();
     assert!(ns.read_only && !ns.write_cache, "VWCNP");
     assert_eq!((ns.block_bytes, ns.write_zeroes_blocks_max), (4096, 8192), "WZSL is 32 MiB");
 }
@@ -523,7 +646,8 @@ fn scan(
 fn impossible_namespaces_are_refused() {
     let session = scan(good_controller(), &good_namespace()).unwrap();
     let info = ready(&session);
-    assert_eq!((info.queues, info.namespace.block_bytes, info.namespace.blocks), (1, 512, 1024));
+    let ns = info.namespace.as_ref().unwrap();
+    assert_eq!((info.queues, ns.block_bytes, ns.blocks), (1, 512, 1024));
     assert_eq!(info.transfer_bytes_max, u32::MAX, "MDTS 0: no limit");
 
     type Damage = fn(&mut IdentifyNamespace);
@@ -865,7 +989,7 @@ proptest! {
                 let _ = client.on_completion(tag, &cqe, &data, now);
             }
             if let SessionState::Ready(info) = session.state() {
-                let ns = &info.namespace;
+                let ns = info.namespace.as_ref().unwrap();
                 prop_assert!(ns.block_bytes.is_power_of_two());
                 prop_assert!((512..=65536).contains(&ns.block_bytes));
                 prop_assert!(ns.blocks > 0 && ns.blocks.checked_mul(u64::from(ns.block_bytes)).is_some());

@@ -1,7 +1,7 @@
 //! The initiator against a scripted target in a simulated world.
 //!
 //! `io` is what works, `loss` is lost paths and what is held, `hostile` a target that breaks the
-//! protocol, `model` random histories against a model of the disk, `watch` paths by discovery,
+//! protocol, `model` random histories against a model of the disk, `watch` paths by discovery, `subsystem` what there is,
 //! `allocations` counts.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unreachable_pub, reason = "nobody imports a test binary")]
@@ -15,4 +15,5 @@ mod loss;
 mod model;
 mod paths;
 mod rig;
+mod subsystem;
 mod watch;

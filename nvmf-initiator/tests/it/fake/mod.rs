@@ -14,7 +14,8 @@ use std::time::Duration;
 use iobuf::SgList;
 use nvme::ctrl::io::{COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand, copy_range, decode, dsm_range};
 use nvme::ctrl::{
-    AdminOutcome, Controller, ControllerConfig, ControllerKind, Instance, admit_admin,
+    AdminOutcome, Controller, ControllerConfig, ControllerKind, HealthCounters, Instance,
+    admit_admin,
 };
 use nvme::fabrics::{ConnectReject, ConnectRequest};
 use nvme::spec::{AsciiField, Cqe, Direction, FabricsType, Nqn, NvmOpcode, Sqe, Status};
@@ -134,6 +135,8 @@ pub struct Fake {
     pub script: RefCell<Script>,
     pub seen: Cell<Seen>,
     pub subsys: RefCell<Arc<SubsystemInfo>>,
+    /// What controllers say of their health.
+    pub health: Cell<HealthCounters>,
     /// What it tells as a discovery controller; `None`: it is none.
     log: RefCell<Option<Arc<DiscoveryLog>>>,
     arrivals: RefCell<Vec<Socket>>,
@@ -213,6 +216,7 @@ impl Fake {
             script: RefCell::new(script),
             seen: Cell::default(),
             subsys: RefCell::new(subsys),
+            health: Cell::default(),
             arrivals: RefCell::default(),
             kill: Cell::new(false),
             read_on: Cell::new(false),
@@ -477,6 +481,7 @@ impl FakeTask {
             Some(log) => controller.update_discovery(Arc::clone(log)),
             None => controller.update_subsys(Arc::clone(&self.fake.subsys.borrow())),
         }
+        controller.set_health(self.fake.health.get());
         while let Some((slot, status, result)) = controller.poll_event() {
             respond(connection, slot, status, result);
         }
