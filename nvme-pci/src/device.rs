@@ -17,7 +17,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use block::Volume;
+use block::{Volume, Wear};
 use iobuf::GuestMemory;
 use nvme::ctrl::{
     ABORT_NOT_DONE, AdminOutcome, AdminQueues, Controller, ControllerConfig, ControllerKind,
@@ -88,6 +88,8 @@ enum Purpose {
     Call,
     /// An operator waits.
     State { sender: mpsc::Sender<DeviceState>, is_connected: bool },
+    /// An operator waits for what was begun before.
+    Told(mpsc::Sender<Result<(), AttachError>>),
     /// Other namespaces are in use: tell the controller.
     Namespaces(Arc<SubsystemInfo>),
 }
@@ -225,8 +227,11 @@ impl Device {
         if let Err(error) = device.set_namespaces(device.attached.clone()) {
             tracing::warn!(device = %device.name, %error, "a volume has changed meanwhile");
         }
-        if let Some(saved) = device.record.view().controller() {
-            let _ = device.take_up(&saved);
+        if let Some(saved) = device.record.view().controller()
+            && device.take_up(&saved).is_ok()
+        {
+            // The predecessor may have had others, or smaller ones.
+            device.controller.namespaces_may_have_changed();
         }
         device
     }
@@ -340,8 +345,13 @@ impl Device {
             Purpose::State { sender, is_connected } => {
                 let _ = sender.send(self.describe(is_connected, &done.states));
             }
+            Purpose::Told(sender) => {
+                let _ = sender.send(Ok(()));
+            }
             Purpose::Namespaces(subsys) => {
                 self.controller.update_subsys(subsys);
+                let warning = self.wear().map_or(0, |wear| wear.critical_warning);
+                self.controller.health_warning(warning);
                 self.run_admin();
             }
             Purpose::Reset(after) if is_current => self.after_reset(after),
@@ -391,8 +401,18 @@ impl Device {
         }
     }
 
+    /// What the volumes say of themselves and the cores have counted. Of several volumes' wear the
+    /// worst is told.
     fn health(&self, counters: &Counters) -> HealthCounters {
+        let wear = self.wear();
+        let fresh = HealthCounters::default();
         HealthCounters {
+            critical_warning: wear.map_or(0, |wear| wear.critical_warning),
+            available_spare_percent: wear
+                .map_or(fresh.available_spare_percent, |wear| wear.spare_percent),
+            available_spare_threshold_percent: wear
+                .map_or(fresh.available_spare_threshold_percent, |w| w.spare_threshold_percent),
+            percentage_used: wear.map_or(fresh.percentage_used, |wear| wear.percentage_used),
             bytes_read: counters.read_bytes,
             bytes_written: counters.written_bytes,
             read_commands: counters.reads,
@@ -401,8 +421,18 @@ impl Device {
             power_cycles: 1,
             power_on: self.now(),
             media_errors: counters.media_errors,
-            ..HealthCounters::default()
+            ..fresh
         }
+    }
+
+    fn wear(&self) -> Option<Wear> {
+        let wears = self.attached.iter().filter_map(|one| one.volume.wear());
+        wears.reduce(|one, other| Wear {
+            percentage_used: one.percentage_used.max(other.percentage_used),
+            spare_percent: one.spare_percent.min(other.spare_percent),
+            spare_threshold_percent: one.spare_threshold_percent.max(other.spare_threshold_percent),
+            critical_warning: one.critical_warning | other.critical_warning,
+        })
     }
 
     fn describe(&self, client_connected: bool, states: &[CoreState]) -> DeviceState {
@@ -1018,6 +1048,12 @@ impl Device {
             attached: attached.clone(),
         });
         Ok(())
+    }
+
+    /// Tells `sender` when the cores have taken up all they have been told, in the order of that.
+    pub(crate) fn tell_when_done(&mut self, sender: mpsc::Sender<Result<(), AttachError>>) {
+        let all = self.all();
+        self.begin(Purpose::Told(sender), all, || Action::Snapshot);
     }
 
     /// What the device is doing, to `sender` when the cores have answered.

@@ -14,6 +14,7 @@
 mod command;
 mod counters;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
 use block::{Busy, Channel, Extent, Io, IoError, Op, Reserve};
-use iobuf::{GuestSlice, GuestView};
+use iobuf::{GuestSlice, GuestView, Pool, SgList};
 use nvme::ctrl::Coalescing;
 use nvme::ctrl::io::{self, COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand};
 use nvme::spec::{Cqe, NSID_ALL, Sqe, Status};
@@ -30,7 +31,7 @@ use nvme::subsys::SubsystemInfo;
 use nvme::subsys::reservation::{
     AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationType,
 };
-use nvme::xfer::{Copying, walk};
+use nvme::xfer::{Copying, Discarding, walk};
 
 pub use self::counters::Counters;
 use crate::dirty::DirtyLog;
@@ -61,6 +62,8 @@ const TAG_SHIFT: u32 = 16;
 const NO_QUEUE: u16 = u16::MAX;
 
 const TRANSFER: Status = Status::DATA_TRANSFER_ERROR.dnr();
+/// Of a command to a namespace that there could be and is not.
+const INACTIVE: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
 
 /// A command that failed for a reason that is not the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +109,8 @@ struct Slot {
     epoch: u64,
     is_used: bool,
     is_completed: bool,
+    /// Its data is in memory of the core's, for parts of it to be copied to the guest's.
+    is_bounced: bool,
 }
 
 struct Sq {
@@ -191,6 +196,7 @@ pub struct Engine {
     returned: Vec<Box<Io>>,
     interrupts: Interrupts,
     dirty: Option<Arc<DirtyLog>>,
+    pool: Option<Pool>,
     epoch: u64,
     is_running: bool,
     /// The function may use the guest's memory.
@@ -263,6 +269,7 @@ impl Engine {
             returned: Vec::new(),
             interrupts,
             dirty: None,
+            pool: None,
             epoch: 0,
             is_running: true,
             is_master: true,
@@ -287,16 +294,29 @@ impl Engine {
         self.cq_at.set(self.cqs.iter().map(|cq| cq.qid));
     }
 
-    /// Another view of the namespaces. `open` gives the channel of one that is new here. Commands of
-    /// those that are gone complete, and no others begin.
+    /// Memory for reads that leave bytes out. Without it they fail.
+    pub fn set_pool(&mut self, pool: Pool) {
+        self.pool = Some(pool);
+    }
+
+    /// Another view of the namespaces. `open` gives the channel of one that is new here. Commands to
+    /// those that are gone end: with what their volume makes of them if it has begun, else "as if
+    /// they were issued to an inactive namespace" (NVMe Base 2.1, "Namespace Attachment").
     pub fn set_namespaces(
         &mut self,
         subsys: Arc<SubsystemInfo>,
         mut open: impl FnMut(u32) -> Option<Box<dyn Channel>>,
     ) {
-        for space in &mut self.spaces {
-            space.is_leaving |= subsys.namespace(space.nsid).is_none();
+        self.subsys = Arc::clone(&subsys);
+        for at in 0..self.spaces.len() {
+            let space = &mut self.spaces[at];
+            if space.is_leaving || subsys.namespace(space.nsid).is_some() {
+                continue;
+            }
+            space.is_leaving = true;
+            self.abort_space(at);
         }
+        self.drop_left();
         for ns in subsys.namespaces() {
             if self.space_of(ns.nsid).is_none()
                 && let Some(channel) = open(ns.nsid)
@@ -305,7 +325,24 @@ impl Engine {
                 self.spaces.push(Space { nsid: ns.nsid, channel, waiting, is_leaving: false });
             }
         }
-        self.subsys = subsys;
+    }
+
+    /// Gives back what can be of a volume's I/O.
+    fn abort_space(&mut self, at: usize) {
+        self.spaces[at].channel.abort();
+        for _ in 0..self.spaces[at].waiting.len() {
+            let Some(mut io) = self.spaces[at].waiting.pop_front() else { break };
+            io.result = Err(IoError::Aborted);
+            self.on_io(io);
+        }
+    }
+
+    /// Closes the channels of namespaces that are gone and have nothing in flight.
+    fn drop_left(&mut self) {
+        let is_gone = |space: &Space| {
+            space.is_leaving && space.channel.in_flight() == 0 && space.waiting.is_empty()
+        };
+        self.spaces.retain(|space| !is_gone(space));
     }
 
     fn space_of(&self, nsid: u32) -> Option<usize> {
@@ -659,12 +696,7 @@ impl Engine {
     /// I/O that has not come back for too long: give back what can be.
     pub fn abort(&mut self) {
         for at in 0..self.spaces.len() {
-            self.spaces[at].channel.abort();
-            for _ in 0..self.spaces[at].waiting.len() {
-                let Some(mut io) = self.spaces[at].waiting.pop_front() else { break };
-                io.result = Err(IoError::Aborted);
-                self.on_io(io);
-            }
+            self.abort_space(at);
         }
     }
 
@@ -726,10 +758,7 @@ impl Engine {
             }
             self.returned = returned;
         }
-        let is_gone = |space: &Space| {
-            space.is_leaving && space.channel.in_flight() == 0 && space.waiting.is_empty()
-        };
-        self.spaces.retain(|space| !is_gone(space));
+        self.drop_left();
         has_worked
     }
 
@@ -830,7 +859,7 @@ impl Engine {
         let entry = &mut self.sqs[at].slots[usize::from(slot)];
         (entry.sqe, entry.step, entry.taken_at, entry.epoch) = (sqe, 0, now, epoch);
         (entry.is_used, entry.is_completed, entry.command) = (true, false, None);
-        entry.measured_from = None;
+        (entry.measured_from, entry.is_bounced) = (None, false);
         if now >= self.measure_at {
             self.measure_at = now + MEASURE_EVERY;
             entry.measured_from = Some(Instant::now());
@@ -843,12 +872,16 @@ impl Engine {
     /// An I/O is back.
     fn on_io(&mut self, mut io: Box<Io>) {
         self.at_volume -= 1;
-        io.data.clear();
         let (qid, slot) = ((io.tag >> TAG_SHIFT) as u16, io.tag as u16);
         let (op, offset, result) = (io.op, io.offset, io.result);
         if qid == NO_QUEUE {
             return;
         }
+        let scattered = match self.is_bounced(qid, slot) && result.is_ok() && !self.is_resetting {
+            true => self.scatter(qid, slot, &io.data),
+            false => Ok(()),
+        };
+        io.data.clear();
         self.ios.push(io);
         if self.is_resetting {
             return;
@@ -858,7 +891,21 @@ impl Engine {
             return;
         };
         if let Err(error) = result {
-            let status = status::of(error, op);
+            let mut status = status::of(error, op);
+            if matches!(error, IoError::Aborted | IoError::Gone) && self.is_detached(at, slot) {
+                match self.sqs[at].slots[usize::from(slot)].command {
+                    // What was left to flush was the others.
+                    Some(IoCommand::Flush { nsid: NSID_ALL }) => {
+                        if let Err(status) = self.next_step(at, slot) {
+                            self.complete(at, slot, status, 0);
+                        }
+                        return;
+                    }
+                    _ => status = INACTIVE,
+                }
+                self.complete(at, slot, status, 0);
+                return;
+            }
             let sqe = &self.sqs[at].slots[usize::from(slot)].sqe;
             if matches!(error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
                 let failure = Failure {
@@ -872,6 +919,10 @@ impl Engine {
                 self.counters.media_errors += u64::from(error == IoError::Medium);
                 self.tell(Notice::Failed(failure));
             }
+            self.complete(at, slot, status, 0);
+            return;
+        }
+        if let Err(status) = scattered {
             self.complete(at, slot, status, 0);
             return;
         }
@@ -894,6 +945,53 @@ impl Engine {
         }
     }
 
+    /// Whether the namespace of a command in flight is one no more.
+    #[cold]
+    fn is_detached(&self, at: usize, slot: u16) -> bool {
+        let entry = &self.sqs[at].slots[usize::from(slot)];
+        let nsid = match entry.command {
+            Some(IoCommand::Flush { nsid: NSID_ALL }) => entry.step,
+            _ => entry.sqe.nsid.get(),
+        };
+        self.subsys.namespace(nsid).is_none()
+    }
+
+    fn is_bounced(&self, qid: u16, slot: u16) -> bool {
+        let sq = self.sq_at.get(qid).and_then(|at| self.sqs.get(at));
+        sq.and_then(|sq| sq.slots.get(usize::from(slot))).is_some_and(|entry| entry.is_bounced)
+    }
+
+    /// Copies what was read to where the command wants it, and leaves out what it does not want. The
+    /// list is read again: a guest that has changed it meanwhile misleads only itself.
+    #[cold]
+    fn scatter(&self, qid: u16, slot: u16, data: &SgList) -> Result<(), Status> {
+        let Some(sq) = self.sq_at.get(qid).and_then(|at| self.sqs.get(at)) else { return Ok(()) };
+        let (view, entry) = (&self.view, &sq.slots[usize::from(slot)]);
+        let at = Cell::new(0);
+        walk(
+            &entry.sqe,
+            data.len() as u32,
+            true,
+            &mut Discarding {
+                read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
+                piece: |addr, len| {
+                    let from = at.replace(at.get() + len as usize);
+                    let mut to = addr;
+                    let mut is_there = true;
+                    let copied = data.for_each_chunk(from, len as usize, &mut |bytes| {
+                        is_there &= view.write(to, bytes).is_ok();
+                        to = to.wrapping_add(bytes.len() as u64);
+                    });
+                    if copied.is_ok() && is_there { Ok(()) } else { Err(TRANSFER) }
+                },
+                discard: |len| {
+                    at.set(at.get() + len as usize);
+                    Ok(())
+                },
+            },
+        )
+    }
+
     /// Logs the data of a command that wrote to guest memory. Lists are read again: a guest that
     /// changes them while the command runs misleads only itself.
     #[cold]
@@ -905,12 +1003,13 @@ impl Engine {
             &entry.sqe,
             len,
             true,
-            &mut Copying {
+            &mut Discarding {
                 read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
                 piece: |addr, len| {
                     log.mark(addr, len);
                     Ok(())
                 },
+                discard: |_| Ok(()),
             },
         );
     }

@@ -121,6 +121,8 @@ pub struct DeviceConfig {
     pub queue_entries_max: u16,
     /// Serial number, up to 20 printable ASCII characters. Empty: that of the first volume.
     pub serial: String,
+    /// UUID that the subsystem's name is made of. `None`: that of the first volume.
+    pub uuid: Option<[u8; 16]>,
     /// How doorbells are heard of.
     pub doorbells: Doorbells,
     /// When something waits for I/O in flight: how long it may take to come back by itself. Then
@@ -138,6 +140,7 @@ impl DeviceConfig {
             queues: IO_QUEUES_MAX,
             queue_entries_max: record::ENTRIES_MAX,
             serial: String::new(),
+            uuid: None,
             doorbells: Doorbells::default(),
             drain_grace: Duration::from_secs(2),
         }
@@ -285,11 +288,12 @@ fn namespaces(subsys: &SubsystemInfo, attached: &[Attached]) -> Result<Subsystem
 
 fn subsystem(config: &DeviceConfig, attached: &[Attached]) -> Result<SubsystemInfo, ServeError> {
     let first = attached.first().map(|one| one.volume.identity());
-    let identity = first.unwrap_or(Identity::from_uuid([0; 16]));
+    let identity = first.unwrap_or(Identity::from_uuid(config.uuid.unwrap_or_default()));
     let own = String::from_utf8_lossy(&identity.serial);
     let serial = if config.serial.is_empty() { own.trim_end() } else { &config.serial };
     let bad_serial = || ServeError::Serial(serial.to_owned());
-    let uuid: String = identity.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let uuid: String =
+        config.uuid.unwrap_or(identity.uuid).iter().map(|byte| format!("{byte:02x}")).collect();
     let nqn = format!("nqn.2024-01.io.penstock:device:{uuid}");
     let smallest = attached.iter().map(|one| one.volume.geometry().io_bytes_max).min();
     let limits = Limits {
@@ -363,12 +367,13 @@ pub fn build(
         let (grace, doorbells) = (config.drain_grace, config.doorbells);
         let subsys = Arc::new(subsys.restricted(|_| false));
         let start = move |spawner: &mut reactor::Spawner<'_>| {
-            let engine = engine::Engine::new(
+            let mut engine = engine::Engine::new(
                 GuestMemory::default().view(),
                 record.view(),
                 subsys,
                 msix::Interrupts::new(vectors),
             );
+            engine.set_pool(spawner.local().pool().clone());
             spawner.spawn(Box::new(CoreTask {
                 local: spawner.local().clone(),
                 commands: receiver,
@@ -498,8 +503,8 @@ impl DeviceHandle {
         self.change(move |device| device.attach_namespace(nsid, volume))
     }
 
-    /// Takes a namespace away from the running device. The guest is told; what is in flight
-    /// completes.
+    /// Takes a namespace away from the running device. The guest is told. What is in flight completes
+    /// as its volume has it, or, where that only waits, as a command to a namespace that is not there.
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -551,8 +556,11 @@ impl DeviceHandle {
         change: impl FnOnce(&mut Device) -> Result<(), AttachError> + Send + 'static,
     ) -> Result<(), AttachError> {
         let (sender, receiver) = mpsc::channel();
-        self.ask(move |device, _| {
-            let _ = sender.send(change(device));
+        self.ask(move |device, _| match change(device) {
+            Ok(()) => device.tell_when_done(sender),
+            Err(error) => {
+                let _ = sender.send(Err(error));
+            }
         })
         .ok_or(AttachError::NoAnswer)?;
         receiver.recv_timeout(STATE_TIMEOUT).unwrap_or(Err(AttachError::NoAnswer))

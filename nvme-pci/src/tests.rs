@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use block::{Volume, VolumeSpec};
+use block::{Volume, VolumeSpec, Wear};
 use nvme::spec::{
-    AdminOpcode, Csts, IdentifyController, LogPage, NSSR_RESET, NvmOpcode, SmartLog, event,
+    AdminOpcode, Csts, IdentifyController, LogPage, NSSR_RESET, NvmOpcode, SmartLog,
+    critical_warning, event,
 };
 use reactor::{Core, CoreConfig};
 use zerocopy::FromBytes;
@@ -245,9 +246,55 @@ impl Volume for Growing {
         self.inner.open(local, depth)
     }
 
+    /// Its life is over when there are 5,000 blocks.
+    fn wear(&self) -> Option<Wear> {
+        let blocks = self.blocks.load(Ordering::SeqCst);
+        (blocks > 4096).then_some(Wear {
+            percentage_used: (blocks / 50) as u8,
+            spare_percent: 9,
+            spare_threshold_percent: 10,
+            critical_warning: critical_warning::SPARE,
+        })
+    }
+
     fn generation(&self) -> u64 {
         self.blocks.load(Ordering::SeqCst)
     }
+}
+
+#[test]
+fn wear_of_a_volume_is_told() {
+    let cores = Cores::start(1);
+    let volume = Arc::new(Growing { inner: ram(8, 1), blocks: AtomicU64::new(4096) });
+    let volumes: Vec<(u32, Arc<dyn Volume>)> = vec![(1, volume.clone()), (2, ram(8, 2))];
+    let mut host = TestHost::new(direct(&cores, volumes, None), MEMORY, 4);
+    host.plug_in();
+    host.enable(32);
+    let spare = u32::from(critical_warning::SPARE);
+    host.admin(&TestHost::<Direct>::admin_sqe(AdminOpcode::SET_FEATURES, 0x0b, spare));
+    let page = u32::from(LogPage::SMART.0) | 127 << 16;
+    let page = TestHost::<Direct>::admin_sqe(AdminOpcode::GET_LOG_PAGE, page, 0);
+    host.admin(&page);
+    let log = SmartLog::read_from_prefix(&host.admin_data()).expect("a page").0;
+    let told = |log: &SmartLog| {
+        (
+            log.critical_warning,
+            log.percentage_used,
+            log.available_spare,
+            log.available_spare_threshold,
+        )
+    };
+    assert_eq!(told(&log), (0, 0, 100, 0), "nobody knows");
+    host.push(0, &TestHost::<Direct>::admin_sqe(AdminOpcode::ASYNC_EVENT_REQUEST, 0, 0));
+    host.kick(0);
+    volume.blocks.store(5000, Ordering::SeqCst);
+    let event = event::dw0(event::TYPE_SMART, event::SMART_SPARE, LogPage::SMART.0);
+    assert_eq!(host.complete(0).dw0(), event);
+    host.admin(&page);
+    let log = SmartLog::read_from_prefix(&host.admin_data()).expect("a page").0;
+    assert_eq!(told(&log), (critical_warning::SPARE, 100, 9, 10));
+    drop(host);
+    cores.stop();
 }
 
 #[test]

@@ -9,7 +9,7 @@
 mod memory;
 
 pub use self::memory::{
-    Copying, HostMemory, MEMORY_PAGE_BYTES, SGL_DESCRIPTORS_MAX, walk, walk_queue,
+    Copying, Discarding, HostMemory, MEMORY_PAGE_BYTES, SGL_DESCRIPTORS_MAX, walk, walk_queue,
 };
 use crate::spec::{Direction, SglDescriptor, Sqe, Status};
 use crate::subsys::Limits;

@@ -83,11 +83,12 @@ impl Engine {
         self.turn_bytes = self.turn_bytes.saturating_sub(u64::from(len));
         let view = &self.view;
         let data = &mut io.data;
-        let walked = walk(
+        let mut leaves_out = false;
+        let mut walked = walk(
             sqe,
             len,
             true,
-            &mut Copying {
+            &mut Discarding {
                 read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
                 piece: |addr, len| {
                     // Data for the volume may lie in memory that is only read.
@@ -101,14 +102,32 @@ impl Engine {
                         false => Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr()),
                     }
                 },
+                discard: |_| {
+                    leaves_out = true;
+                    Ok(())
+                },
             },
         );
+        if leaves_out && walked.is_ok() {
+            walked = self.bounce(at, slot, &mut io);
+        }
         if let Err(status) = walked {
             io.data.clear();
             self.ios.push(io);
             return Err(status);
         }
         self.submit(space, io);
+        Ok(())
+    }
+
+    /// Gives a read memory of the core's, as the guest's has no room for all of it.
+    #[cold]
+    fn bounce(&mut self, at: usize, slot: u16, io: &mut Io) -> Result<(), Status> {
+        io.data.clear();
+        // When memory is short, the command may be sent again.
+        let pool = self.pool.as_ref().ok_or(Status::INTERNAL_ERROR)?;
+        pool.alloc(io.len as usize, &mut io.data).map_err(|_| Status::INTERNAL_ERROR)?;
+        self.sqs[at].slots[usize::from(slot)].is_bounced = true;
         Ok(())
     }
 
@@ -165,7 +184,7 @@ impl Engine {
                 entry.step += 1;
                 let range = entry.data.get(from..).and_then(|rest| rest.first_chunk::<16>());
                 let ns = self.subsys.namespace(nsid);
-                let ns = ns.ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
+                let ns = ns.ok_or(INACTIVE)?;
                 let range = range.ok_or(Status::INTERNAL_ERROR)?;
                 let (offset, len) = io::dsm_range(range, ns)?;
                 if len == 0 {
@@ -191,7 +210,7 @@ impl Engine {
         fua: bool,
     ) -> Result<(), Status> {
         let subsys = Arc::clone(&self.subsys);
-        let ns = subsys.namespace(nsid).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT.dnr())?;
+        let ns = subsys.namespace(nsid).ok_or(INACTIVE)?;
         let data = &self.sqs[at].slots[usize::from(slot)].data;
         let range = |index: u16| {
             let from = usize::from(index) * COPY_RANGE_LEN as usize;

@@ -31,6 +31,9 @@ struct Disk {
     /// I/Os that may come back; `None`: all.
     allowed: Option<usize>,
     newest_first: bool,
+    /// Given back by an abort.
+    #[expect(clippy::vec_box, reason = "the boxes move between here and the engine")]
+    aborted: Vec<Box<Io>>,
     depth: usize,
     fail: Option<IoError>,
     polls: usize,
@@ -51,6 +54,10 @@ impl Channel for TestChannel {
     fn poll(&mut self, done: &mut dyn FnMut(Box<Io>)) {
         let mut disk = self.0.borrow_mut();
         disk.polls += 1;
+        for mut io in std::mem::take(&mut disk.aborted) {
+            io.result = Err(IoError::Aborted);
+            done(io);
+        }
         let count = disk.allowed.unwrap_or(usize::MAX).min(disk.held.len());
         for _ in 0..count {
             let at = if disk.newest_first { disk.held.len() - 1 } else { 0 };
@@ -61,10 +68,16 @@ impl Channel for TestChannel {
     }
 
     fn in_flight(&self) -> usize {
-        self.0.borrow().held.len()
+        let disk = self.0.borrow();
+        disk.held.len() + disk.aborted.len()
     }
 
-    fn abort(&mut self) {}
+    /// All but the first can be: that one is under way.
+    fn abort(&mut self) {
+        let disk = &mut *self.0.borrow_mut();
+        let from = disk.held.len().min(1);
+        disk.aborted.extend(disk.held.drain(from..));
+    }
 }
 
 impl Disk {
@@ -620,6 +633,89 @@ fn an_abort_ends_what_no_volume_has_yet() {
     rig.settle();
     assert_eq!([1, 3].map(|_| rig.pop().unwrap().cid.get()), [1, 3]);
     assert_eq!((rig.engine.in_flight(), rig.engine.at_volume()), (0, 0));
+}
+
+#[test]
+fn commands_to_a_namespace_that_is_detached_end() {
+    let mut rig = Rig::new(16);
+    (rig.disk.borrow_mut().depth, rig.disk.borrow_mut().allowed) = (3, Some(0));
+    rig.write(DATA, &[0x77; 512]);
+    rig.push(1, &command(NvmOpcode::WRITE, 9, 1, DATA, 0));
+    rig.push(2, &command(NvmOpcode::READ, 2, 1, DATA, 0));
+    let flush = |nsid| Sqe { opcode: NvmOpcode::FLUSH.0, nsid: U32::new(nsid), ..Sqe::default() };
+    rig.push(3, &flush(NSID_ALL));
+    rig.push(4, &command(NvmOpcode::READ, 4, 1, DATA, 0));
+    rig.ring();
+    rig.turn();
+    let nothing = Arc::new(subsys().restricted(|_| false));
+    rig.engine.set_namespaces(Arc::clone(&nothing), |_| None);
+    rig.push(5, &command(NvmOpcode::READ, 5, 1, DATA, 0));
+    rig.ring();
+    rig.settle();
+    let mut ended: Vec<_> = std::iter::from_fn(|| rig.pop()).collect();
+    ended.sort_by_key(|cqe| cqe.cid.get());
+    let ended: Vec<_> = ended.iter().map(|cqe| (cqe.cid.get(), cqe.status())).collect();
+    let inactive = Status::INVALID_FIELD_IN_COMMAND.dnr();
+    // Those that wait at the volume, before it, and in the queue. A flush of all namespaces is done.
+    let want = [(2, inactive), (3, Status::SUCCESS), (4, inactive), (5, inactive)];
+    assert_eq!(ended, want);
+
+    // It comes back, by another channel, while the old one still has the write.
+    let disk = Rc::clone(&rig.disk);
+    let other = Rc::new(RefCell::new(Disk { bytes: vec![5; BYTES], depth: 9, ..Disk::default() }));
+    let new = Rc::clone(&other);
+    let open = |_| Some(Box::new(TestChannel(Rc::clone(&new))) as Box<dyn Channel>);
+    rig.engine.set_namespaces(Arc::new(subsys()), open);
+    assert_eq!(rig.run(&command(NvmOpcode::READ, 9, 1, DATA + 4096, 0)), Status::SUCCESS);
+    assert_eq!(rig.read(DATA + 4096, 512), [5; 512]);
+    disk.borrow_mut().allowed = None;
+    rig.settle();
+    let cqe = rig.pop().expect("what was under way has been done, and says so");
+    assert_eq!((cqe.cid.get(), cqe.status()), (1, Status::SUCCESS));
+    assert_eq!(disk.borrow().bytes[9 * 512..10 * 512], [0x77; 512]);
+    assert_eq!((rig.engine.in_flight(), rig.engine.at_volume()), (0, 0));
+    assert_eq!(Rc::strong_count(&disk), 2, "the old channel is closed: the rig's and this");
+}
+
+#[test]
+fn reads_leave_out_what_the_host_does_not_want() {
+    use nvme::spec::SglDescriptor;
+    use zerocopy::IntoBytes;
+    use zerocopy::little_endian::U64;
+
+    let descriptor = |identifier, address, length| SglDescriptor {
+        address: U64::new(address),
+        length: U32::new(length),
+        reserved: [0; 3],
+        identifier,
+    };
+    let bucket = |length| descriptor(SglDescriptor::BIT_BUCKET, 0, length);
+    let block = |address, length| descriptor(SglDescriptor::DATA_BLOCK, address, length);
+    let mut rig = Rig::new(16);
+    let list = [bucket(600), block(DATA, 300), bucket(124), block(DATA + 5000, 512)];
+    let list: Vec<u8> = list.iter().flat_map(|one| one.as_bytes().to_vec()).collect();
+    rig.write(0x8000, &list);
+    let sgl = |opcode, blocks| Sqe {
+        flags: 0x40,
+        dptr: descriptor(SglDescriptor::LAST_SEGMENT, 0x8000, 64),
+        ..command(opcode, 10, blocks, 0, 0)
+    };
+    assert_eq!(rig.run(&sgl(NvmOpcode::READ, 3)), Status::INTERNAL_ERROR, "there is no memory");
+    rig.engine.set_pool(Pool::new(1 << 20).unwrap());
+    rig.write(DATA, &[0xee; 8192]);
+    assert_eq!(rig.run(&sgl(NvmOpcode::READ, 3)), Status::SUCCESS);
+    let mut want = vec![0xee; 8192];
+    want[..300].fill(11);
+    want[5000..5512].fill(12);
+    assert_eq!(rig.read(DATA, 8192), want);
+    // Of a write, only what is there counts: 300 and 512 bytes.
+    let length = Status::DATA_SGL_LENGTH_INVALID.dnr();
+    assert_eq!(rig.run(&sgl(NvmOpcode::WRITE, 2)), length);
+    assert_eq!(rig.run(&sgl(NvmOpcode::WRITE, 1)), Status::SUCCESS);
+    let mut want = [11; 512];
+    want[300..].fill(12);
+    assert_eq!(rig.disk.borrow().bytes[10 * 512..11 * 512], want);
+    assert_eq!(rig.engine.at_volume(), 0);
 }
 
 #[test]

@@ -238,6 +238,13 @@ impl AsyncEvents {
         self.raise(Kind::Namespaces);
     }
 
+    /// Any namespace may have changed.
+    pub(crate) fn all_changed(&mut self) {
+        self.overflowed = true;
+        self.changed.clear();
+        self.raise(Kind::Namespaces);
+    }
+
     /// The Changed Namespace List as it is read now: "If more than 1,024 namespaces changed, the
     /// first entry is FFFFFFFFh and the rest zero".
     pub(crate) fn changed_list(&self) -> Vec<u32> {

@@ -151,8 +151,8 @@ impl Controller {
         id.maxcmd = U16::new(limits.queue_entries_max);
         id.subnqn = self.subsys.nqn().to_field();
         if self.is_pcie() {
-            // Data blocks, segments and last segments, of any alignment and length.
-            id.sgls = U32::new(Id::SGLS_SUPPORTED | Id::SGLS_LONGER);
+            // Data blocks, bit buckets, segments and last segments, of any alignment and length.
+            id.sgls = U32::new(Id::SGLS_SUPPORTED | Id::SGLS_BIT_BUCKET | Id::SGLS_LONGER);
             id.oacs = U16::new(Id::OACS_DOORBELL_BUFFER);
         } else {
             ctratt |= Id::CTRATT_TBKAS;

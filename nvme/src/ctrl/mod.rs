@@ -332,6 +332,12 @@ impl Controller {
         }
     }
 
+    /// Namespaces may have changed while nobody looked: between the process that a host was told of
+    /// them by and this one. Raises the Namespace Attribute Changed event if the host enabled it.
+    pub fn namespaces_may_have_changed(&mut self) {
+        self.aer.all_changed();
+    }
+
     /// Another discovery log. Raises the Discovery Log Page Change event if the host enabled it.
     /// Nothing happens on an I/O controller.
     pub fn update_discovery(&mut self, log: Arc<DiscoveryLog>) {

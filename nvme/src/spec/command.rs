@@ -158,6 +158,8 @@ impl SglDescriptor {
     /// Identifier: Segment (type 2h): the address of more descriptors, the last of which is a
     /// segment again.
     pub const SEGMENT: u8 = 0x20;
+    /// Identifier of a Bit Bucket: data for the host that it does not want.
+    pub const BIT_BUCKET: u8 = 0x10;
     /// Identifier: Last Segment (type 3h): the address of more descriptors, none a segment.
     pub const LAST_SEGMENT: u8 = 0x30;
     /// Identifier: Data Block at an offset in the capsule (type 0h, subtype 1h).

@@ -282,6 +282,8 @@ impl IdentifyController {
     pub const VWC_BROADCAST_FLUSH: u8 = 3 << 1;
     /// SGLS: SGLs supported, no alignment needed (bits 1:0 = 01b).
     pub const SGLS_SUPPORTED: u32 = 1;
+    /// SGLS: Bit Bucket descriptors.
+    pub const SGLS_BIT_BUCKET: u32 = 1 << 16;
     /// SGLS: SGLs may be longer than the data.
     pub const SGLS_LONGER: u32 = 1 << 18;
     /// SGLS: the address of a Data Block may be an offset (in-capsule data).

@@ -3,14 +3,14 @@
 //! ```text
 //!   PRP1 ─► first page, from any dword on
 //!   PRP2 ─► second page  │  list ─► page, page, .., list ─► page, ..
-//!   SGL1 ─► data block   │  segment ─► data block, .., segment ─► .., last segment
+//!   SGL1 ─► data block   │  segment ─► data block, bit bucket, .., segment ─► .., last segment
 //! ```
 //!
 //! Lists are read through [`HostMemory`], each entry once, so that what was checked is what is used
 //! however the host changes it meanwhile. Work is bounded by the length of the data (PRP) or by
 //! [`SGL_DESCRIPTORS_MAX`].
 
-use crate::spec::{SglDescriptor, Sqe, Status};
+use crate::spec::{Direction, SglDescriptor, Sqe, Status};
 
 /// Memory page: the one size that CC.MPS can select (CAP.MPSMIN and MPSMAX are 0).
 pub const MEMORY_PAGE_BYTES: u64 = 4096;
@@ -39,6 +39,15 @@ pub trait HostMemory {
     /// # Errors
     /// Data Transfer Error where there is no memory, or what else the piece is refused with.
     fn piece(&mut self, addr: u64, len: u64) -> Result<(), Status>;
+
+    /// The next `len` bytes of the data, not 0, are for the host and not wanted by it.
+    ///
+    /// # Errors
+    /// SGL Descriptor Type Invalid: a command that no bytes can be left out of.
+    fn discard(&mut self, len: u64) -> Result<(), Status> {
+        let _ = len;
+        Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr())
+    }
 }
 
 /// A [`HostMemory`] made of two functions.
@@ -60,6 +69,35 @@ where
 
     fn piece(&mut self, addr: u64, len: u64) -> Result<(), Status> {
         (self.piece)(addr, len)
+    }
+}
+
+/// [`Copying`] that can leave bytes out.
+pub struct Discarding<R, P, D> {
+    /// For [`HostMemory::read`].
+    pub read: R,
+    /// For [`HostMemory::piece`].
+    pub piece: P,
+    /// For [`HostMemory::discard`].
+    pub discard: D,
+}
+
+impl<R, P, D> HostMemory for Discarding<R, P, D>
+where
+    R: FnMut(u64, &mut [u8]) -> Result<(), Status>,
+    P: FnMut(u64, u64) -> Result<(), Status>,
+    D: FnMut(u64) -> Result<(), Status>,
+{
+    fn read(&mut self, addr: u64, dst: &mut [u8]) -> Result<(), Status> {
+        (self.read)(addr, dst)
+    }
+
+    fn piece(&mut self, addr: u64, len: u64) -> Result<(), Status> {
+        (self.piece)(addr, len)
+    }
+
+    fn discard(&mut self, len: u64) -> Result<(), Status> {
+        (self.discard)(len)
     }
 }
 
@@ -85,7 +123,10 @@ pub fn walk(
             let (prp1, prp2) = sqe.prps();
             walk_prps(prp1, prp2, u64::from(len), memory)
         }
-        0b01 | 0b10 if may_be_sgl => walk_sgl(&sqe.dptr, u64::from(len), memory),
+        0b01 | 0b10 if may_be_sgl => {
+            let is_to_host = sqe.direction() == Direction::ToHost;
+            walk_sgl(&sqe.dptr, u64::from(len), is_to_host, memory)
+        }
         _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
     }
 }
@@ -164,7 +205,12 @@ pub fn walk_queue(prp1: u64, len: u64, memory: &mut impl HostMemory) -> Result<(
     walk_list(prp1, len, memory)
 }
 
-fn walk_sgl(first: &SglDescriptor, len: u64, memory: &mut impl HostMemory) -> Result<(), Status> {
+fn walk_sgl(
+    first: &SglDescriptor,
+    len: u64,
+    is_to_host: bool,
+    memory: &mut impl HostMemory,
+) -> Result<(), Status> {
     let mut left = len;
     let mut segment = *first;
     if segment.identifier == SglDescriptor::DATA_BLOCK {
@@ -197,6 +243,17 @@ fn walk_sgl(first: &SglDescriptor, len: u64, memory: &mut impl HostMemory) -> Re
                 let descriptor: SglDescriptor = zerocopy::transmute!(*bytes);
                 match descriptor.identifier {
                     SglDescriptor::DATA_BLOCK => block(&descriptor, &mut left, memory)?,
+                    // "The length in a destination data buffer is included in the Number of
+                    // Logical Blocks, the length in a source data buffer is not" (NVMe Base 2.1,
+                    // "SGL Bit Bucket descriptor").
+                    SglDescriptor::BIT_BUCKET if is_to_host => {
+                        let part = u64::from(descriptor.length.get()).min(left);
+                        left -= part;
+                        if part > 0 {
+                            memory.discard(part)?;
+                        }
+                    }
+                    SglDescriptor::BIT_BUCKET => {}
                     // "The last descriptor of a segment that is not the last one", and no other.
                     SglDescriptor::SEGMENT | SglDescriptor::LAST_SEGMENT
                         if !is_last && entries == 0 && index == count =>

@@ -220,7 +220,7 @@ fn identify_has_no_fabrics_fields() {
     let id = IdentifyController::read_from_bytes(&out[..]).unwrap();
     assert_eq!((id.ioccsz.get(), id.iorcsz.get(), id.msdbd, id.ofcs.get()), (0, 0, 0, 0));
     assert_eq!((id.kas.get(), id.cmic, id.fuses.get(), id.oacs.get()), (0, 0, 0, 1 << 8));
-    assert_eq!(id.sgls.get(), 1 | 1 << 18);
+    assert_eq!(id.sgls.get(), 1 | 1 << 16 | 1 << 18);
     assert_eq!(id.ctratt.get() & IdentifyController::CTRATT_TBKAS, 0);
     sqe.flags = 0x40;
     assert_eq!(status(&mut c, &sqe), Status::INVALID_FIELD_IN_COMMAND.dnr());

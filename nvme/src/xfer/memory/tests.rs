@@ -4,7 +4,7 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use super::*;
-use crate::spec::SglDescriptor;
+use crate::spec::{NvmOpcode, SglDescriptor};
 
 /// Host memory that is nothing but lists.
 #[derive(Default)]
@@ -13,6 +13,8 @@ struct Memory {
     pieces: Vec<(u64, u64)>,
     /// Bytes read of lists.
     read: usize,
+    /// Bytes may be left out; they are pieces at the end of the address space.
+    can_discard: bool,
 }
 
 impl Memory {
@@ -45,6 +47,15 @@ impl HostMemory for Memory {
     fn piece(&mut self, addr: u64, len: u64) -> Result<(), Status> {
         assert_ne!(len, 0);
         self.pieces.push((addr, len));
+        Ok(())
+    }
+
+    fn discard(&mut self, len: u64) -> Result<(), Status> {
+        assert_ne!(len, 0);
+        if !self.can_discard {
+            return Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr());
+        }
+        self.pieces.push((u64::MAX, len));
         Ok(())
     }
 }
@@ -132,7 +143,6 @@ fn sgls() {
     memory.write_sgl(0x200, &[(DATA, 0x4000, 12), (LAST, 0x300, 16)]);
     memory.write_sgl(0x300, &[(DATA, 0x5000, 4096)]);
     memory.write_sgl(0x400, &[(SEG, 0x200, 32), (DATA, 0x4000, 12)]);
-    memory.write_sgl(0x500, &[(0x10, 0, 512)]);
     let length = Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
     let kind = Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr());
     let all = vec![(0x3001, 100), (0x4000, 12), (0x5000, 400)];
@@ -151,7 +161,8 @@ fn sgls() {
         ((LAST, 0x300, 0), 512, Err(SEGMENT)),
         ((LAST, 0x300, 17), 512, Err(SEGMENT)),
         ((LAST, u64::MAX - 15, 32), 512, Err(SEGMENT)),
-        ((LAST, 0x500, 16), 512, kind.clone()),
+        // As the only descriptor it is none that SGL1 can be.
+        ((SglDescriptor::BIT_BUCKET, 0, 512), 512, kind.clone()),
         ((SglDescriptor::TRANSPORT_DATA_BLOCK, 0, 512), 512, kind.clone()),
         ((SglDescriptor::DATA_BLOCK_OFFSET, 0, 512), 512, kind),
         (
@@ -168,6 +179,38 @@ fn sgls() {
     let sqe = Sqe { flags: 0x40, dptr: descriptor((SEG, 0x600, 16)), ..Sqe::default() };
     let endless = Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr());
     assert_eq!(run(&mut memory, &sqe, 512), endless);
+}
+
+/// A host that reads some blocks of many says what it does not want; one that writes cannot.
+#[test]
+fn bit_buckets() {
+    const DATA: u8 = SglDescriptor::DATA_BLOCK;
+    const BUCKET: u8 = SglDescriptor::BIT_BUCKET;
+    const LAST: u8 = SglDescriptor::LAST_SEGMENT;
+    let (read, write) = (NvmOpcode::READ.0, NvmOpcode::WRITE.0);
+    let length = Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+    let out = u64::MAX;
+    let list = [(BUCKET, 7, 512), (DATA, 0x3000, 100), (BUCKET, 0, 0), (BUCKET, 0, 400)];
+    let mut memory = Memory { can_discard: true, ..Memory::default() };
+    memory.write_sgl(0x100, &list);
+    memory.write_sgl(0x200, &[(BUCKET, 0, u32::MAX), (DATA, 0x3000, 100)]);
+    for (opcode, at, descriptors, len, want) in [
+        (read, 0x100, 4, 1012, Ok(vec![(out, 512), (0x3000, 100), (out, 400)])),
+        (read, 0x100, 4, 600, Ok(vec![(out, 512), (0x3000, 88)])),
+        (read, 0x100, 4, 1013, length.clone()),
+        (read, 0x200, 2, 512, Ok(vec![(out, 512)])),
+        (write, 0x100, 4, 100, Ok(vec![(0x3000, 100)])),
+        (write, 0x100, 4, 101, length.clone()),
+        (write, 0x200, 2, 100, Ok(vec![(0x3000, 100)])),
+    ] {
+        let dptr = descriptor((LAST, at, 16 * descriptors));
+        let sqe = Sqe { flags: 0x40, dptr, ..Sqe::new(opcode) };
+        assert_eq!(run(&mut memory, &sqe, len), want, "opcode {opcode} {at:x} {len}");
+    }
+    memory.can_discard = false;
+    let sqe = Sqe { flags: 0x40, dptr: descriptor((LAST, 0x100, 64)), ..Sqe::new(read) };
+    let kind = Err(Status::SGL_DESCRIPTOR_TYPE_INVALID.dnr());
+    assert_eq!(run(&mut memory, &sqe, 1012), kind, "where nothing can be left out");
 }
 
 #[test]
