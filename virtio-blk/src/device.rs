@@ -4,7 +4,7 @@
 //! Built once from a volume's geometry and read by every session and queue. Nothing here knows
 //! how the bytes travel.
 
-use block::{Geometry, Identity};
+use block::{Geometry, Identity, Wear};
 use virtio_bindings::{virtio_blk as blk, virtio_config as config, virtio_ring as ring};
 
 /// The unit of every sector number and capacity of this device, whatever the block size is
@@ -20,6 +20,8 @@ pub const RANGES_MAX: usize = 16;
 pub const PARTS_MAX: usize = 128;
 /// Length of the answer to a GET_ID request.
 pub const ID_BYTES: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
+/// Length of the answer to a GET_LIFETIME request.
+pub const LIFETIME_BYTES: usize = 6;
 /// Length of the configuration space as this device fills it. A driver that asks beyond reads
 /// zeros, up to [`CONFIG_BYTES_MAX`].
 pub const CONFIG_BYTES: usize = 60;
@@ -57,6 +59,8 @@ impl Features {
     pub const DISCARD: Features = Features::bit(blk::VIRTIO_BLK_F_DISCARD);
     /// Device can support write zeroes command.
     pub const WRITE_ZEROES: Features = Features::bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+    /// Device supports providing storage lifetime information.
+    pub const LIFETIME: Features = Features::bit(15);
     /// The driver can use descriptors with the INDIRECT flag set.
     pub const INDIRECT_DESC: Features = Features::bit(ring::VIRTIO_RING_F_INDIRECT_DESC);
     /// `used_event` and `avail_event` fields are used.
@@ -148,6 +152,8 @@ pub struct Limits {
     pub write_zeroes_bytes_max: u64,
     /// Answer to GET_ID, padded with NUL.
     pub serial: [u8; ID_BYTES],
+    /// Answer to GET_LIFETIME, where the volume knows.
+    pub lifetime: Option<[u8; LIFETIME_BYTES]>,
 }
 
 impl Device {
@@ -166,6 +172,7 @@ impl Device {
             discard_bytes_max: DISCARD_BYTES_MAX,
             write_zeroes_bytes_max: WRITE_ZEROES_BYTES_MAX,
             serial: serial(&options.serial, identity),
+            lifetime: None,
         };
 
         let mut features = Features::VERSION_1
@@ -201,6 +208,24 @@ impl Device {
         };
         device.fill_config(geometry);
         device
+    }
+
+    /// The same device, which tells its driver how worn the volume is. A volume that knows, whatever it
+    /// says, makes the feature; it stays.
+    #[must_use]
+    pub fn with_lifetime(mut self, wear: Option<Wear>) -> Device {
+        if wear.is_some() {
+            self.features |= Features::LIFETIME;
+        }
+        self.limits.lifetime = wear.map(|wear| lifetime(&wear));
+        self
+    }
+
+    /// The same with what is known of the wear now. What was offered stays.
+    #[must_use]
+    pub fn worn(mut self, wear: Option<Wear>) -> Device {
+        self.limits.lifetime = wear.map(|wear| lifetime(&wear));
+        self
     }
 
     /// The same device over a volume that has another size now. What was offered stays, and so does
@@ -302,6 +327,26 @@ impl Device {
             put(56, &[u8::from(may_unmap)]);
         }
     }
+}
+
+/// `struct virtio_blk_lifetime` (Virtual I/O Device 1.3, section 5.2.6), whose fields are those of
+/// JEDEC eMMC 5.1: PRE_EOL_INFO says how much of the reserved blocks is consumed (1: normal, 2: 80 %,
+/// 3: 90 %), DEVICE_LIFE_TIME_EST the life used in steps of 10 % (1: up to 10 %, .. 11: all of it).
+/// What a volume knows is about all of its cells, so that both estimates say it.
+fn lifetime(wear: &Wear) -> [u8; LIFETIME_BYTES] {
+    const SPARE_IS_LOW: u8 = 1;
+    let pre_eol: u16 = match wear.spare_percent {
+        _ if wear.critical_warning & SPARE_IS_LOW != 0 => 3,
+        0..=10 => 3,
+        11..=20 => 2,
+        _ => 1,
+    };
+    let estimate = u16::from(wear.percentage_used / 10 + 1).min(11);
+    let mut bytes = [0; LIFETIME_BYTES];
+    for (to, word) in bytes.chunks_exact_mut(2).zip([pre_eol, estimate, estimate]) {
+        to.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
 }
 
 fn serial(chosen: &str, identity: &Identity) -> [u8; ID_BYTES] {
@@ -416,6 +461,35 @@ pub(crate) mod tests {
         let mut config = [0xff; 24];
         assert!(plain.read_config(36, true, &mut config));
         assert_eq!(config, [0; 24]);
+    }
+
+    #[test]
+    fn lifetime_is_told_in_the_steps_of_jedec() {
+        let wear = |percentage_used, spare_percent, critical_warning| Wear {
+            percentage_used,
+            spare_percent,
+            spare_threshold_percent: 5,
+            critical_warning,
+        };
+        for (wear, want) in [
+            (wear(0, 100, 0), [1, 1]),
+            (wear(9, 21, 0), [1, 1]),
+            (wear(10, 20, 0), [2, 2]),
+            (wear(99, 11, 0), [2, 10]),
+            (wear(100, 10, 0), [3, 11]),
+            (wear(255, 0, 0), [3, 11]),
+            (wear(55, 90, 1), [3, 6]),
+        ] {
+            let device = Device::new(&geometry(), &identity(), &options());
+            assert!(!device.features().has(Features::LIFETIME));
+            let device = device.with_lifetime(Some(wear));
+            assert!(device.features().has(Features::LIFETIME));
+            let [pre_eol, estimate] = want;
+            let bytes = [pre_eol, 0, estimate, 0, estimate, 0];
+            assert_eq!(device.limits().lifetime, Some(bytes), "{wear:?}");
+            let unknown = device.clone().worn(None);
+            assert!(unknown.features().has(Features::LIFETIME) && !unknown.is_alike(&device));
+        }
     }
 
     #[test]

@@ -10,12 +10,14 @@ use block::IoError;
 use iobuf::{BadAddress, GuestSlice, GuestView, SgList};
 use virtio_bindings::virtio_blk as blk;
 
-use crate::device::{Features, ID_BYTES, Limits, RANGES_MAX, SECTOR_BYTES};
+use crate::device::{Features, ID_BYTES, LIFETIME_BYTES, Limits, RANGES_MAX, SECTOR_BYTES};
 use crate::queue::shared::DirtyLog;
 use crate::queue::{Broken, Chain, Piece, bytes};
 
 /// Length of `type`, `reserved` and `sector`.
 pub const HEADER_BYTES: usize = 16;
+/// Get lifetime (Virtual I/O Device 1.2, section 5.2.6), which the bindings have not.
+const T_GET_LIFETIME: u32 = 10;
 /// Length of one `struct virtio_blk_discard_write_zeroes`.
 pub const RANGE_BYTES: usize = 16;
 
@@ -185,6 +187,15 @@ fn action(
             let len = room.min(ID_BYTES as u64) as usize;
             scatter(view, &chain.writable, &limits.serial[..len])?;
             Ok((Action::Done(Status::OK), len as u64))
+        }
+        // "The length of data MUST be the size of virtio_blk_lifetime."
+        T_GET_LIFETIME if features.has(Features::LIFETIME) => {
+            let lifetime = limits.lifetime.ok_or(Refused)?;
+            if room != LIFETIME_BYTES as u64 {
+                return Err(Refused);
+            }
+            scatter(view, &chain.writable, &lifetime)?;
+            Ok((Action::Done(Status::OK), room))
         }
         blk::VIRTIO_BLK_T_DISCARD => {
             if !features.has(Features::DISCARD) {

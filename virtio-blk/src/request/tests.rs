@@ -309,3 +309,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn lifetime_is_told_by_volumes_that_know_it() {
+    let ask = |len| Layout::new().readable(&header(10, 0)).writable(len).writable(1);
+    let known = Limits { lifetime: Some([1, 0, 5, 0, 5, 0]), ..limits() };
+    let asked = ask(6);
+    let (request, _) = asked.parse_with(&known, Features::LIFETIME);
+    assert_eq!((request.action, request.written), (Action::Done(Status::OK), 7));
+    assert_eq!(asked.memory.read(asked.chain.writable[0].addr, 6), [1, 0, 5, 0, 5, 0]);
+    for len in [5, 7, 512] {
+        assert_eq!(ask(len).parse_with(&known, Features::LIFETIME).0.action, IOERR, "{len} bytes");
+    }
+    // It is offered and not known any more; it is not negotiated.
+    assert_eq!(ask(6).parse_with(&limits(), Features::LIFETIME).0.action, IOERR);
+    assert_eq!(ask(6).parse_with(&known, ALL).0.action, UNSUPP);
+}

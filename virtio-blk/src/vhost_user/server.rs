@@ -222,6 +222,7 @@ impl Server {
             }
             return;
         };
+        let device = device.worn(self.volume.wear());
         if device.is_alike(&self.device) {
             return;
         }
@@ -550,7 +551,8 @@ impl EndReason for ConnectionError {}
 impl EndReason for Refusal {}
 
 fn describe(config: &DeviceConfig, volume: &dyn Volume) -> Device {
-    Device::new(&volume.geometry(), &volume.identity(), &device_options(config))
+    let device = Device::new(&volume.geometry(), &volume.identity(), &device_options(config));
+    device.with_lifetime(volume.wear())
 }
 
 fn device_options(config: &DeviceConfig) -> DeviceOptions {
