@@ -22,6 +22,12 @@ pub struct Device {
     pub guest_attached: bool,
     /// What is behind it, in the order of the namespaces.
     pub namespaces: Vec<DeviceNamespace>,
+    /// The namespaces are those that its subsystem has, as they come and go.
+    #[serde(default)]
+    pub follows: bool,
+    /// Namespaces that an operator has detached, of one that follows its subsystem otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub withheld: Vec<u32>,
     /// Discovery controllers that tell it its ways, if it has any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub discovery: Vec<DeviceDiscovery>,
@@ -64,6 +70,9 @@ pub struct SetDeviceKeys {
 pub struct DeviceNamespace {
     /// Namespace ID at the target.
     pub nsid: u32,
+    /// The machine has it; not before the target has answered.
+    #[serde(default)]
+    pub is_shown: bool,
     /// Its subsystem; empty: a volume of the device's own.
     pub subnqn: String,
     /// What the device's own volume is.
@@ -79,6 +88,15 @@ pub struct DeviceNamespace {
     pub block_bytes: u32,
     /// Ways to the target.
     pub paths: Vec<DevicePath>,
+}
+
+/// Attaches a namespace of its target to a device of type `nvme` (POST `/v1/devices/{name}/namespaces`;
+/// DELETE `/v1/devices/{name}/namespaces/{nsid}` takes one away).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachNamespace {
+    /// Namespace ID at the target, which is the one at the device as well.
+    pub nsid: u32,
 }
 
 /// A way to the target.

@@ -28,8 +28,8 @@ pub use change::{
     SetHosts, SetReferrals, SetWriteProtect,
 };
 pub use device::{
-    Device, DeviceCounters, DeviceDiscovery, DeviceNamespace, DevicePath, DeviceQueue,
-    SetDeviceKeys,
+    AttachNamespace, Device, DeviceCounters, DeviceDiscovery, DeviceNamespace, DevicePath,
+    DeviceQueue, SetDeviceKeys,
 };
 pub use keys::{AddKey, ExportKeys, Exported, Key, KeyKind, RotateKey, SecretString};
 pub use status::{
@@ -63,7 +63,9 @@ pub mod path {
     /// GET: list of [`Subsystem`](crate::Subsystem). POST: [`AddSubsystem`](crate::AddSubsystem).
     pub const SUBSYSTEMS: &str = "/v1/subsystems";
     /// GET, of an emulator: list of [`Device`](crate::Device). `/v1/devices/{name}`: one of them. PUT
-    /// `/v1/devices/{name}/keys` [`SetDeviceKeys`](crate::SetDeviceKeys): the device.
+    /// `/v1/devices/{name}/keys` [`SetDeviceKeys`](crate::SetDeviceKeys): the device. POST
+    /// `/v1/devices/{name}/namespaces`: [`AttachNamespace`](crate::AttachNamespace). DELETE
+    /// `/v1/devices/{name}/namespaces/{nsid}`.
     pub const DEVICES: &str = "/v1/devices";
     /// PUT: [`SetAna`](crate::SetAna).
     pub const ANA: &str = "/v1/ana";

@@ -260,6 +260,8 @@ pub struct DeviceConfig {
     pub subnqn: Nqn,
     /// The namespaces: one of a virtio-blk device.
     pub nsids: Vec<u32>,
+    /// Those that the subsystem has, as they come and go; then `nsids` is empty.
+    pub follows: bool,
     /// Who the device is to the target; `None`: this process's host.
     pub host: Option<HostIdentity>,
     /// How long I/O is held without a path to the target before it fails; `None`: for ever.

@@ -93,6 +93,21 @@ impl Drop for Farewell {
     }
 }
 
+/// Runs `work` on a core and waits for its result. Not to be called on a core.
+pub(crate) fn on<T: Send + 'static>(
+    handle: &CoreHandle,
+    work: impl FnOnce(&mut Spawner<'_>) -> T + Send + 'static,
+) -> Result<T, CoresError> {
+    let silent = || CoresError::Silent("of the device".to_owned());
+    let (sender, receiver) = mpsc::channel();
+    let message = move |spawner: &mut Spawner<'_>| {
+        // The caller waits for this.
+        let _ = sender.send(work(spawner));
+    };
+    handle.post(Box::new(message)).map_err(|_| silent())?;
+    receiver.recv().map_err(|_| silent())
+}
+
 impl Cores {
     /// Starts `count` cores and waits until each has its ring. `ended` is called with the name of a
     /// core whose thread ends, wanted or not.
@@ -148,14 +163,8 @@ impl Cores {
         work: impl FnOnce(&mut Spawner<'_>) -> T + Send + 'static,
     ) -> Result<T, CoresError> {
         let silent = || CoresError::Silent(format!("{}-{index}", self.name));
-        let (sender, receiver) = mpsc::channel();
         let handle = self.handles.get(index).ok_or_else(silent)?;
-        let message = move |spawner: &mut Spawner<'_>| {
-            // The caller waits for this.
-            let _ = sender.send(work(spawner));
-        };
-        handle.post(Box::new(message)).map_err(|_| silent())?;
-        receiver.recv().map_err(|_| silent())
+        on(handle, work).map_err(|_| silent())
     }
 
     /// Asks the tasks to finish and waits until they have. `false` if a core ended by a panic.

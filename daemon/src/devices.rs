@@ -1,5 +1,7 @@
 //! Emulated devices: each waits for its target, is served, is reported, and goes.
 
+mod namespaces;
+
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,13 +15,15 @@ use block::{Latency, Volume};
 use nvme::spec::Nqn;
 use nvme_pci::vfio_user::journal::{FdKeeper, Journal};
 use nvmf_initiator::{
-    DiscoveryState, PathState, Phase, RemoteConfig, RemoteVolume, Security, Tls, Watch, WatchConfig,
+    DiscoveryState, PathState, Phase, RemoteConfig, RemoteSubsystem, RemoteVolume, Security, Tls,
+    Watch, WatchConfig,
 };
 use reactor::CoreHandle;
 use reactor::unix::Listener;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+use self::namespaces::{Opener, Spaces};
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
 use crate::credentials::{self, Part};
@@ -49,7 +53,14 @@ pub(crate) struct DeviceSecurity {
 /// A device on its way to being served, or served.
 pub(crate) struct Entry {
     pub(crate) config: DeviceConfig,
-    remotes: Vec<(u32, Arc<RemoteVolume>)>,
+    /// Namespaces of its target.
+    spaces: Mutex<Spaces>,
+    /// Where they come from, if it has a target.
+    opener: Option<Opener>,
+    /// Which there are, if it follows that.
+    subsystem: Option<Arc<RemoteSubsystem>>,
+    /// Held while namespaces are attached or detached.
+    changing: Mutex<()>,
     /// Its own volume, instead of remote ones.
     local: Option<Arc<dyn Volume>>,
     /// Looks out for their paths, if discovery tells them.
@@ -117,7 +128,6 @@ impl RunningDevice {
         failed: mpsc::UnboundedSender<String>,
     ) -> anyhow::Result<RunningDevice> {
         let host = config.host.as_ref().unwrap_or(host);
-        let mut remotes = Vec::with_capacity(config.nsids.len());
         let local = match &config.volume {
             Some(spec) => {
                 let identity = identity::derive_volume(&config.subnqn, &config.name);
@@ -131,25 +141,29 @@ impl RunningDevice {
             // Each core opens one, and for a change of namespaces one more.
             DeviceKind::Nvme => (2 * cores.handles().len()).clamp(1, 1024) as u16,
         };
-        // None of a device with a volume of its own.
-        let nsids = if local.is_none() { config.nsids.as_slice() } else { &[] };
-        for nsid in nsids {
-            let remote = RemoteConfig {
+        let of_device = || format!("device {:?}", config.name);
+        let opener = local.is_none().then(|| Opener {
+            config: RemoteConfig {
                 queues,
                 paths: config.connect.clone(),
                 paths_change: !config.discover.is_empty(),
                 policy: config.policy,
                 ctrl_loss_timeout: config.ctrl_loss_timeout,
                 security: security.target.clone(),
-                ..RemoteConfig::unplaced(config.subnqn.clone(), *nsid, (host.nqn.clone(), host.id))
-            };
-            remote.check().with_context(|| format!("device {:?}", config.name))?;
-            let volume = cores.on(first, move |spawner| {
-                let (volume, task) = RemoteVolume::start(remote, spawner.local())?;
-                spawner.spawn(task);
-                Ok::<_, nvmf_initiator::ConfigError>(volume)
-            })?;
-            remotes.push((*nsid, volume.with_context(|| format!("device {:?}", config.name))?));
+                ..RemoteConfig::unplaced(config.subnqn.clone(), 1, (host.nqn.clone(), host.id))
+            },
+            core: cores.handles()[first].clone(),
+        });
+        let mut remotes = Vec::with_capacity(config.nsids.len());
+        let mut subsystem = None;
+        if let Some(opener) = &opener {
+            for nsid in &config.nsids {
+                remotes
+                    .push((*nsid, opener.open(*nsid, &security.target).with_context(of_device)?));
+            }
+            if config.follows {
+                subsystem = Some(opener.list().with_context(of_device)?);
+            }
         }
         let watch = match config.discover.as_slice() {
             [] => None,
@@ -169,7 +183,11 @@ impl RunningDevice {
                     spawner.spawn(task);
                     Ok::<_, nvmf_initiator::ConfigError>(watch)
                 })?;
-                Some(started.with_context(|| format!("device {:?}", config.name))?)
+                let watch = started.with_context(of_device)?;
+                if let Some(subsystem) = &subsystem {
+                    watch.add_subsystem(subsystem).with_context(of_device)?;
+                }
+                Some(watch)
             }
         };
 
@@ -181,7 +199,10 @@ impl RunningDevice {
         let hostnqn = local.is_none().then(|| host.nqn.clone());
         let entry = Arc::new(Entry {
             config,
-            remotes,
+            spaces: Mutex::new(Spaces { remotes, ..Spaces::default() }),
+            opener,
+            subsystem,
+            changing: Mutex::new(()),
             local,
             watch: Mutex::new(watch),
             security: Mutex::new(security.clone()),
@@ -200,7 +221,7 @@ impl RunningDevice {
 
     /// Drains the device, takes its socket away and says goodbye to the target. Blocks.
     pub(crate) fn stop(mut self) {
-        self.entry.stop.store(true, Ordering::Relaxed);
+        self.entry.give_up();
         if let Some(starter) = self.starter.take() {
             // A panic in it has been reported by the panic hook; there is no device then.
             let _ = starter.join();
@@ -211,29 +232,36 @@ impl RunningDevice {
             None => {}
         }
         drop(lock(&self.entry.watch).take());
-        for (_, remote) in &self.entry.remotes {
+        let remotes = std::mem::take(&mut lock(&self.entry.spaces).remotes);
+        for (_, remote) in &remotes {
             remote.shutdown();
         }
-        for (nsid, remote) in &self.entry.remotes {
+        for (nsid, remote) in &remotes {
             if !remote.wait_stopped(FAREWELL) {
                 let device = &self.entry.config.name;
                 tracing::warn!(%device, nsid, "the target gave no answer to the goodbye");
             }
+        }
+        if let Some(subsystem) = &self.entry.subsystem {
+            subsystem.wait_stopped(FAREWELL);
         }
     }
 }
 
 impl Drop for RunningDevice {
     fn drop(&mut self) {
-        self.entry.stop.store(true, Ordering::Relaxed);
+        self.entry.give_up();
         lock(&self.book.0).retain(|other| !Arc::ptr_eq(other, &self.entry));
     }
 }
 
 impl Entry {
-    /// Tells the thread that waits for the target that nobody waits for it.
+    /// Tells the thread that waits for the target, or follows it, that nobody waits for it.
     pub(crate) fn give_up(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        if let Some(subsystem) = &self.subsystem {
+            subsystem.shutdown();
+        }
     }
 
     /// Whether it is served; an error says why it never will be.
@@ -246,7 +274,12 @@ impl Entry {
 
     /// What keeps it from its target.
     pub(crate) fn last_error(&self) -> Option<String> {
-        self.remotes.iter().find_map(|(_, remote)| remote.state().last_error.clone())
+        let of_subsystem =
+            self.subsystem.as_ref().and_then(|subsystem| subsystem.state().last_error.clone());
+        let remotes = lock(&self.spaces).remotes.clone();
+        let mut of_remotes =
+            remotes.iter().filter_map(|(_, remote)| remote.state().last_error.clone());
+        of_subsystem.or_else(|| of_remotes.next())
     }
 
     /// Waits for the target, then serves the device's socket.
@@ -256,11 +289,19 @@ impl Entry {
         cores: Vec<CoreHandle>,
         failed: &mpsc::UnboundedSender<String>,
     ) {
-        for (_, remote) in &self.remotes {
-            // The initiator logs what keeps it from the target; nothing to add here.
-            while remote.wait_ready(LOOK).is_err() {
-                if self.stop.load(Ordering::Relaxed) {
-                    return;
+        if let Some(subsystem) = &self.subsystem {
+            if !self.gather(subsystem) {
+                return;
+            }
+        } else {
+            // Who asks what the device is doing is not to wait with it.
+            let remotes = lock(&self.spaces).remotes.clone();
+            for (_, remote) in remotes {
+                // The initiator logs what keeps it from the target; nothing to add here.
+                while remote.wait_ready(LOOK).is_err() {
+                    if self.stop.load(Ordering::Relaxed) {
+                        return;
+                    }
                 }
             }
         }
@@ -270,6 +311,9 @@ impl Entry {
                 let socket = config.socket.display();
                 tracing::info!(device = %config.name, kind = %config.kind, %socket, "device ready");
                 *lock(&self.handle) = Some(handle);
+                if let Some(subsystem) = &self.subsystem {
+                    self.follow(subsystem);
+                }
             }
             Err(error) => {
                 let problem = format!("device {:?}: {error:#}", config.name);
@@ -284,16 +328,27 @@ impl Entry {
         let config = &self.config;
         let volumes: Vec<(u32, Arc<dyn Volume>)> = match &self.local {
             Some(volume) => vec![(1, volume.clone())],
-            None => self
-                .remotes
-                .iter()
-                .map(|(nsid, remote)| (*nsid, remote.clone() as Arc<dyn Volume>))
-                .collect(),
+            None => {
+                let remotes = lock(&self.spaces).remotes.clone();
+                let is_ready = |one: &RemoteVolume| one.state().phase != Phase::Connecting;
+                let remotes =
+                    remotes.into_iter().filter(|(_, one)| !config.follows || is_ready(one));
+                remotes.map(|(nsid, remote)| (nsid, remote as Arc<dyn Volume>)).collect()
+            }
         };
-        let (_, volume) = volumes.first().ok_or_else(|| anyhow!("no namespace"))?;
-        let serial = serial_text(&volume.identity().serial);
+        let own = identity::derive_device(&config.subnqn, &config.name);
+        let identity = match volumes.first() {
+            _ if config.follows => own,
+            Some((_, volume)) => volume.identity(),
+            None => bail!("no namespace"),
+        };
+        let serial = serial_text(&identity.serial);
+        if self.opener.is_some() {
+            lock(&self.spaces).shown = volumes.iter().map(|(nsid, _)| *nsid).collect();
+        }
         match config.kind {
             DeviceKind::VirtioBlk => {
+                let (_, volume) = volumes.first().ok_or_else(|| anyhow!("no namespace"))?;
                 let device = virtio_blk::DeviceConfig {
                     queues: config.queues,
                     queue_size_max: virtio_blk::QUEUE_SIZE_MAX,
@@ -313,6 +368,7 @@ impl Entry {
                 let device = nvme_pci::DeviceConfig {
                     queues: config.queues,
                     serial: serial.trim_end().to_owned(),
+                    uuid: config.follows.then_some(own.uuid),
                     ..nvme_pci::DeviceConfig::new(&config.name, &config.socket)
                 };
                 match place {
@@ -337,7 +393,9 @@ impl Entry {
         if self.local.is_some() {
             return Err(invalid("the device has a volume of its own, and no target".to_owned()));
         }
-        // Held to the end: two requests at once come one after the other.
+        // Held to the end: two requests at once come one after the other, and no namespace is opened
+        // with the old ones meanwhile.
+        let _turn = lock(&self.changing);
         let mut security = lock(&self.security);
         let watch = lock(&self.watch);
         let new = DeviceSecurity {
@@ -347,8 +405,14 @@ impl Entry {
                 false => security.discovery.clone(),
             },
         };
-        for (_, remote) in &self.remotes {
+        let remotes = lock(&self.spaces).remotes.clone();
+        for (_, remote) in &remotes {
             remote.set_security(new.target.clone()).map_err(|error| invalid(error.to_string()))?;
+        }
+        if let Some(subsystem) = &self.subsystem {
+            subsystem
+                .set_security(new.target.clone())
+                .map_err(|error| invalid(error.to_string()))?;
         }
         if let Some(watch) = &*watch {
             watch
@@ -364,7 +428,8 @@ impl Entry {
             "new keys"
         );
         if request.reauthenticate {
-            self.remotes.iter().for_each(|(_, remote)| remote.reauthenticate());
+            remotes.iter().for_each(|(_, remote)| remote.reauthenticate());
+            self.subsystem.iter().for_each(|subsystem| subsystem.reauthenticate());
         }
         Ok(())
     }
@@ -380,8 +445,16 @@ impl Entry {
             guest_attached: false,
             namespaces: match &self.local {
                 Some(volume) => vec![self.local_namespace(&**volume)],
-                None => self.remotes.iter().map(|remote| self.namespace(remote)).collect(),
+                None => {
+                    let remotes = lock(&self.spaces).remotes.clone();
+                    let mut spaces: Vec<_> =
+                        remotes.iter().map(|remote| self.namespace(remote)).collect();
+                    spaces.sort_by_key(|ns| ns.nsid);
+                    spaces
+                }
             },
+            follows: config.follows,
+            withheld: lock(&self.spaces).withheld.iter().copied().collect(),
             discovery: match &*lock(&self.watch) {
                 Some(watch) => watch.state().iter().map(discovery).collect(),
                 None => Vec::new(),
@@ -416,6 +489,7 @@ impl Entry {
         let (identity, geometry) = (volume.identity(), volume.geometry());
         api::DeviceNamespace {
             nsid: 1,
+            is_shown: true,
             subnqn: String::new(),
             volume: self.config.volume.as_ref().map(ToString::to_string),
             uuid: Uuid::from_bytes(identity.uuid).to_string(),
@@ -445,6 +519,7 @@ impl Entry {
         };
         api::DeviceNamespace {
             nsid: *nsid,
+            is_shown: lock(&self.spaces).shown.contains(nsid),
             subnqn: self.config.subnqn.to_string(),
             volume: None,
             uuid: Uuid::from_bytes(state.identity.uuid).to_string(),

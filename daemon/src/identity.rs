@@ -70,6 +70,11 @@ pub(crate) fn derive_discovery(listen: &str) -> Nqn {
     uuid_nqn(derive(&["discovery", &machine(), listen]))
 }
 
+/// A controller of a device that has whatever namespaces its subsystem has: none of them says who it is.
+pub(crate) fn derive_device(subnqn: &Nqn, name: &str) -> Identity {
+    Identity::from_uuid(*derive(&["device", subnqn.as_str(), name]).as_bytes())
+}
+
 /// A subsystem named by a UUID.
 pub fn subsystem_from_uuid(uuid: Uuid) -> SubsystemIdentity {
     SubsystemIdentity { nqn: uuid_nqn(uuid), serial: serial(uuid) }

@@ -420,6 +420,7 @@ fn device(disk: &Disk, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceCo
         policy: PathPolicy::default(),
         subnqn: subnqn.clone(),
         nsids: vec![nsid],
+        follows: false,
         host: None,
         ctrl_loss_timeout: None,
         queues: DEVICE_QUEUES,

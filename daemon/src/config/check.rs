@@ -377,6 +377,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             ports: BTreeSet::new(),
             policy: PathPolicy::default(),
             nsids: vec![1],
+            follows: false,
             host: None,
             ctrl_loss_timeout: None,
             queues,
@@ -446,6 +447,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
         ports,
         policy,
         subnqn,
+        follows: nsids.is_empty(),
         nsids,
         host,
         ctrl_loss_timeout,
@@ -589,8 +591,16 @@ fn tcp_ports(setting: &Setting) -> Result<BTreeSet<u16>, ConfigError> {
     }
 }
 
-/// The namespaces, `1` or `1+2`. Those of an NVMe device keep their identifiers.
+/// The namespaces, `1` or `1+2`; none for `all`. Those of an NVMe device keep their identifiers.
 fn nsids(setting: &Setting, kind: DeviceKind) -> Result<Vec<u32>, ConfigError> {
+    if setting.text == "all" {
+        return match kind {
+            DeviceKind::Nvme => Ok(Vec::new()),
+            DeviceKind::VirtioBlk => {
+                Err(setting.refuse("a virtio-blk device is one disk; allowed: one namespace"))
+            }
+        };
+    }
     let mut nsids = Vec::new();
     for text in setting.text.split('+') {
         let one = Setting { text: text.to_owned(), place: setting.place.clone() };

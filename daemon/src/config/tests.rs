@@ -408,7 +408,10 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!(device.policy, PathPolicy::QueueDepth);
     assert_eq!(device.connect, [way("192.0.2.7:1"), way("[::1]:2")]);
     assert!(device.discover.is_empty());
+    let config = check("nvme,tls=off,connect=192.0.2.7:1,nsid=all").unwrap();
+    assert!(config.devices[0].follows && config.devices[0].nsids.is_empty());
     let config = check("nvme,tls=off,connect=192.0.2.7:1@1+[::1]:2,nsid=1").unwrap();
+    assert!(!config.devices[0].follows);
     let nodes: Vec<_> = config.devices[0].connect.iter().map(|way| way.node).collect();
     assert_eq!(nodes, [Some(1), None]);
 
@@ -427,6 +430,8 @@ fn a_device_has_several_ways_and_an_nvme_device_several_namespaces() {
     assert_eq!(config.devices[0].ports, [1, 4421, 4422, 8009].into());
     for (text, expected) in [
         ("virtio-blk,tls=off,connect=192.0.2.7:1,nsid=1+2", "a virtio-blk device is one disk"),
+        ("virtio-blk,tls=off,connect=192.0.2.7:1,nsid=all", "a virtio-blk device is one disk"),
+        ("nvme,tls=off,connect=192.0.2.7:1,nsid=1+all", "allowed: a whole number"),
         ("nvme,tls=off,connect=192.0.2.7:1,nsid=1+1", "names 1 twice"),
         ("nvme,tls=off,connect=192.0.2.7:1,nsid=257", "allowed: 1 to 256"),
         ("nvme,tls=off,connect=192.0.2.7:1+192.0.2.7:1,nsid=1", "names 192.0.2.7:1 twice"),

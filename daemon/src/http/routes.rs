@@ -40,12 +40,14 @@ struct Parameters {
     host: Option<String>,
 }
 
-/// What an emulator answers: its devices, of which nothing but the keys changes at run time.
+/// What an emulator answers: its devices, whose keys and namespaces change at run time.
 pub(crate) fn devices(book: Arc<Book>) -> Router {
     Router::new()
         .route(api::path::DEVICES, get(list_devices))
         .route("/v1/devices/{name}", get(device))
         .route("/v1/devices/{name}/keys", put(set_device_keys))
+        .route("/v1/devices/{name}/namespaces", post(attach_namespace))
+        .route("/v1/devices/{name}/namespaces/{nsid}", delete(detach_namespace))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .with_state(book)
@@ -64,6 +66,27 @@ async fn set_device_keys(State(book): State<Arc<Book>>, path: Name, request: Req
     let name = name(path)?;
     let body: api::SetDeviceKeys = body(request).await?;
     blocking(move || book.set_keys(&name, &body)).await
+}
+
+async fn attach_namespace(
+    State(book): State<Arc<Book>>,
+    path: Name,
+    query: Asked,
+    request: Request,
+) -> Answer {
+    let (name, (patience, _)) = (name(path)?, asked(query)?);
+    let body: api::AttachNamespace = body(request).await?;
+    blocking(move || book.attach(&name, body.nsid, patience)).await
+}
+
+async fn detach_namespace(
+    State(book): State<Arc<Book>>,
+    path: Result<Path<(String, u32)>, PathRejection>,
+    query: Asked,
+) -> Answer {
+    let Path((name, nsid)) = path.map_err(|error| refuse(Code::Invalid, error.body_text(), ""))?;
+    asked(query)?;
+    blocking(move || book.detach(&name, nsid)).await
 }
 
 pub(crate) fn router(manager: Arc<Manager>) -> Router {

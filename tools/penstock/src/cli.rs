@@ -52,7 +52,8 @@ pub(crate) enum Command {
     /// Attach, detach, resize, mask, protect and list volumes of a running target
     #[command(after_help = manage::VOLUME_AFTER)]
     Volume(manage::VolumeArgs),
-    /// Show the devices of a running emulator: guests, queues, paths, I/O in flight
+    /// Show the devices of a running emulator (guests, queues, paths, I/O in flight), attach and
+    /// detach namespaces of nvme devices
     #[command(after_help = manage::DEVICE_AFTER)]
     Device(manage::DeviceArgs),
     /// Add, remove, open and list subsystems of a running target
@@ -225,7 +226,8 @@ needs the configuration file):
   dhchap=FILE         secret of the host for DH-HMAC-CHAP, in such a file
   dhchap_ctrl=FILE    secret that the controller has to prove itself with, in such a file
   subnqn=NQN          the subsystem
-  nsid=N              the namespace; those of an nvme device are joined by +
+  nsid=N              the namespace; those of an nvme device are joined by +, or all: those that the
+                      subsystem has, as they come and go
   queues=N            request queues, 1 to 64 [default: 2]
   read_only=true      refuse writes [default: false]
   hostnqn=NQN         who the device is to the target [default: this machine]

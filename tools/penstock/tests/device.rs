@@ -319,6 +319,84 @@ fn a_device_with_a_volume_of_its_own_needs_no_target() {
     assert!(shown.contains("1 of ram:4M: 4 MiB"), "{shown}");
 }
 
+/// Numbers of the namespaces that the machine has.
+fn shown(device: &Value) -> Vec<u64> {
+    let spaces = device["namespaces"].as_array().unwrap().iter();
+    let spaces = spaces.filter(|ns| ns["is_shown"] == true);
+    spaces.map(|ns| ns["nsid"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn an_nvme_device_follows_its_subsystem_and_its_operator() {
+    let dir = tempfile::tempdir().unwrap();
+    let (api, socket) = (dir.path().join("api.sock"), dir.path().join("nvme.sock"));
+    let of_target = dir.path().join("target.sock");
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let target_api = of_target.to_str().unwrap();
+    let volume = ["--volume", "a=ram:4MiB", "--listen", &listen, "--subnqn", NQN, "--cores", "1"];
+    let _target = Running::start(&[&["target", "--api", target_api][..], &volume].concat());
+    let text = format!(
+        "disk=nvme,socket={},tls=off,connect=127.0.0.1:{port},subnqn={NQN},nsid=all",
+        socket.display()
+    );
+    let path = api.to_str().unwrap();
+    let arguments = ["emulate", "--cores", "1", "--supervise", "--device", &text, "--api", path];
+    let supervisor = Running::start(&arguments);
+    let served = wait(&api, |device| device["is_served"] == true && shown(device) == [1]);
+    assert_eq!((&served["follows"], &served["problem"]), (&true.into(), &Value::Null));
+    let target = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_penstock"));
+        let output =
+            command.arg("volume").args(arguments).args(["--api", target_api]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let by_hand = |arguments: &[&str]| {
+        let output = device(&api, arguments);
+        let code = output.status.code().unwrap();
+        (code, String::from_utf8(output.stderr).unwrap())
+    };
+
+    target(&["attach", "b", "--spec", "ram:8MiB"]);
+    let two = wait(&api, |device| shown(device) == [1, 2]);
+    assert_eq!(two["namespaces"][1]["size_bytes"], 8 << 20);
+    target(&["detach", "a"]);
+    wait(&api, |device| shown(device) == [2]);
+
+    // What an operator takes away stays away, whatever the target says.
+    assert_eq!(by_hand(&["detach", "disk", "--nsid", "2"]).0, 0);
+    let none = list(&api).unwrap()[0].clone();
+    assert_eq!((shown(&none), &none["withheld"][0]), (vec![], &2.into()));
+    let text = String::from_utf8(device(&api, &["show", "disk"]).stdout).unwrap();
+    assert!(text.contains("namespaces of the subsystem, but 2"), "{text}");
+    target(&["attach", "a", "--spec", "ram:4MiB"]);
+    wait(&api, |device| shown(device) == [1]);
+    assert_eq!(by_hand(&["attach", "disk", "--nsid", "2"]).0, 0);
+    assert_eq!(shown(&list(&api).unwrap()[0]), [1, 2]);
+    for (arguments, why) in [
+        (["attach", "disk", "--nsid", "2"], "has namespace 2"),
+        (["attach", "disk", "--nsid", "257"], "1 to 256"),
+        (["detach", "disk", "--nsid", "9"], "has no namespace 9"),
+        (["attach", "other", "--nsid", "2"], "there is no device"),
+    ] {
+        let (code, text) = by_hand(&arguments);
+        assert!(code == 1 && text.contains(why), "{arguments:?}: {text}");
+    }
+    let (code, text) = by_hand(&["attach", "disk", "--nsid", "9", "--timeout", "1"]);
+    assert!(code == 1 && text.contains("no active namespace 9"), "{text}");
+    assert_eq!(shown(&list(&api).unwrap()[0]), [1, 2]);
+
+    // Whoever takes over shows the same.
+    let before = worker(&supervisor).unwrap();
+    kill_process(Pid::from_raw(i32::try_from(before).unwrap()).unwrap(), Signal::KILL).unwrap();
+    let start = Instant::now();
+    while worker(&supervisor).is_none_or(|now| now == before) {
+        assert!(start.elapsed() < LIMIT, "no worker");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    wait(&api, |device| device["is_served"] == true && shown(device) == [1, 2]);
+}
+
 /// The process that the supervisor has started.
 fn worker(supervisor: &Running) -> Option<u32> {
     let pid = supervisor.0.id();

@@ -70,7 +70,9 @@ pub(crate) struct StatusArgs {
 
 pub(crate) const DEVICE_AFTER: &str = "Examples:
   penstock device list --api /run/emulate.sock
-  penstock device show db0 --api /run/emulate.sock --json";
+  penstock device show db0 --api /run/emulate.sock --json
+  penstock device attach nvme0 --nsid 3 --api /run/emulate.sock
+  penstock device detach nvme0 --nsid 3 --api /run/emulate.sock";
 
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgs {
@@ -113,6 +115,31 @@ pub(crate) enum DeviceAction {
         /// on is lost, and made anew
         #[arg(long)]
         reauthenticate: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Attach a namespace of its target to an nvme device; its machine is told
+    ///
+    /// Ends when the machine can use it. What is attached so lasts as long as the emulator.
+    Attach {
+        /// The device's name
+        name: String,
+        /// Namespace ID at the target, and at the device: 1 to 256
+        #[arg(long, value_name = "N")]
+        nsid: u32,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Take a namespace from an nvme device; its machine is told
+    ///
+    /// I/O that waits for it ends with an error. A device with nsid=all does not take it back before
+    /// it is attached again so, or the emulator starts anew.
+    Detach {
+        /// The device's name
+        name: String,
+        /// Namespace ID
+        #[arg(long, value_name = "N")]
+        nsid: u32,
         #[command(flatten)]
         connection: Connection,
     },

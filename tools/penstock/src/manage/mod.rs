@@ -12,9 +12,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use api::{
-    AddReferral, AddSubsystem, AnaState, AttachVolume, Breakdown, Device, DisconnectHost, Done,
-    MoveVolume, Referral, ResizeVolume, SetAna, SetDeviceKeys, SetHosts, SetSampling,
-    SetWriteProtect, Status, Subsystem, Volume,
+    AddReferral, AddSubsystem, AnaState, AttachNamespace, AttachVolume, Breakdown, Device,
+    DisconnectHost, Done, MoveVolume, Referral, ResizeVolume, SetAna, SetDeviceKeys, SetHosts,
+    SetSampling, SetWriteProtect, Status, Subsystem, Volume,
 };
 use daemon::credentials::{device_keys, kept_device_keys};
 use hyper::Method;
@@ -75,6 +75,14 @@ pub(crate) fn device(args: &DeviceArgs) -> anyhow::Result<ExitCode> {
                 println!("{name}: the next connection uses the new keys");
             }
             Ok(ExitCode::SUCCESS)
+        }
+        DeviceAction::Attach { name, nsid, connection } => {
+            let path = format!("{}/{}/namespaces", api::path::DEVICES, segment(name));
+            change(connection, Method::POST, &path, Some(&AttachNamespace { nsid: *nsid }))
+        }
+        DeviceAction::Detach { name, nsid, connection } => {
+            let path = format!("{}/{}/namespaces/{nsid}", api::path::DEVICES, segment(name));
+            change(connection, Method::DELETE, &path, None::<&()>)
         }
     }
 }

@@ -120,15 +120,25 @@ pub(super) fn device(device: &Device) -> String {
     for ns in &device.namespaces {
         let size = daemon::size::show(ns.size_bytes);
         let of = ns.volume.as_deref().unwrap_or(&ns.subnqn);
+        let shown = if ns.is_shown { "" } else { ", not shown yet" };
         line(
             "namespace",
-            format!("{} of {of}: {size}, UUID {}, serial {}", ns.nsid, ns.uuid, ns.serial),
+            format!("{} of {of}: {size}, UUID {}, serial {}{shown}", ns.nsid, ns.uuid, ns.serial),
         );
         for path in &ns.paths {
             let error = path.last_error.as_deref().map(|e| format!(": {e}")).unwrap_or_default();
             let (addr, state, losses) = (&path.addr, &path.state, path.losses);
             line("path", format!("{addr}: {state}, lost {losses} times{error}"));
         }
+    }
+    if device.follows {
+        let withheld: Vec<String> = device.withheld.iter().map(u32::to_string).collect();
+        let but = if withheld.is_empty() {
+            String::new()
+        } else {
+            format!(", but {}", withheld.join(","))
+        };
+        line("follows", format!("namespaces of the subsystem{but}"));
     }
     for node in &device.discovery {
         let by = node.referred_by.as_deref().map(|by| format!(", by {by}")).unwrap_or_default();
