@@ -1,20 +1,20 @@
 //! What a record costs: `cargo bench -p crypto --bench record`.
 //!
-//! Per size and suite: sealing from a slice, sealing by a copy into the send buffer (what guest
-//! memory needs), opening in place. The median of several rounds; the last column is what a core
-//! carries.
+//! Per size and suite: sealing into the send buffer, opening in place, opening to where the bytes
+//! belong, and opening in place with a copy to there. The median of several rounds; the last column is
+//! what a core carries.
 
 use std::hint::black_box;
-use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crypto::TlsKey;
 use crypto::psk::{Derivation, Identity, IdentityVersion, Psk, RetainedKey, Suite};
 use crypto::tls::{
-    Client, Established, KeyUpdates, PskLookup, RECORD_PLAIN_MAX, Server, Session, Unknown,
+    Client, Established, KeyUpdates, Plain, PskLookup, RECORD_PLAIN_MAX, Server, Session, Unknown,
     candidates,
 };
+use iobuf::{Pool, SgList};
 
 const HOST: &str = "nqn.2014-08.org.example:host";
 const SUB: &str = "nqn.2014-08.org.example:sub";
@@ -61,39 +61,56 @@ fn main() {
             let count = ((4 << 20) / (size + 256)).clamp(1, 4096);
             let data = vec![0x5A; size];
             let mut wire = Vec::with_capacity(Session::sealed_len_max(size) * count);
-            let (mut slices, mut copies, mut opens) = (vec![], vec![], vec![]);
+            // Where bytes belong: 1 MiB in turn, as a pool gives it out.
+            let pool = Pool::new(1 << 20).expect("memory");
+            let mut places = SgList::default();
+            pool.alloc(1 << 20, &mut places).expect("a new pool");
+            let place = |n: usize| n * size.next_multiple_of(4096) % places.len();
+            let (mut seals, mut opens, mut direct, mut copies) = (vec![], vec![], vec![], vec![]);
             let mut host = Session::new(&client, KeyUpdates::Auto);
             let mut target = Session::new(&server, KeyUpdates::Auto);
+            let per = |time: Duration| time.as_nanos() as f64 / count as f64;
             for _ in 0..ROUNDS {
-                wire.clear();
-                let start = Instant::now();
-                for _ in 0..count {
-                    host.seal_slices(&[black_box(&data)], &mut wire).expect("a good key");
-                }
-                let sealed = start.elapsed();
+                let mut seal = |wire: &mut Vec<u8>| {
+                    wire.clear();
+                    let start = Instant::now();
+                    for _ in 0..count {
+                        host.seal_slices(&[black_box(&data)], wire).expect("a good key");
+                    }
+                    per(start.elapsed())
+                };
+                seals.push(seal(&mut wire));
                 let start = Instant::now();
                 let mut bytes = 0;
                 target.open(&mut wire, &mut |plain| bytes += plain.bytes().len()).expect("good");
-                let opened = start.elapsed();
+                opens.push(per(start.elapsed()));
                 assert_eq!(bytes, size * count);
-                wire.clear();
+
+                seal(&mut wire);
                 let start = Instant::now();
-                for _ in 0..count {
-                    let mut append = |part: Range<usize>, wire: &mut Vec<u8>| {
-                        wire.extend_from_slice(&black_box(&data)[part]);
-                    };
-                    host.seal(size, &mut wire, &mut append).expect("a good key");
+                let mut taken = 0;
+                for n in 0..count {
+                    let opened = target.open_to(&wire[taken..], &places, place(n), size);
+                    taken += opened.expect("good").0;
                 }
-                let copied = start.elapsed();
-                target.open(&mut wire, &mut |_| ()).expect("good");
-                let per = |time: std::time::Duration| time.as_nanos() as f64 / count as f64;
-                slices.push(per(sealed));
-                copies.push(per(copied));
-                opens.push(per(opened));
+                direct.push(per(start.elapsed()));
+                assert_eq!(taken, wire.len());
+
+                seal(&mut wire);
+                let start = Instant::now();
+                let mut bytes = 0;
+                let mut copy = |plain: Plain<'_>| {
+                    let (n, at) = (bytes / size, bytes % size);
+                    places.copy_from_slice(place(n) + at, plain.bytes()).expect("inside");
+                    bytes += plain.bytes().len();
+                };
+                target.open(&mut wire, &mut copy).expect("good");
+                copies.push(per(start.elapsed()));
             }
-            line("  seal from a slice", size, median(slices));
-            line("  seal by a copy", size, median(copies));
+            line("  seal", size, median(seals));
             line("  open in place", size, median(opens));
+            line("  open into place", size, median(direct));
+            line("  open in place, and copy", size, median(copies));
         }
         let times = (0..ROUNDS)
             .map(|_| {

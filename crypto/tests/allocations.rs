@@ -2,7 +2,6 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::ops::Range;
 use std::sync::Arc;
 
 use crypto::TlsKey;
@@ -41,20 +40,35 @@ fn records_are_sealed_and_opened_without_allocating() {
     let mut host = Session::new(&client, KeyUpdates::Auto);
     let mut target = Session::new(&server, KeyUpdates::Auto);
     let data = vec![7; 100_000];
-    let mut wire = Vec::with_capacity(2 * Session::sealed_len_max(data.len()));
+    let mut wire = Vec::with_capacity(3 * Session::sealed_len_max(data.len()));
+    let pool = iobuf::Pool::new(1 << 20).unwrap_or_else(|e| panic!("{e}"));
+    let mut list = iobuf::SgList::default();
+    pool.alloc(data.len(), &mut list).unwrap_or_else(|e| panic!("{e}"));
     let mut round = || {
         wire.clear();
         host.seal_slices(&[&data[..72], &data[72..]], &mut wire).unwrap_or_else(|e| panic!("{e}"));
-        let mut append =
-            |part: Range<usize>, wire: &mut Vec<u8>| wire.extend_from_slice(&data[part]);
-        host.seal(data.len(), &mut wire, &mut append).unwrap_or_else(|e| panic!("{e}"));
+        let gather = iobuf::Gather::of_list(&list);
+        host.seal(&gather, &mut wire).unwrap_or_else(|e| panic!("{e}"));
+        let opened = wire.len();
+        host.seal(&gather, &mut wire).unwrap_or_else(|e| panic!("{e}"));
         let mut bytes = 0;
         // Cut, so that records are put together too.
-        for piece in wire.chunks_mut(5000) {
+        for piece in wire[..opened].chunks_mut(5000) {
             let result = target.open(piece, &mut |plain| bytes += plain.bytes().len());
             result.unwrap_or_else(|e| panic!("{e}"));
         }
         assert_eq!(bytes, 2 * data.len());
+        let mut placed = 0;
+        for piece in wire[opened..].chunks_mut(20_000) {
+            let len = data.len() - placed;
+            let (taken, more) =
+                target.open_to(piece, &list, placed, len).unwrap_or_else(|e| panic!("{e}"));
+            placed += more;
+            let result =
+                target.open(&mut piece[taken..], &mut |plain| placed += plain.bytes().len());
+            result.unwrap_or_else(|e| panic!("{e}"));
+        }
+        assert_eq!(placed, data.len());
     };
     round();
     let before = COUNT.get();

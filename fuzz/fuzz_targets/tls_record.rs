@@ -2,7 +2,7 @@
 //! misbehaves.
 //!
 //! Invariants checked: no panic; what comes out is a beginning of what was put in; all of it comes
-//! out if nothing was changed; cutting the stream elsewhere changes nothing.
+//! out if nothing was changed; cutting the stream elsewhere, or opening into place, changes nothing.
 #![no_main]
 
 use std::sync::{Arc, OnceLock};
@@ -13,6 +13,7 @@ use crypto::tls::{
     Client, Established, KeyUpdates, Progress, PskLookup, RecordError, Server, Session, Unknown,
     candidates,
 };
+use iobuf::{Pool, SgList};
 use libfuzzer_sys::fuzz_target;
 use penstock_fuzz::{Input, cut};
 
@@ -61,6 +62,39 @@ fn open(
             }
             plain.extend_from_slice(p.bytes());
         });
+        result.is_ok()
+    });
+    (plain, result)
+}
+
+/// The same by a receiver that has what comes opened into place wherever it fits. What was opened in a
+/// call that failed is not in it.
+fn open_to(session: &mut Session, wire: &[u8], seed: u64) -> (Vec<u8>, Result<(), RecordError>) {
+    const ROOM: usize = 20_000;
+
+    let pool = Pool::new(1 << 20).expect("memory");
+    let mut place = SgList::default();
+    pool.alloc(ROOM, &mut place).expect("a new pool");
+    let (mut plain, mut result) = (Vec::new(), Ok(()));
+    cut(wire, seed, 3000, |piece| {
+        let mut piece = piece.to_vec();
+        let mut rest = &mut piece[..];
+        while !rest.is_empty() && result.is_ok() {
+            // Now all of it, now little or nothing.
+            let room = ROOM >> ((plain.len() + seed as usize) % 17);
+            match session.open_to(rest, &place, ROOM - room, room) {
+                Err(error) => result = Err(error),
+                Ok((taken, placed)) => {
+                    let mut bytes = vec![0; placed];
+                    place.copy_to_slice(ROOM - room, &mut bytes).expect("inside");
+                    plain.extend(bytes);
+                    let len = session.first_len(&rest[taken..]);
+                    let part = &mut rest[taken..taken + len];
+                    result = session.open(part, &mut |p| plain.extend_from_slice(p.bytes()));
+                    rest = &mut rest[taken + len..];
+                }
+            }
+        }
         result.is_ok()
     });
     (plain, result)
@@ -121,6 +155,11 @@ fuzz_target!(|data: &[u8]| {
     let mut pieces = Session::new(to, KeyUpdates::Auto);
     let (plain_pieces, result_pieces) = open(&mut pieces, &wire, seed, 50);
     assert_eq!((&plain, result), (&plain_pieces, result_pieces), "the cut changes nothing");
+    let mut placing = Session::new(to, KeyUpdates::Auto);
+    let (plain_placed, result_placed) = open_to(&mut placing, &wire, seed);
+    assert_eq!(result, result_placed, "the place changes nothing");
+    assert!(plain.starts_with(&plain_placed), "nothing but what comes out otherwise");
+    assert!(result.is_err() || plain == plain_placed, "all of it");
     if is_own {
         assert!(sealed.starts_with(&plain), "nothing but what was sealed");
         if !is_changed && result.is_ok() {

@@ -27,6 +27,7 @@
 //!
 //! Start reading at [`SgList`], then [`Pool`], then [`GuestMemory`].
 
+mod gather;
 mod guest;
 mod mapping;
 mod pool;
@@ -35,6 +36,7 @@ mod sg;
 mod shared;
 mod sigbus;
 
+pub use gather::Gather;
 pub use guest::{BadAddress, BadMemory, GuestMemory, GuestRegion, GuestSlice, GuestView};
 pub use pool::{Exhausted, Pool};
 pub use sg::{Hold, OutOfBounds, Range, Segment, SgList};

@@ -48,6 +48,13 @@ impl Segment {
     pub fn as_ptr(&self) -> *mut u8 {
         self.base
     }
+
+    /// The first `at` bytes (all, if there are fewer), and the rest.
+    pub fn split(&self, at: usize) -> (Segment, Segment) {
+        let at = at.min(self.len);
+        let rest = Segment { base: self.base.wrapping_add(at), len: self.len - at };
+        (Segment { base: self.base, len: at }, rest)
+    }
 }
 
 /// Keeps the memory behind segments mapped, and takes back what lists owned.
@@ -328,7 +335,7 @@ impl SgList {
 
     /// The pieces of `len` bytes at `offset`, cut off at the end of the list. No piece is empty.
     pub fn range(&self, offset: usize, len: usize) -> Range<'_> {
-        Range { segments: self.segments.iter(), skip: offset, left: len }
+        Range::new(&self.segments, offset, len)
     }
 
     /// Shows `len` bytes at `offset` to `f`, piece by piece, each copied to the stack first: safe
@@ -417,12 +424,19 @@ impl fmt::Debug for SgList {
     }
 }
 
-/// Iterator of [`SgList::range`].
+/// Iterator of [`SgList::range`] and [`Gather::parts`](crate::Gather::parts).
 #[derive(Clone, Debug)]
 pub struct Range<'a> {
     segments: slice::Iter<'a, Segment>,
     skip: usize,
     left: usize,
+}
+
+impl<'a> Range<'a> {
+    /// The pieces of `len` bytes behind the first `skip` of `segments`.
+    pub(crate) fn new(segments: &'a [Segment], skip: usize, len: usize) -> Range<'a> {
+        Range { segments: segments.iter(), skip, left: len }
+    }
 }
 
 impl Iterator for Range<'_> {

@@ -325,6 +325,17 @@ impl Link {
         Err(self.record_error.get().map_or(Loss::Io(errno), Loss::Record))
     }
 
+    /// Has received data that belongs to `to` from `offset` on opened straight into there, where there
+    /// is a record layer. Returns how many bytes that was; [`Link::next`] goes on behind them.
+    pub(crate) fn recv_to(&mut self, to: &SgList, offset: usize, len: usize) -> usize {
+        let Some(stream) = &mut self.stream else { return 0 };
+        let placed = stream.recv_to(to, offset, len);
+        if placed > 0 {
+            self.host.placed(placed as u32); // at most what the machine asked for
+        }
+        placed
+    }
+
     /// The next event in `input`. Becoming `Up` and the end of the connection are noticed on the
     /// way.
     #[inline]

@@ -339,7 +339,14 @@ impl Queue {
         while let Some(token) = self.link.sent() {
             self.on_sent(token, env);
         }
-        while let Some(chunk) = self.link.recv()? {
+        loop {
+            if self.receive_into_place(env) {
+                while let Some(event) = self.link.next(&mut &[][..])? {
+                    self.on_event(event, env)?;
+                }
+                continue;
+            }
+            let Some(chunk) = self.link.recv()? else { break };
             let mut input: &[u8] = &chunk;
             while let Some(event) = self.link.next(&mut input)? {
                 self.on_event(event, env)?;
@@ -356,6 +363,19 @@ impl Queue {
             self.send_out(env)?;
         }
         Ok(())
+    }
+
+    /// Has data that comes next opened straight into the memory of its command, where there is TLS.
+    fn receive_into_place(&mut self, env: &mut Env<'_>) -> bool {
+        let Some((cid, offset, len)) = self.link.host.incoming() else { return false };
+        if !self.link.is_tls() || self.is_auth_command(cid) {
+            return false;
+        }
+        let command = &self.commands[usize::from(cid)];
+        let io = env.table.io(command.request).filter(|_| command.is_active);
+        let at = command.start + u64::from(offset);
+        let Some((io, end)) = io.zip(at.checked_add(len.into())) else { return false };
+        end <= io.data.len() as u64 && self.link.recv_to(&io.data, at as usize, len as usize) > 0
     }
 
     #[inline]

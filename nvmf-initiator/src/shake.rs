@@ -13,7 +13,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crypto::tls::{self, Cause, Established, Failure, Progress, RecordError, Session};
-use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, Rx, SendPending, Stream};
+use iobuf::SgList;
+use reactor::net::{
+    Gather, HEAD_BYTES_MAX, Layer, LayerError, Placed, Plain, Rx, SendPending, Stream,
+};
 use reactor::{Errno, Local};
 
 use crate::security::Offers;
@@ -237,13 +240,16 @@ struct TlsLayer {
     error: Rc<Cell<Option<RecordError>>>,
 }
 
+impl TlsLayer {
+    fn refuse(&mut self, error: RecordError) -> LayerError {
+        self.error.set(Some(error));
+        LayerError("a TLS record was refused")
+    }
+}
+
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
-        let sealed = self.session.seal(plain.len(), out, &mut |part, out| {
-            let appended = plain.append_to(part.start, part.len(), out);
-            debug_assert!(appended.is_ok(), "the range is inside the message");
-        });
-        sealed.map_err(|error| {
+        self.session.seal(plain, out).map_err(|error| {
             self.error.set(Some(error));
             LayerError("TLS cannot go on")
         })
@@ -254,10 +260,24 @@ impl Layer for TlsLayer {
             tls::Plain::InPlace(range, _) => sink(Plain::InPlace(range)),
             tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
         });
-        opened.map_err(|error| {
-            self.error.set(Some(error));
-            LayerError("a TLS record was refused")
-        })
+        opened.map_err(|error| self.refuse(error))
+    }
+
+    fn first_len(&self, wire: &[u8]) -> usize {
+        self.session.first_len(wire)
+    }
+
+    fn open_to(
+        &mut self,
+        wire: &mut [u8],
+        to: &SgList,
+        offset: usize,
+        len: usize,
+    ) -> Result<Placed, LayerError> {
+        self.session
+            .open_to(wire, to, offset, len)
+            .map(|(taken, placed)| Placed { taken, placed })
+            .map_err(|error| self.refuse(error))
     }
 
     fn farewell(&mut self, out: &mut Vec<u8>) {

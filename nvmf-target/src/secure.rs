@@ -19,7 +19,8 @@ use std::rc::Rc;
 
 use crypto::psk::{Identity, Suite};
 use crypto::tls::{self, Established, KeyUpdates, Progress, RecordError, Session};
-use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, SendPending};
+use iobuf::SgList;
+use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Placed, Plain, SendPending};
 
 use crate::config::Tls;
 use crate::conn::{Conn, Life};
@@ -323,14 +324,17 @@ struct TlsLayer {
     cipher: Rc<CipherTime>,
 }
 
+impl TlsLayer {
+    fn refuse(&mut self, error: RecordError) -> LayerError {
+        tracing::debug!(%error, "a TLS record was refused");
+        self.error = Some(error);
+        LayerError("a TLS record was refused")
+    }
+}
+
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
-        let sealed = self.cipher.sealing(|| {
-            self.session.seal(plain.len(), out, &mut |part, out| {
-                let appended = plain.append_to(part.start, part.len(), out);
-                debug_assert!(appended.is_ok(), "the range is inside the message");
-            })
-        });
+        let sealed = self.cipher.sealing(|| self.session.seal(plain, out));
         sealed.map_err(|error| {
             tracing::info!(%error, "TLS cannot go on");
             LayerError("TLS cannot go on")
@@ -344,11 +348,22 @@ impl Layer for TlsLayer {
                 tls::Plain::Copied(bytes) => sink(Plain::Copied(bytes)),
             })
         });
-        opened.map_err(|error| {
-            tracing::debug!(%error, "a TLS record was refused");
-            self.error = Some(error);
-            LayerError("a TLS record was refused")
-        })
+        opened.map_err(|error| self.refuse(error))
+    }
+
+    fn first_len(&self, wire: &[u8]) -> usize {
+        self.session.first_len(wire)
+    }
+
+    fn open_to(
+        &mut self,
+        wire: &mut [u8],
+        to: &SgList,
+        offset: usize,
+        len: usize,
+    ) -> Result<Placed, LayerError> {
+        let opened = self.cipher.opening(|| self.session.open_to(wire, to, offset, len));
+        opened.map(|(taken, placed)| Placed { taken, placed }).map_err(|error| self.refuse(error))
     }
 
     fn farewell(&mut self, out: &mut Vec<u8>) {

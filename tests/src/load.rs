@@ -8,6 +8,7 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
+use crypto::tls::{RECORD_PLAIN_MAX, Session};
 use nvme::tcp::Crc32c;
 
 use crate::bare::{CAPSULE_BYTES, RESPONSE_BYTES};
@@ -45,6 +46,8 @@ pub struct Figures {
 
 /// Plaintext sealed into records at once: what stays in the cache between cipher and socket.
 const SEAL_BATCH_BYTES: usize = 128 << 10;
+/// The same for what leaves first of a large payload: what one buffer of the loopback socket holds.
+const SEAL_FIRST_BYTES: usize = 64_000;
 /// Pieces of one send.
 const SLICES: usize = 256;
 
@@ -226,6 +229,8 @@ struct Outgoing {
     /// Records that are not sent, and how much of them is.
     sealed: Vec<u8>,
     sealed_sent: usize,
+    /// Bytes of the first head's payload that are sealed.
+    first_sealed: usize,
 }
 
 /// A PDU's header, and how much payload follows.
@@ -241,6 +246,11 @@ impl Head {
     fn parts<'a>(&'a self, payload: &'a Payload) -> [&'a [u8]; 3] {
         let digest: &[u8] = if self.has_digest { &payload.digest } else { &[] };
         [&self.bytes[..self.len], &payload.bytes[..self.payload_len], digest]
+    }
+
+    /// Its payload fills a record or more.
+    fn is_large(&self) -> bool {
+        self.payload_len >= RECORD_PLAIN_MAX
     }
 
     fn total(&self) -> usize {
@@ -293,8 +303,59 @@ impl Outgoing {
         self.heads.push(Head { bytes, len, payload_len, has_digest: self.digests && with_data });
     }
 
+    /// Seals what leaves next: small PDUs together, or a large payload in records of its own. The first
+    /// part of several is short, so that the other end is at work on it while the next is sealed. So
+    /// does the product.
+    fn seal_next(
+        &mut self,
+        session: &mut Session,
+        payload: &Payload,
+        is_first: bool,
+    ) -> io::Result<()> {
+        let limit =
+            if is_first { SEAL_FIRST_BYTES } else { SEAL_BATCH_BYTES + 2 * RECORD_PLAIN_MAX };
+        let mut seal = |parts: &[&[u8]], sealed: &mut Vec<u8>| {
+            session.seal_slices(parts, sealed).map_err(|error| protocol(error.to_string()))
+        };
+        let head = &self.heads[self.first];
+        if head.is_large() {
+            let [bytes, data, digest] = head.parts(payload);
+            if self.first_sealed == 0 {
+                seal(&[bytes], &mut self.sealed)?;
+            }
+            while self.first_sealed < data.len() && self.sealed.len() + RECORD_PLAIN_MAX < limit {
+                let rest = &data[self.first_sealed..];
+                let part = &rest[..rest.len().min(RECORD_PLAIN_MAX)];
+                seal(&[part], &mut self.sealed)?;
+                self.first_sealed += part.len();
+            }
+            if self.first_sealed == data.len() {
+                seal(&[digest], &mut self.sealed)?;
+                (self.first, self.first_sealed) = (self.first + 1, 0);
+            }
+            return Ok(());
+        }
+        let mut parts = [&[][..]; SLICES];
+        let (mut count, mut bytes) = (0, 0);
+        let from = self.first;
+        for head in self.heads[from..].iter().take_while(|head| !head.is_large()) {
+            let is_full = count > 0 && bytes + head.total() > SEAL_BATCH_BYTES;
+            if is_full || count + 3 > SLICES {
+                break;
+            }
+            for part in head.parts(payload) {
+                parts[count] = part;
+                count += 1;
+            }
+            bytes += head.total();
+            self.first += 1;
+        }
+        seal(&parts[..count], &mut self.sealed)
+    }
+
     fn flush(&mut self, link: &mut Link, payload: &Payload) -> io::Result<()> {
         let Link { stream, session, .. } = link;
+        let mut is_first = true;
         loop {
             let sent = match session {
                 None if self.first == self.heads.len() => break,
@@ -322,26 +383,10 @@ impl Outgoing {
                         if self.first == self.heads.len() {
                             break;
                         }
-                        let mut parts = [&[][..]; SLICES];
-                        let (mut count, mut bytes) = (0, 0);
-                        let from = self.first;
-                        for head in &self.heads[from..] {
-                            let is_full = count > 0 && bytes + head.total() > SEAL_BATCH_BYTES;
-                            if is_full || count + 3 > SLICES {
-                                break;
-                            }
-                            for part in head.parts(payload) {
-                                parts[count] = part;
-                                count += 1;
-                            }
-                            bytes += head.total();
-                            self.first += 1;
-                        }
                         self.sealed.clear();
                         self.sealed_sent = 0;
-                        session
-                            .seal_slices(&parts[..count], &mut self.sealed)
-                            .map_err(|error| protocol(error.to_string()))?;
+                        self.seal_next(session, payload, is_first)?;
+                        is_first = false;
                     }
                     stream.write(&self.sealed[self.sealed_sent..])
                 }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! The handshake is done by a library and thrown away; what it agreed on is taken out and carried
-//! on by [`Session`], which seals straight into the buffer that is sent and opens in place. Only
+//! on by [`Session`], which seals straight into the buffer that is sent, and opens in place or straight
+//! to where the bytes belong. Only
 //! `psk_dhe_ke` with TLS_AES_128_GCM_SHA256 and TLS_AES_256_GCM_SHA384 is spoken, with the hybrid
 //! group X25519MLKEM768, or ML-KEM-1024 with the larger suite, where the peer has it.
 //!

@@ -1,13 +1,16 @@
 //! The record layer after the handshake (RFC 8446, section 5).
 //!
-//! Nothing is allocated per record: [`Session::seal`] appends to the buffer that is sent,
-//! [`Session::open`] opens in the buffer that was received, and only a record that is cut by the
-//! end of that buffer is copied. What is not exactly as the peer sealed it ends the session, and
+//! Nothing is allocated per record, and no byte is moved but by the cipher: [`Session::seal`] takes
+//! it from where it is to the buffer that is sent, [`Session::open_to`] from the buffer that was
+//! received to where it belongs, [`Session::open`] opens in that buffer. Only a record that is cut by
+//! the end of the buffer is copied. What is not exactly as the peer sealed it ends the session, and
 //! nothing of it is reported.
 
 use std::ops::Range;
 
-use super::aead::{Cipher, TAG_LEN};
+use iobuf::{Gather, SgList};
+
+use super::aead::{Cipher, Source, TAG_LEN, Use};
 use super::alert::AlertCode;
 use super::handshake::Established;
 use crate::psk::Suite;
@@ -145,8 +148,10 @@ pub struct Counters {
     pub opened_records: u64,
     /// Application data opened.
     pub opened_bytes: u64,
-    /// Application data that came in cut records, hence is copied.
+    /// Application data that came in cut records and was copied for that.
     pub copied_bytes: u64,
+    /// Application data that was opened straight to where it belongs.
+    pub placed_bytes: u64,
     /// New keys taken for sending.
     pub tx_key_updates: u64,
     /// New keys of the peer.
@@ -158,8 +163,9 @@ pub struct Counters {
 /// Both directions of a connection after its handshake.
 ///
 /// ```text
-///   seal(bytes) ──► [key update, if due] records ──► out
-///   open(wire)  ──► plaintext to the sink; key updates, tickets and alerts are dealt with inside
+///   seal(bytes)   ──► [key update, if due] records ──► out
+///   open(wire)    ──► plaintext to the sink; key updates, tickets and alerts are dealt with inside
+///   open_to(wire) ──► plaintext to its place, as long as records hold nothing else
 /// ```
 pub struct Session {
     role: Role,
@@ -214,13 +220,13 @@ impl Session {
             role: *role,
             suite: *suite,
             tx: Tx {
-                cipher: Cipher::new(*suite, tx.secret.clone(), tx.seq),
+                cipher: Cipher::new(Use::Seal, *suite, tx.secret.clone(), tx.seq),
                 updates,
                 is_update_due: false,
                 is_closed: false,
             },
             rx: Rx {
-                cipher: Cipher::new(*suite, rx.secret.clone(), rx.seq),
+                cipher: Cipher::new(Use::Open, *suite, rx.secret.clone(), rx.seq),
                 cut: Vec::with_capacity(HEADER_LEN + CIPHERTEXT_MAX),
                 message: Message::default(),
                 idle_records: 0,
@@ -258,79 +264,34 @@ impl Session {
         len + (len.div_ceil(RECORD_PLAIN_MAX) + 1) * OVERHEAD + 5
     }
 
-    /// Appends to `out` the records that carry `len` bytes. `append` is asked for them piece by piece,
-    /// ascending and without gaps: it appends to `out` those of a range, so that memory which others
-    /// may change is read once, and the room for them is not filled before.
-    ///
-    /// # Panics
-    ///
-    /// If `append` appends another number of bytes than the range has: a mistake of the caller.
-    pub fn seal(
-        &mut self,
-        len: usize,
-        out: &mut Vec<u8>,
-        append: &mut dyn FnMut(Range<usize>, &mut Vec<u8>),
-    ) -> Result<(), RecordError> {
-        out.reserve(Self::sealed_len_max(len));
-        let mut offset = 0;
-        while offset < len {
-            let part = (len - offset).min(RECORD_PLAIN_MAX);
-            self.before_data(out)?;
-            let header = header(part);
-            out.extend_from_slice(&header);
-            let start = out.len();
-            append(offset..offset + part, out);
-            assert_eq!(out.len(), start + part, "as many bytes as were asked for");
-            let mut tail = [0; 1 + TAG_LEN];
-            self.tx.cipher.seal_in_place(header, &mut out[start..], APPLICATION_DATA, &mut tail);
-            out.extend_from_slice(&tail);
-            self.counters.sealed_records += 1;
-            self.counters.sealed_bytes += part as u64;
-            offset += part;
-        }
-        Ok(())
+    /// Appends to `out` the records that carry `plain`: full ones, and one of what is left. Others may
+    /// change the bytes meanwhile: each is read once, by the cipher.
+    pub fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        self.seal_source(plain.len(), &mut Source::of_gather(plain), out)
     }
 
-    /// As [`seal`](Session::seal), for bytes that nobody else changes: they are read by the cipher
-    /// itself. `parts` are one stream; a part does not begin a record.
+    /// As [`seal`](Session::seal), for bytes in slices. They are one stream: a slice does not begin a
+    /// record.
     pub fn seal_slices(&mut self, parts: &[&[u8]], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let mut left: usize = parts.iter().map(|part| part.len()).sum();
-        out.reserve(Self::sealed_len_max(left));
-        let mut parts = parts.iter().copied();
-        let mut current: &[u8] = &[];
+        let len = parts.iter().map(|part| part.len()).sum();
+        self.seal_source(len, &mut Source::of_slices(parts), out)
+    }
+
+    fn seal_source(
+        &mut self,
+        len: usize,
+        plain: &mut Source<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RecordError> {
+        out.reserve(Self::sealed_len_max(len));
+        let mut left = len;
         while left > 0 {
-            let len = left.min(RECORD_PLAIN_MAX);
+            let part = left.min(RECORD_PLAIN_MAX);
             self.before_data(out)?;
-            let header = header(len);
-            out.extend_from_slice(&header);
-            let start = out.len();
-            let mut tail = [0; 1 + TAG_LEN];
-            while current.is_empty() {
-                current = parts.next().expect("as many bytes as counted");
-            }
-            if current.len() >= len {
-                let (plain, rest) = current.split_at(len);
-                current = rest;
-                out.resize(start + len, 0);
-                let out = &mut out[start..];
-                self.tx.cipher.seal(header, plain, out, APPLICATION_DATA, &mut tail);
-            } else {
-                while out.len() < start + len {
-                    let (plain, rest) =
-                        current.split_at(current.len().min(start + len - out.len()));
-                    out.extend_from_slice(plain);
-                    current = rest;
-                    while current.is_empty() && out.len() < start + len {
-                        current = parts.next().expect("as many bytes as counted");
-                    }
-                }
-                let in_out = &mut out[start..];
-                self.tx.cipher.seal_in_place(header, in_out, APPLICATION_DATA, &mut tail);
-            }
-            out.extend_from_slice(&tail);
+            self.tx.cipher.seal(header(part), plain, part, APPLICATION_DATA, out);
             self.counters.sealed_records += 1;
-            self.counters.sealed_bytes += len as u64;
-            left -= len;
+            self.counters.sealed_bytes += part as u64;
+            left -= part;
         }
         Ok(())
     }
@@ -385,13 +346,9 @@ impl Session {
     }
 
     fn control(&mut self, kind: u8, content: &[u8], out: &mut Vec<u8>) {
-        let header = header(content.len());
-        out.extend_from_slice(&header);
-        let start = out.len();
-        out.extend_from_slice(content);
-        let mut tail = [0; 1 + TAG_LEN];
-        self.tx.cipher.seal_in_place(header, &mut out[start..], kind, &mut tail);
-        out.extend_from_slice(&tail);
+        let (header, slices) = (header(content.len()), [content]);
+        let mut source = Source::of_slices(&slices);
+        self.tx.cipher.seal(header, &mut source, content.len(), kind, out);
         self.counters.sealed_records += 1;
     }
 
@@ -413,6 +370,100 @@ impl Session {
             self.rx.cut = Vec::new();
         }
         result
+    }
+
+    /// Length of what the next [`open`](Session::open) can make plaintext of without the bytes behind
+    /// it: the rest of a cut record, or one record. All of `wire` where that is not there in full.
+    pub fn first_len(&self, wire: &[u8]) -> usize {
+        let Some(head) = self.next_header(wire) else { return wire.len() };
+        // A header that is wrong is for `open` to refuse.
+        let Ok(len) = ciphertext_len(&head) else { return wire.len() };
+        (HEADER_LEN + len).saturating_sub(self.rx.cut.len()).min(wire.len())
+    }
+
+    /// The header of the record that the cut one and `wire` begin with.
+    fn next_header(&self, wire: &[u8]) -> Option<[u8; HEADER_LEN]> {
+        let cut = &self.rx.cut;
+        let (mut head, have) = ([0; HEADER_LEN], cut.len().min(HEADER_LEN));
+        head[..have].copy_from_slice(&cut[..have]);
+        head[have..].copy_from_slice(wire.get(..HEADER_LEN - have)?);
+        Some(head)
+    }
+
+    /// Opens records at the front of `wire` straight into up to `len` bytes of `to` from `offset`, and
+    /// goes on as long as a record is there in full, cannot hold more than there is room for, and
+    /// holds application data without padding. Returns the wire bytes taken and the bytes placed,
+    /// which are authentic. Everything else is left for [`open`](Session::open), which is also to be
+    /// given bytes that this takes no more of.
+    ///
+    /// Bytes of `to` beyond those placed may have been overwritten by anything, and after an error all
+    /// of them.
+    pub fn open_to(
+        &mut self,
+        wire: &[u8],
+        to: &SgList,
+        offset: usize,
+        len: usize,
+    ) -> Result<(usize, usize), RecordError> {
+        if let Some(error) = self.rx.error {
+            return Err(error);
+        }
+        if offset.checked_add(len).is_none_or(|end| end > to.len()) {
+            debug_assert!(false, "{len} bytes at {offset} of a list of {}", to.len());
+            return Ok((0, 0));
+        }
+        let (mut taken, mut placed) = (0, 0);
+        while placed < len && !self.rx.is_closed && self.rx.message.is_between() {
+            match self.open_one_to(&wire[taken..], to, offset + placed, len - placed) {
+                Ok(None) => break,
+                Ok(Some((more_taken, more_placed))) => {
+                    (taken, placed) = (taken + more_taken, placed + more_placed);
+                }
+                Err(error) => {
+                    self.rx.error = Some(error);
+                    self.rx.cut = Vec::new();
+                    return Err(error);
+                }
+            }
+        }
+        Ok((taken, placed))
+    }
+
+    fn open_one_to(
+        &mut self,
+        wire: &[u8],
+        to: &SgList,
+        offset: usize,
+        room: usize,
+    ) -> Result<Option<(usize, usize)>, RecordError> {
+        let Some(head) = self.next_header(wire) else { return Ok(None) };
+        let before = self.rx.cut.len();
+        let total = HEADER_LEN + ciphertext_len(&head)?;
+        let plain = total - HEADER_LEN - 1 - TAG_LEN;
+        let Some(rest) = wire.get(..total.saturating_sub(before)) else { return Ok(None) };
+        if !(1..=room.min(RECORD_PLAIN_MAX)).contains(&plain) {
+            return Ok(None);
+        }
+        let record = if before == 0 {
+            &rest[HEADER_LEN..]
+        } else {
+            self.rx.cut.extend_from_slice(rest);
+            &self.rx.cut[HEADER_LEN..]
+        };
+        let kind = self.rx.cipher.open_to(head, record, to, offset);
+        let kind = kind.map_err(|_| RecordError::Forged)?;
+        if kind != APPLICATION_DATA {
+            // Padding, or a message: for `open`, which sees the record as it came.
+            self.rx.cut.truncate(before);
+            return Ok(None);
+        }
+        self.rx.cipher.accept();
+        self.rx.cut.clear();
+        self.rx.idle_records = 0;
+        self.counters.opened_records += 1;
+        self.counters.opened_bytes += plain as u64;
+        self.counters.placed_bytes += plain as u64;
+        Ok(Some((rest.len(), plain)))
     }
 
     fn open_records(

@@ -2,5 +2,6 @@
 
 mod adversary;
 mod handshake;
+mod place;
 mod record;
 mod support;

@@ -334,6 +334,26 @@ impl Framer {
         }
     }
 
+    /// Where the next byte of the input belongs, if that is data: index and offset as given to
+    /// [`Framer::expect_data`], and how many bytes follow there. `None` with a data digest, too, which
+    /// needs to see the bytes.
+    #[inline]
+    pub(super) fn incoming(&self) -> Option<(u16, u32, u32)> {
+        let is_data = self.phase == Phase::Data && !self.data_digest;
+        is_data.then_some((self.index, self.offset, self.left))
+    }
+
+    /// The next `len` bytes, no more than [`Framer::incoming`] said, are where they belong.
+    #[inline]
+    pub(super) fn placed(&mut self, len: u32) {
+        assert!(self.incoming().is_some_and(|(_, _, left)| len <= left), "data is expected");
+        self.offset += len;
+        self.left -= len;
+        if self.left == 0 {
+            self.phase = Phase::End;
+        }
+    }
+
     /// Takes the next piece of the PDU's data from the input. `None`: it needs more input.
     #[inline]
     pub(super) fn data<'a>(&mut self, input: &mut &'a [u8]) -> Option<Item<'a>> {

@@ -229,6 +229,26 @@ impl Host {
         }
     }
 
+    /// Where the next bytes of the input belong, if they are data that can be put there without being
+    /// handed to [`Host::next`] (there is no data digest): the cid, the offset in the command's data,
+    /// and how many bytes of the PDU follow there.
+    #[inline]
+    #[must_use]
+    pub fn incoming(&self) -> Option<(u16, u32, u32)> {
+        self.rx.incoming()
+    }
+
+    /// The next `len` bytes of the input, no more than [`Host::incoming`] said, are where they belong.
+    /// [`Host::next`] goes on behind them; it has an event for the last without more input.
+    ///
+    /// # Panics
+    ///
+    /// If no such data is expected: a mistake of the driver.
+    #[inline]
+    pub fn placed(&mut self, len: u32) {
+        self.rx.placed(len);
+    }
+
     /// One whole header; what it announces is in `self.rx` afterwards.
     #[inline]
     fn on_header<'a>(&mut self, header: &[u8]) -> Result<Option<HostEvent<'a>>, Fault> {

@@ -17,7 +17,8 @@
 //! The driver hands each chunk that the socket brings to `next` until that returns `Ok(None)`,
 //! which means that the chunk is used up (some events need no more bytes, so an empty input is not
 //! a reason to stop). Payload is handed out as slices of the input: it is copied once, by the
-//! driver, to where it belongs. A header that is cut by the end of the input is kept inside; that
+//! driver, to where it belongs. Or `incoming` says where that is before, and the driver has the bytes
+//! brought there (by a cipher, say) and reports them as `placed`. A header that is cut by the end of the input is kept inside; that
 //! and one entry per slot is all the memory a machine has, all of it allocated at construction.
 //!
 //! A [`Fault`] is final: the driver sends the machine's `term_req` and closes. A data digest that

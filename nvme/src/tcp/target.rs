@@ -228,6 +228,27 @@ impl Target {
         }
     }
 
+    /// Where the next bytes of the input belong, if they are data that can be put there without being
+    /// handed to [`Target::next`] (there is no data digest): the slot, the offset in the command's data,
+    /// and how many bytes of the PDU follow there.
+    #[inline]
+    #[must_use]
+    pub fn incoming(&self) -> Option<(u16, u32, u32)> {
+        let incoming = self.rx.incoming();
+        incoming.filter(|(slot, ..)| self.slots[usize::from(*slot)].usage == Use::Busy)
+    }
+
+    /// The next `len` bytes of the input, no more than [`Target::incoming`] said, are where they belong.
+    /// [`Target::next`] goes on behind them; it has an event for the last without more input.
+    ///
+    /// # Panics
+    ///
+    /// If no such data is expected: a mistake of the driver.
+    #[inline]
+    pub fn placed(&mut self, len: u32) {
+        self.rx.placed(len);
+    }
+
     /// One whole header; what it announces is in `self.rx` afterwards.
     #[inline]
     fn on_header<'a>(&mut self, header: &[u8]) -> Result<Option<TargetEvent<'a>>, Fault> {

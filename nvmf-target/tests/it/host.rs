@@ -2,7 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -223,14 +222,11 @@ struct TlsLayer(Session, Option<Meddler>, Rc<Control>);
 
 impl Layer for TlsLayer {
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
-        let append = &mut |part: Range<usize>, out: &mut Vec<u8>| {
-            plain.append_to(part.start, part.len(), out).expect("in range");
-        };
         let from = out.len();
         if self.2.is_update_due.replace(false) {
             self.0.update_key(true, out);
         }
-        self.0.seal(plain.len(), out, append).map_err(|_| LayerError("seal"))?;
+        self.0.seal(plain, out).map_err(|_| LayerError("seal"))?;
         if let Some(meddler) = &self.1 {
             let mut sealed = out.split_off(from);
             meddler.borrow_mut()(Sent::Records, &mut sealed);

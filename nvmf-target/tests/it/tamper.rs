@@ -198,15 +198,27 @@ fn every_byte_of_a_record_counts() {
 /// What is done to records on their way.
 type Change = Box<dyn FnMut(&mut Vec<Vec<u8>>)>;
 
-/// Replaces the records of the data that follows an R2T: five of them.
+/// Replaces the records of the data that follows an R2T: that of its header and four of its payload,
+/// which are held back until all are there.
 fn with_records(mut change: Change) -> impl FnMut(&mut Vec<u8>) -> bool {
+    // A header of 24 bytes, the type and the tag.
+    const OF_HEADER: usize = HEADER + 24 + 1 + 16;
+    const RECORDS: usize = 5;
+
+    let mut held = Vec::new();
     move |bytes| {
-        let mut found = records(bytes);
-        if found.len() < 4 {
+        held.extend(records(bytes));
+        if held[0].len() != OF_HEADER {
+            held.clear();
             return false;
         }
-        change(&mut found);
-        *bytes = found.concat();
+        bytes.clear();
+        if held.len() < RECORDS {
+            return false;
+        }
+        assert_eq!(held.len(), RECORDS, "the payload has records of its own");
+        change(&mut held);
+        *bytes = held.concat();
         true
     }
 }

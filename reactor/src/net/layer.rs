@@ -1,12 +1,9 @@
 //! The record layer between a stream's user and its socket.
 
-// UNSAFETY: payload to be sealed is guest or pool memory, which is copied out by address.
-#![expect(unsafe_code)]
-
 use std::fmt;
 use std::ops::Range;
 
-use iobuf::{OutOfBounds, Segment};
+use iobuf::{Gather, SgList};
 
 /// The peer's records are wrong, or the layer cannot go on. The stream fails with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,85 +27,51 @@ pub enum Plain<'a> {
     Copied(&'a [u8]),
 }
 
-/// Bytes to be sent, scattered in memory that others (a guest) may write to at the same time.
-pub struct Gather<'a> {
-    /// Invariant: mapped and readable for `'a`.
-    segments: &'a [Segment],
-    len: usize,
-}
-
-impl<'a> Gather<'a> {
-    /// # Safety
-    ///
-    /// All segments are mapped and readable for `'a`.
-    pub(crate) unsafe fn new(segments: &'a [Segment]) -> Gather<'a> {
-        Gather { segments, len: segments.iter().map(Segment::len).sum() }
-    }
-
-    /// Bytes in total.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Appends `len` bytes from `offset` to `out`, whose new room is not filled before.
-    pub fn append_to(
-        &self,
-        offset: usize,
-        len: usize,
-        out: &mut Vec<u8>,
-    ) -> Result<(), OutOfBounds> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => {}
-            _ => return Err(OutOfBounds),
-        }
-        out.reserve(len);
-        let (mut skip, mut left) = (offset, len);
-        for segment in self.segments {
-            if left == 0 {
-                break;
-            }
-            if skip >= segment.len() {
-                skip -= segment.len();
-                continue;
-            }
-            let part = (segment.len() - skip).min(left);
-            let from = segment.as_ptr().wrapping_add(skip);
-            let room = &mut out.spare_capacity_mut()[..part];
-            // SAFETY: `from` is inside a segment that is readable (invariant) and has `part` bytes
-            // from there; `room` is a separate buffer of that length.
-            unsafe { copy(from, room.as_mut_ptr().cast(), part) };
-            // SAFETY: the first `part` bytes behind the length have just been written.
-            unsafe { out.set_len(out.len() + part) };
-            left -= part;
-            skip = 0;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Gather<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gather").field("len", &self.len).finish_non_exhaustive()
-    }
+/// What [`Layer::open_to`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// Wire bytes that were taken, from the front.
+    pub taken: usize,
+    /// Plaintext bytes that are in place, all authentic.
+    pub placed: usize,
 }
 
 /// A record layer such as TLS: one per stream, for both directions.
 ///
 /// The stream promises: `seal` gets the bytes in the order of the pushes, and its output is sent in
-/// that order, all of it or none after a failure; `open` gets received bytes in order, in pieces
-/// cut anywhere. After an error neither is called again, only `farewell` after one of `open`. `close` is
-/// the last call, when the stream is shut down without an error.
+/// that order, all of it or none after a failure; `open` and `open_to` get received bytes in order, in
+/// pieces cut anywhere. After an error none of them is called again, only `farewell` after one of
+/// `open` or `open_to`. `close` is the last call, when the stream is shut down without an error.
 pub trait Layer {
-    /// Appends to `out` the records that carry `plain`, whose bytes are not needed afterwards.
+    /// Appends to `out` the records that carry `plain`, whose bytes are not needed afterwards. The
+    /// stream begins a record with each large payload, so that the other end can open it into place.
     fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError>;
 
     /// Takes all of `wire`, keeps what is incomplete, and reports plaintext to `sink` in order.
     fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError>;
+
+    /// Length of the first part of `wire` that gives plaintext by itself, such as one record: that
+    /// much is given to the next `open`. All of it where there is no such part.
+    fn first_len(&self, wire: &[u8]) -> usize {
+        wire.len()
+    }
+
+    /// Opens records at the front of `wire` straight into up to `len` bytes of `to` from `offset`:
+    /// those that certainly hold nothing but the plaintext that belongs there. What is left, if only
+    /// for now, is for `open`.
+    ///
+    /// Bytes that it writes but does not count, and all of them after an error, are of no use: they
+    /// may be anybody's.
+    fn open_to(
+        &mut self,
+        wire: &mut [u8],
+        to: &SgList,
+        offset: usize,
+        len: usize,
+    ) -> Result<Placed, LayerError> {
+        let _ = (wire, to, offset, len);
+        Ok(Placed::default())
+    }
 
     /// Appends to `out` what the peer is to be told after `open` has failed, such as a TLS alert. Called
     /// once at most, and nothing is called after it.
@@ -126,43 +89,5 @@ pub trait Layer {
     /// one whose peer has closed its side.
     fn is_ended(&self) -> bool {
         false
-    }
-}
-
-/// Copies memory that others may change meanwhile: not inlined, so that the optimiser can neither
-/// repeat nor forward the access.
-///
-/// # Safety
-///
-/// `src` is readable and `dst` writable for `len` bytes, and they do not overlap.
-#[inline(never)]
-pub(crate) unsafe fn copy(src: *const u8, dst: *mut u8, len: usize) {
-    // SAFETY: the caller promises both ranges.
-    unsafe { std::ptr::copy_nonoverlapping(src, dst, len) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gather_copies_across_segments_and_refuses_what_is_outside() {
-        let (mut a, mut b) = (*b"012", *b"3456789");
-        let segments =
-            [Segment::new(a.as_mut_ptr(), a.len()), Segment::new(b.as_mut_ptr(), b.len())];
-        // SAFETY: both arrays live to the end of the test.
-        let gather = unsafe { Gather::new(&segments) };
-        assert_eq!(gather.len(), 10);
-        for start in 0..=10 {
-            for end in start..=10 {
-                let mut out = b"before".to_vec();
-                gather.append_to(start, end - start, &mut out).unwrap();
-                assert_eq!(out, [b"before", &b"0123456789"[start..end]].concat());
-            }
-        }
-        let mut out = Vec::new();
-        assert_eq!(gather.append_to(5, 6, &mut out), Err(OutOfBounds));
-        assert_eq!(gather.append_to(usize::MAX, 2, &mut out), Err(OutOfBounds));
-        assert!(out.is_empty());
     }
 }

@@ -15,7 +15,7 @@ use iobuf::SgList;
 use crate::core::Local;
 use crate::error::{Busy, Errno, Full};
 use crate::fd::{Fd, Socket};
-use crate::net::layer::{Layer, LayerError, Plain};
+use crate::net::layer::{Layer, LayerError, Placed, Plain};
 use crate::net::tx::Tx;
 use crate::ops::{Event, OpId, Request};
 use crate::port::Port;
@@ -122,6 +122,9 @@ pub struct Stream {
     rx: RxState,
     rx_wanted: bool,
     rx_chunks: VecDeque<RxChunk>,
+    /// Received bytes that the layer has not opened: it does so when they are asked for, record by
+    /// record, so that each is used while it is in the cache, or opened to where it belongs.
+    rx_wire: VecDeque<RxChunk>,
     rx_eof: bool,
     /// A spare buffer of this stream is out.
     rx_lent: Rc<Cell<bool>>,
@@ -151,6 +154,7 @@ impl Stream {
             rx: RxState::Off,
             rx_wanted: true,
             rx_chunks: VecDeque::with_capacity(16),
+            rx_wire: VecDeque::new(),
             rx_eof: false,
             rx_lent: Rc::new(Cell::new(false)),
             rx_opened: Vec::new(),
@@ -163,17 +167,58 @@ impl Stream {
 
     /// The next received bytes. Data that arrived before a failure or the end comes first.
     pub fn recv(&mut self) -> Rx {
-        if self.rx_chunks.is_empty() {
+        if self.rx_chunks.is_empty() && self.rx_wire.is_empty() {
             self.poll();
         }
-        if let Some(chunk) = self.rx_chunks.pop_front() {
-            return Rx::Data(chunk);
+        loop {
+            if let Some(chunk) = self.rx_chunks.pop_front() {
+                return Rx::Data(chunk);
+            }
+            if !self.open_next() {
+                break;
+            }
         }
         match self.failed {
             Some(errno) => Rx::Failed(errno),
             None if self.rx_eof => Rx::Eof,
             None => Rx::Empty,
         }
+    }
+
+    /// Has the layer open received bytes straight into up to `len` bytes of `to` from `offset`, which
+    /// is where the next bytes of the stream belong. Returns how many are there; 0 where there is no
+    /// layer, or what has come is not for that alone: [`recv`](Stream::recv) has it, or more of it.
+    ///
+    /// More bytes of the range may be overwritten, by anything: who reads them before they were counted
+    /// reads what anybody may have sent.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not inside the list: a mistake of the caller, never of a peer.
+    pub fn recv_to(&mut self, to: &SgList, offset: usize, len: usize) -> usize {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= to.len());
+        assert!(inside, "{len} bytes to {offset} of a list of {}", to.len());
+        let Some(layer) = &mut self.layer else { return 0 };
+        if !self.rx_chunks.is_empty() {
+            return 0;
+        }
+        let mut sum = 0;
+        while sum < len
+            && let Some(wire) = self.rx_wire.front_mut()
+        {
+            let Ok(Placed { taken, placed }) = layer.open_to(wire, to, offset + sum, len - sum)
+            else {
+                self.refuse();
+                break;
+            };
+            wire.advance(taken);
+            sum += placed;
+            if !wire.is_empty() {
+                break;
+            }
+            self.rx_wire.pop_front();
+        }
+        sum
     }
 
     /// Puts a record layer on a stream that has been sent and received as is so far, as a handshake
@@ -254,7 +299,7 @@ impl Stream {
             return;
         }
         match self.send {
-            TxState::Idle => self.start_send(),
+            TxState::Idle => self.start_send(true),
             TxState::Waiting => self.submit_send(),
             TxState::Flying(_) => {}
         }
@@ -297,6 +342,7 @@ impl Stream {
         let is_over = self.closing || self.failed.is_some();
         self.port.has_event()
             || !self.rx_chunks.is_empty()
+            || !self.rx_wire.is_empty()
             || !self.closing && (self.rx_eof || self.failed.is_some())
             || !is_over && self.rx == RxState::Off && self.rx_wanted
             || !is_over && self.send == TxState::Waiting
@@ -329,6 +375,7 @@ impl Stream {
         self.closing = true;
         self.rx_wanted = false;
         self.rx_chunks.clear();
+        self.rx_wire.clear();
         self.stop_recv();
         if has_words {
             self.tx.abandon_waiting();
@@ -372,22 +419,42 @@ impl Stream {
         if self.closing {
             return;
         }
-        let Some(layer) = &mut self.layer else {
+        if self.layer.is_none() {
             self.rx_chunks.push_back(chunk);
-            return;
-        };
-        if self.failed.is_some() {
-            return; // the layer may be what failed: it is not called again
+        } else if self.failed.is_none() && !self.rx_eof {
+            // Otherwise the layer may be what failed, or has said that nothing follows.
+            self.rx_wire.push_back(chunk);
         }
+    }
+
+    /// Opens the next record of the received bytes; `false`: there is none.
+    fn open_next(&mut self) -> bool {
+        let (Some(layer), Some(wire)) = (&mut self.layer, self.rx_wire.front_mut()) else {
+            return false;
+        };
+        let len = layer.first_len(wire);
+        let part =
+            if len < wire.len() { Some(wire.split_to(len)) } else { self.rx_wire.pop_front() };
+        let Some(part) = part else { return false };
         let pool = &self.port.shared().rx;
-        let opened = open(&mut **layer, chunk, pool, &mut self.rx_opened, &mut self.rx_chunks);
+        let opened = open(&mut **layer, part, pool, &mut self.rx_opened, &mut self.rx_chunks);
         if opened.is_err() {
-            self.stop_recv();
-            self.fail(Errno::BAD_MESSAGE);
-            self.say_last(Layer::farewell);
+            self.refuse();
         } else if layer.is_ended() && !self.rx_eof {
+            self.rx_wire.clear();
             self.rx_eof = true;
             self.pause();
+        }
+        true
+    }
+
+    /// The layer has refused what was received.
+    fn refuse(&mut self) {
+        self.rx_wire.clear();
+        self.stop_recv();
+        if self.failed.is_none() {
+            self.fail(Errno::BAD_MESSAGE);
+            self.say_last(Layer::farewell);
         }
     }
 
@@ -420,16 +487,18 @@ impl Stream {
     }
 
     /// Sends what waits, message by message, until the socket takes no more.
-    fn start_send(&mut self) {
+    fn start_send(&mut self, is_first: bool) {
+        let mut is_first = is_first;
         loop {
             let layer = self.layer.as_deref_mut().map(|layer| layer as &mut dyn Layer);
             // SAFETY: no send is in flight: all callers know that `send` is `Idle`, and what is sent
             // here is over when the call returns.
-            match unsafe { self.tx.prepare(layer) } {
+            match unsafe { self.tx.prepare(layer, is_first) } {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(LayerError(_)) => return self.fail(Errno::BAD_MESSAGE),
             }
+            is_first = false;
             match self.port.send_now(&self.tx, &self.fd) {
                 // SAFETY: as above.
                 Ok(bytes) if unsafe { self.tx.on_sent(bytes, self.layer.is_some()) } => {}
@@ -462,7 +531,7 @@ impl Stream {
             return;
         }
         match result {
-            Ok(true) => self.start_send(),
+            Ok(true) => self.start_send(false),
             Ok(false) => self.submit_send(),
             Err(errno) => self.fail(errno),
         }
@@ -485,6 +554,9 @@ impl Stream {
             return;
         }
         self.failed = Some(errno);
+        if errno == Errno::BAD_MESSAGE {
+            self.rx_wire.clear(); // the layer has failed, and is not called again
+        }
         self.stop_send();
     }
 }

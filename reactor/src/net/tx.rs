@@ -14,10 +14,10 @@ use std::io;
 use std::mem;
 use std::rc::Rc;
 
-use iobuf::{Hold, Segment, SgList};
+use iobuf::{Gather, Hold, Segment, SgList};
 
 use crate::error::Full;
-use crate::net::layer::{Gather, Layer, LayerError};
+use crate::net::layer::{Layer, LayerError};
 use crate::sys::Mapping;
 
 /// Longest header that [`Stream::push`](crate::net::Stream::push) takes, in bytes: the longest
@@ -30,6 +30,77 @@ const TAIL_BYTES: usize = 4;
 const ENTRY_BYTES: usize = HEAD_BYTES_MAX + TAIL_BYTES;
 /// Segments in one `sendmsg`: the kernel's `UIO_MAXIOV`.
 const IOVECS_MAX: usize = 1024;
+/// Bytes that a layer is given at once: what a full record holds.
+const SEAL_BYTES: usize = 16 << 10;
+/// Sealed bytes of large payloads after which the first message of several leaves: the other end is at
+/// work on it while the rest is sealed. Three records and a header: they fit in one buffer of the
+/// loopback socket, so that the other end finds whole records.
+const SEALED_BYTES_FIRST: usize = 64_000;
+
+/// How a layer is given what waits: pieces of up to [`SEAL_BYTES`], and a large payload begins one.
+#[derive(Default)]
+struct Unsealed {
+    /// Taken from the queue; kept by the holds of their entries.
+    segments: Vec<Segment>,
+    /// Pieces in order: bytes, and whether all of them are of one payload.
+    pieces: Vec<(usize, bool)>,
+    /// The next piece, and where it begins: a segment, and bytes of it that are sealed.
+    next: usize,
+    at: usize,
+    skip: usize,
+}
+
+impl Unsealed {
+    fn is_over(&self) -> bool {
+        self.next == self.pieces.len()
+    }
+
+    fn clear(&mut self) {
+        self.segments.clear();
+        self.pieces.clear();
+        (self.next, self.at, self.skip) = (0, 0, 0);
+    }
+
+    /// The next `len` bytes are taken.
+    fn advance(&mut self, len: usize) {
+        self.skip += len;
+        while let Some(segment) = self.segments.get(self.at)
+            && self.skip >= segment.len()
+        {
+            self.skip -= segment.len();
+            self.at += 1;
+        }
+    }
+}
+
+/// Cuts what is taken into the pieces that a layer is given.
+struct Cutter<'a> {
+    pieces: &'a mut Vec<(usize, bool)>,
+    /// Bytes of the piece that is being made, and whether a large payload began it.
+    len: usize,
+    is_payload: bool,
+}
+
+impl Cutter<'_> {
+    fn end(&mut self) {
+        if self.len > 0 {
+            self.pieces.push((self.len, self.is_payload));
+        }
+        (self.len, self.is_payload) = (0, false);
+    }
+
+    fn add(&mut self, mut len: usize) {
+        while len > 0 {
+            let part = len.min(SEAL_BYTES - self.len);
+            (self.len, len) = (self.len + part, len - part);
+            if self.len == SEAL_BYTES {
+                let is_payload = self.is_payload;
+                self.end();
+                self.is_payload = is_payload;
+            }
+        }
+    }
+}
 
 struct Entry {
     /// In `Queue::segments`.
@@ -37,6 +108,8 @@ struct Entry {
     /// The payload's, among the segments: all but the head before and the tail behind.
     payload: std::ops::Range<usize>,
     bytes: u64,
+    /// The payload fills a record or more.
+    is_large: bool,
     hold: Option<Rc<dyn Hold>>,
     token: Option<u32>,
 }
@@ -50,6 +123,8 @@ struct Queue {
     taken_segments: usize,
     /// Bytes sent of the front entry.
     front_bytes: u64,
+    /// Of the taken segments, those that a layer has to seal yet.
+    unsealed: Unsealed,
     /// Where the next head goes in the arena; counted on until the queue is empty.
     arena_end: u64,
     /// Tokens to report.
@@ -100,6 +175,7 @@ impl Tx {
                 taken_entries: 0,
                 taken_segments: 0,
                 front_bytes: 0,
+                unsealed: Unsealed::default(),
                 arena_end: 0,
                 sent: VecDeque::new(),
             }),
@@ -127,7 +203,7 @@ impl Tx {
     /// Whether no entry waits to be taken by a send.
     pub(crate) fn is_idle(&self) -> bool {
         let queue = self.queue.borrow();
-        queue.taken_segments == queue.segments.len()
+        queue.taken_segments == queue.segments.len() && queue.unsealed.is_over()
     }
 
     /// Whether [`Tx::pop_sent`] has one.
@@ -183,6 +259,7 @@ impl Tx {
             segments: queue.segments.len() - first,
             payload: payload_first - first..payload_end - first,
             bytes: (head.len() + payload_bytes + tail.len()) as u64,
+            is_large: payload_bytes >= SEAL_BYTES,
             hold,
             token,
         });
@@ -209,36 +286,76 @@ impl Tx {
         Segment::new(to, bytes.len())
     }
 
-    /// Prepares the next message. `false`: nothing waits.
+    /// Prepares the next message. `false`: nothing waits. `is_first`: the other end has nothing to do
+    /// while this one is made, so that it had better be short.
     ///
     /// # Safety
     ///
     /// No send of this queue is in flight.
-    pub(crate) unsafe fn prepare(&self, layer: Option<&mut dyn Layer>) -> Result<bool, LayerError> {
+    pub(crate) unsafe fn prepare(
+        &self,
+        layer: Option<&mut dyn Layer>,
+        is_first: bool,
+    ) -> Result<bool, LayerError> {
         // SAFETY: no send is in flight (the caller's promise), so the kernel does not read the
         // message, and no other reference to it lives: each is local to a function of this type,
         // none of which calls another that makes one.
         let message = unsafe { &mut *self.message.get() };
         message.iovecs.clear();
         message.at = 0;
-        let bytes = self.take(&mut message.iovecs);
+        match layer {
+            None => {
+                self.take(&mut message.iovecs, None);
+            }
+            Some(layer) => {
+                message.sealed.clear();
+                let limit = if is_first { SEALED_BYTES_FIRST } else { usize::MAX };
+                let bytes = self.seal(layer, limit, &mut message.sealed)?;
+                let sealed = &mut message.sealed;
+                if !sealed.is_empty() {
+                    message.iovecs.push(Segment::new(sealed.as_mut_ptr(), sealed.len()));
+                }
+                self.complete(bytes);
+            }
+        }
         if message.iovecs.is_empty() {
             self.complete(0); // entries without a byte
             return Ok(false);
         }
-        if let Some(layer) = layer {
-            message.sealed.clear();
-            // SAFETY: arena bytes live as long as `self`, payload is kept by the holds of entries,
-            // which are released only by `complete` below.
-            let gather = unsafe { Gather::new(&message.iovecs) };
-            layer.seal(&gather, &mut message.sealed)?;
-            message.iovecs.clear();
-            let sealed = &mut message.sealed;
-            message.iovecs.push(Segment::new(sealed.as_mut_ptr(), sealed.len()));
-            self.complete(bytes);
-        }
         message.aim();
         Ok(true)
+    }
+
+    /// Has `layer` seal what is taken for a message, or `limit` sealed bytes if there are large payloads
+    /// among it. Returns how many bytes it was.
+    fn seal(
+        &self,
+        layer: &mut dyn Layer,
+        limit: usize,
+        sealed: &mut Vec<u8>,
+    ) -> Result<u64, LayerError> {
+        let mut unsealed = mem::take(&mut self.queue.borrow_mut().unsealed);
+        if unsealed.is_over() {
+            unsealed.clear();
+            self.take(&mut unsealed.segments, Some(&mut unsealed.pieces));
+        }
+        let mut bytes = 0;
+        while let Some(&(len, is_payload)) = unsealed.pieces.get(unsealed.next) {
+            // SAFETY: arena bytes live as long as `self`, payload is kept by the holds of entries,
+            // which are released only by `complete`, for what is sealed, and by `abandon`, which
+            // forgets what is not.
+            let left = unsafe { Gather::new(&unsealed.segments[unsealed.at..]) };
+            let piece = left.slice(unsealed.skip, len).expect("pieces are cut from the segments");
+            layer.seal(&piece, sealed)?;
+            unsealed.advance(len);
+            unsealed.next += 1;
+            bytes += len as u64;
+            if is_payload && sealed.len() + SEAL_BYTES > limit {
+                break;
+            }
+        }
+        self.queue.borrow_mut().unsealed = unsealed;
+        Ok(bytes)
     }
 
     /// Prepares the layer's last words; nothing else is sent any more. `false`: it has none.
@@ -263,11 +380,12 @@ impl Tx {
     }
 
     /// Moves entries into a message: at least one (or as much of it as the kernel takes at once),
-    /// then while they fit.
-    fn take(&self, iovecs: &mut Vec<Segment>) -> u64 {
+    /// then while they fit. `pieces`: how a layer is given it.
+    fn take(&self, iovecs: &mut Vec<Segment>, pieces: Option<&mut Vec<(usize, bool)>>) {
         let mut queue = self.queue.borrow_mut();
         let queue = &mut *queue;
         let mut bytes = 0;
+        let mut cutter = pieces.map(|pieces| Cutter { pieces, len: 0, is_payload: false });
         // Segments of the first untaken entry that an earlier message took.
         let before: usize =
             queue.entries.range(..queue.taken_entries).map(|entry| entry.segments).sum();
@@ -282,9 +400,16 @@ impl Tx {
             }
             let count = wanted.min(IOVECS_MAX);
             let from = queue.taken_segments;
-            for segment in queue.segments.range(from..from + count) {
+            for (index, segment) in queue.segments.range(from..from + count).enumerate() {
                 bytes += segment.len() as u64;
                 self.append(iovecs, *segment);
+                if let Some(cutter) = &mut cutter {
+                    if entry.is_large && skip + index == entry.payload.start {
+                        cutter.end();
+                        cutter.is_payload = true;
+                    }
+                    cutter.add(segment.len());
+                }
             }
             queue.taken_segments += count;
             if count < wanted {
@@ -293,7 +418,9 @@ impl Tx {
             queue.taken_entries += 1;
             skip = 0;
         }
-        bytes
+        if let Some(cutter) = &mut cutter {
+            cutter.end();
+        }
     }
 
     /// Adds a segment. Neighbours in the arena (heads of entries without payload) become one.
@@ -343,6 +470,7 @@ impl Tx {
     /// flight. Their tokens are reported.
     pub(crate) fn abandon(&self) {
         let mut queue = self.queue.borrow_mut();
+        queue.unsealed.clear();
         while !queue.entries.is_empty() {
             queue.end_front();
         }

@@ -1,5 +1,4 @@
-use std::ops::Range;
-
+use iobuf::{Gather, Pool, SgList};
 use proptest::prelude::*;
 
 use super::support::*;
@@ -49,8 +48,11 @@ fn the_two_ways_to_seal_agree() {
     }
     let mut session = Session::new(&done, KeyUpdates::Never);
     let mut wire = Vec::new();
-    let mut append = |part: Range<usize>, wire: &mut Vec<u8>| wire.extend_from_slice(&data[part]);
-    session.seal(data.len(), &mut wire, &mut append).unwrap();
+    let pool = Pool::new(1 << 20).unwrap();
+    let mut list = SgList::default();
+    pool.alloc(data.len(), &mut list).unwrap();
+    list.copy_from_slice(0, &data).unwrap();
+    session.seal(&Gather::of_list(&list), &mut wire).unwrap();
     assert!(wires.iter().all(|other| *other == wire));
     assert_eq!(open(&mut peer, &wire), (data, Ok(())));
     // Another connection with the same key has other keys.

@@ -43,7 +43,7 @@ fn message(tx: &Tx) -> Vec<Segment> {
 
 fn prepare(tx: &Tx) -> bool {
     // SAFETY: nothing is in flight in these tests.
-    unsafe { tx.prepare(None) }.unwrap()
+    unsafe { tx.prepare(None, true) }.unwrap()
 }
 
 fn on_sent(tx: &Tx, bytes: usize) -> bool {
@@ -162,6 +162,126 @@ fn a_payload_outside_of_its_list_is_a_mistake_of_the_caller() {
     let _ = Tx::new(8, 50).unwrap().push(b"head", Some((&sg, 95, 10)), None, None);
 }
 
+/// A layer that notes what it is given and frames it with a byte.
+#[derive(Default)]
+struct Noting {
+    pieces: Vec<Vec<u8>>,
+}
+
+impl Layer for Noting {
+    fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
+        let mut bytes = Vec::new();
+        plain.append_to(0, plain.len(), &mut bytes).map_err(|_| LayerError("short"))?;
+        out.push(b'<');
+        out.extend_from_slice(&bytes);
+        self.pieces.push(bytes);
+        Ok(())
+    }
+
+    fn open(
+        &mut self,
+        _: &mut [u8],
+        _: &mut dyn FnMut(crate::net::Plain<'_>),
+    ) -> Result<(), LayerError> {
+        Ok(())
+    }
+}
+
+/// Seals the next message and has it sent; returns its length, or `None` if nothing waits.
+fn seal_and_send(tx: &Tx, layer: &mut Noting, is_first: bool) -> Option<usize> {
+    // SAFETY: nothing is in flight in these tests.
+    if !unsafe { tx.prepare(Some(layer), is_first) }.unwrap() {
+        return None;
+    }
+    let len = bytes_of(&message(tx));
+    // SAFETY: as above.
+    assert!(unsafe { tx.on_sent(len, true) });
+    Some(len)
+}
+
+#[test]
+fn a_large_payload_begins_a_piece_and_its_first_part_leaves_early() {
+    let tx = Tx::new(8, 128 << 10).unwrap();
+    let (memory, sg) = memory(128 << 10, 3);
+    tx.push(&[1; 24], None, None, Some(0)).unwrap();
+    tx.push(&[2; 24], Some((&sg, 0, 128 << 10)), Some(*b"tail"), Some(1)).unwrap();
+    tx.push(&[3; 24], Some((&sg, 0, 4096)), None, Some(2)).unwrap();
+    let mut layer = Noting::default();
+    let mut lens = Vec::new();
+    while !tx.is_idle() {
+        lens.extend(seal_and_send(&tx, &mut layer, true));
+        if lens.len() == 1 {
+            assert_eq!(
+                (tx.pop_sent(), tx.pop_sent()),
+                (Some(0), None),
+                "the second is not sealed yet"
+            );
+        }
+    }
+    assert_eq!(seal_and_send(&tx, &mut layer, true), None);
+    let pieces: Vec<usize> = layer.pieces.iter().map(Vec::len).collect();
+    let mut want = vec![24, 24];
+    want.extend([SEAL_BYTES; 8]);
+    // The rest of the first message's entries, and then the next message.
+    want.extend([4, 24 + 4096]);
+    assert_eq!(pieces, want);
+    assert!(lens.iter().all(|len| *len <= SEALED_BYTES_FIRST), "{lens:?}");
+    assert_eq!(lens.len(), 5, "one, three of the large payload, one");
+    let mut bytes = [[1; 24], [2; 24]].concat();
+    bytes.extend_from_slice(&memory.bytes);
+    bytes.extend_from_slice(b"tail");
+    bytes.extend_from_slice(&[3; 24]);
+    bytes.extend_from_slice(&memory.bytes[..4096]);
+    assert!(layer.pieces.concat() == bytes, "bytes differ");
+    assert_eq!((tx.pop_sent(), tx.pop_sent(), tx.pop_sent()), (Some(1), Some(2), None));
+    assert_eq!(memory.uses.get(), 3, "the list's own");
+}
+
+#[test]
+fn behind_the_first_part_the_rest_leaves_at_once() {
+    let tx = Tx::new(8, 128 << 10).unwrap();
+    let (_memory, sg) = memory(120_000, 1);
+    tx.push(&[2; 24], Some((&sg, 0, 120_000)), None, Some(1)).unwrap();
+    let mut layer = Noting::default();
+    let first = 24 + 3 * SEAL_BYTES;
+    assert_eq!(seal_and_send(&tx, &mut layer, true), Some(first + 4));
+    assert_eq!(seal_and_send(&tx, &mut layer, false), Some(120_024 - first + 5));
+    assert_eq!(seal_and_send(&tx, &mut layer, false), None);
+    assert_eq!(tx.pop_sent(), Some(1));
+}
+
+#[test]
+fn small_pdus_share_full_pieces_and_leave_together() {
+    let tx = Tx::new(64, 128 << 10).unwrap();
+    let (_memory, sg) = memory(4096, 1);
+    for token in 0..20 {
+        tx.push(&[1; 24], Some((&sg, 0, 4096)), None, Some(token)).unwrap();
+    }
+    let mut layer = Noting::default();
+    assert_eq!(seal_and_send(&tx, &mut layer, true), Some(20 * 4120 + 6));
+    let pieces: Vec<usize> = layer.pieces.iter().map(Vec::len).collect();
+    assert_eq!(pieces, [[SEAL_BYTES; 5].as_slice(), &[480]].concat());
+    assert_eq!(seal_and_send(&tx, &mut layer, true), None);
+}
+
+#[test]
+fn what_is_not_sealed_yet_is_forgotten_with_its_entry() {
+    let (memory, sg) = memory(300_000, 2);
+    let tx = Tx::new(8, 128 << 10).unwrap();
+    tx.push(&[2; 24], Some((&sg, 0, 300_000)), None, Some(1)).unwrap();
+    tx.push(&[3; 24], None, None, Some(2)).unwrap();
+    let mut layer = Noting::default();
+    assert!(seal_and_send(&tx, &mut layer, true).is_some() && !tx.is_idle());
+    tx.abandon_waiting();
+    assert_eq!((tx.pop_sent(), memory.uses.get()), (Some(2), 4), "the first is under way");
+    tx.abandon();
+    assert!(tx.is_idle());
+    assert_eq!((tx.pop_sent(), memory.uses.get()), (Some(1), 2));
+    let pieces = layer.pieces.len();
+    assert_eq!(seal_and_send(&tx, &mut layer, true), None);
+    assert_eq!(layer.pieces.len(), pieces);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Push {
@@ -182,6 +302,50 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
+    /// The same through a layer: it is given every byte in order, no piece is longer than a record, and
+    /// a large payload begins one.
+    #[test]
+    fn a_layer_is_given_all_bytes_in_order(
+        pdus in prop::collection::vec((1..=HEAD_BYTES_MAX, 0..100_000usize, any::<bool>()), 1..20),
+        segments in 1..2000usize,
+        waits in prop::collection::vec(any::<bool>(), 20),
+    ) {
+        let tx = Tx::new(32, 128 << 10).unwrap();
+        let (memory, sg) = memory(100_000, segments);
+        let (mut expected, mut starts) = (Vec::new(), Vec::new());
+        let mut layer = Noting::default();
+        for (n, (head, payload, tail)) in pdus.iter().enumerate() {
+            let head = vec![n as u8; *head];
+            let tail = tail.then_some(*b"tail");
+            tx.push(&head, Some((&sg, 0, *payload)), tail, Some(n as u32)).unwrap();
+            expected.extend(head);
+            if *payload >= SEAL_BYTES {
+                starts.push(expected.len());
+            }
+            expected.extend_from_slice(&memory.bytes[..*payload]);
+            expected.extend(tail.into_iter().flatten());
+            if waits[n] {
+                seal_and_send(&tx, &mut layer, n % 2 == 0);
+            }
+        }
+        while seal_and_send(&tx, &mut layer, true).is_some() {}
+        prop_assert!(layer.pieces.concat() == expected);
+        let mut at = 0;
+        for piece in &layer.pieces {
+            prop_assert!((1..=SEAL_BYTES).contains(&piece.len()));
+            if starts.first() == Some(&at) {
+                starts.remove(0);
+            }
+            at += piece.len();
+        }
+        prop_assert!(starts.is_empty(), "{starts:?} do not begin a piece");
+        for n in 0..pdus.len() {
+            prop_assert_eq!(tx.pop_sent(), Some(n as u32));
+        }
+        drop(tx);
+        prop_assert_eq!(memory.uses.get(), segments as i32);
+    }
+
     /// Whatever is pushed and however sends are cut short: the bytes come out as they went in,
     /// also while pushes go on during a send, and tokens come in order, never early.
     #[test]
