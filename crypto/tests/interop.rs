@@ -341,6 +341,15 @@ fn openssl_as_target() {
         let counters = ours.session.counters();
         assert!(counters.tickets >= 1, "it sends a ticket: {counters:?}");
         assert_eq!((counters.tx_key_updates, counters.rx_key_updates), (1, 1));
+        // It hears that nothing follows, and says so itself before it closes: neither is cut off.
+        let mut end = Vec::new();
+        ours.session.close(&mut end);
+        ours.stream.write_all(&end).expect("the peer reads");
+        target.wait_for("CONNECTION CLOSED");
+        let mut rest = Vec::new();
+        ours.stream.read_to_end(&mut rest).expect("the target closes");
+        ours.open(&mut rest);
+        assert!(ours.session.is_peer_closed(), "an orderly end");
         println!("openssl s_server, {suite}, {version:?}, {group}: passed");
     }
 }

@@ -455,7 +455,9 @@ impl Path {
         if let Some(session) = self.session.as_mut().filter(|_| asked.rescan && is_live) {
             session.rescan(now);
         }
-        self.is_auth_due |= asked.reauthenticate && is_live && self.is_authenticated;
+        // Before the first authentication has begun, it will be with what is true then.
+        let is_proven_or_at_it = self.is_authenticated || self.auth.is_some();
+        self.is_auth_due |= asked.reauthenticate && is_proven_or_at_it;
         self.authenticate_again(now)?;
         match asked.fault {
             Some((generation, text)) if generation == self.generation && is_live => {
@@ -558,14 +560,19 @@ impl Path {
     }
 
     fn leave(&mut self, now: Duration, loss: Option<&Loss>, is_stopping: bool) {
-        self.session = None;
+        let is_over = |session: Session| matches!(session.state(), SessionState::Closed);
+        let is_shut_down = self.session.take().is_some_and(is_over);
         (self.auth, self.is_authenticated, self.is_auth_due) = (None, false, false);
         if !self.is_renewed && matches!(self.shared.config.security.tls, Tls::Concatenate) {
             // Each association makes its own.
             self.shared.set_offers(self.index, None);
         }
         self.stage = Stage::Leaving;
-        self.link.close(now, loss.and_then(Loss::fault));
+        if loss.is_none() && is_shut_down {
+            self.link.finish(now);
+        } else {
+            self.link.close(now, loss.and_then(Loss::fault));
+        }
         if self.link.is_closed() {
             self.on_left(now, is_stopping);
         }
@@ -736,7 +743,8 @@ impl Path {
 
     /// What was asked for during an authentication may be about what has changed since it began.
     fn authenticate_again(&mut self, now: Duration) -> Result<(), Loss> {
-        if self.auth.is_some() || !std::mem::take(&mut self.is_auth_due) {
+        let is_live = matches!(self.stage, Stage::Live { .. });
+        if !is_live || self.auth.is_some() || !std::mem::take(&mut self.is_auth_due) {
             return Ok(());
         }
         self.begin_auth(Concatenation::No, now)
@@ -919,7 +927,7 @@ impl Path {
                 serial: *info.controller.serial.bytes(),
             };
         });
-        Ok(())
+        self.authenticate_again(now)
     }
 }
 

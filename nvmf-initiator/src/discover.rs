@@ -57,6 +57,9 @@ pub enum DiscoverError {
     /// The controller closed the connection in the middle.
     #[error("the controller closed the connection")]
     Closed,
+    /// The connection ended without the end of TLS (close_notify).
+    #[error("the connection was cut off: it ended without the end of TLS (close_notify)")]
+    CutOff,
     /// It took too long.
     #[error("the log was not read within {0:?}")]
     Timeout(Duration),

@@ -21,6 +21,9 @@ use crate::shake::{self, Shake, Shaken};
 /// How long the controller may take to close a connection that an H2CTermReq ended. Closing it from
 /// here at once would take the H2CTermReq back, as our sockets are reset on close.
 const TERM_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the controller may take to make room for the end of TLS. One that has answered everything
+/// has room: this is for one that stops reading in that very moment.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a connection, and with it the association, ended.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +36,11 @@ pub(crate) enum Loss {
     InitTimeout,
     #[error("the controller closed the connection")]
     Eof,
+    #[error(
+        "the connection ended without the end of TLS (close_notify): the controller's process went \
+         away, or somebody on the way cut it off"
+    )]
+    CutOff,
     #[error(
         "the controller closed the connection before it was set up: does the listener require TLS?"
     )]
@@ -77,8 +85,9 @@ enum State {
     /// H2CTermReq queued; what comes is thrown away. Moved on when the controller closes, or by
     /// `until`.
     Terminating { until: Duration },
-    /// The stream is shut down; moved on when it is quiet.
-    Closing,
+    /// The stream is shut down; moved on when it is quiet. What it has to say yet is given up at
+    /// `until`.
+    Closing { until: Duration },
 }
 
 pub(crate) struct Link {
@@ -152,9 +161,22 @@ impl Link {
         Ok(())
     }
 
-    /// Ends the connection. With `fault`, the controller is told first what it did wrong.
-    /// `is_closed` says when it is over.
+    /// Ends the connection at once: what the controller has not been sent yet must never be sent. With
+    /// `fault`, it is told first what it did wrong. `is_closed` says when it is over.
+    ///
+    /// With TLS it is told that nothing follows (close_notify, RFC 8446, section 6.1), if nothing else
+    /// is being sent and the socket takes that at once.
     pub(crate) fn close(&mut self, now: Duration, fault: Option<&Fault>) {
+        self.end(now, fault, false);
+    }
+
+    /// As `close`, when everything that was sent is answered: the controller gets the end of TLS even
+    /// if it is lost on the way.
+    pub(crate) fn finish(&mut self, now: Duration) {
+        self.end(now, None, self.is_tls);
+    }
+
+    fn end(&mut self, now: Duration, fault: Option<&Fault>, is_in_order: bool) {
         match (self.state, &mut self.stream) {
             (State::Connecting, _) => {
                 self.port.cancel_all();
@@ -164,7 +186,7 @@ impl Link {
                 self.state = State::Terminating { until: now + TERM_TIMEOUT };
             }
             (State::Again, Some(_)) => {
-                self.state = State::Closing;
+                self.state = State::Closing { until: now };
                 self.check_quiet();
             }
             (State::Shaking { .. } | State::Initializing { .. } | State::Up, Some(stream)) => {
@@ -177,13 +199,36 @@ impl Link {
                     stream.flush();
                     self.state = State::Terminating { until: now + TERM_TIMEOUT };
                 } else {
-                    stream.shutdown();
-                    self.state = State::Closing;
+                    self.shut_down(now, is_in_order);
                     self.check_quiet();
                 }
             }
             _ => {}
         }
+    }
+
+    fn shut_down(&mut self, now: Duration, is_in_order: bool) {
+        let Some(stream) = &mut self.stream else { return };
+        // Whatever else waits to be sent must not be.
+        if is_in_order && !stream.is_sending() && stream.set_reset_on_close(false).is_ok() {
+            stream.shutdown();
+            self.state = State::Closing { until: now + CLOSE_TIMEOUT };
+        } else {
+            stream.shutdown();
+            self.state = State::Closing { until: now };
+            self.give_up_last_words();
+        }
+    }
+
+    /// What the socket has not taken of the end of TLS is not sent any more.
+    fn give_up_last_words(&mut self) {
+        let Some(stream) = &mut self.stream else { return };
+        if !stream.is_quiet() {
+            // It can fail on a socket alone that is of no use any more.
+            let _ = stream.set_reset_on_close(true);
+            stream.shutdown();
+        }
+        self.state = State::Closing { until: Duration::MAX };
     }
 
     /// Moves the connection on: completions of connect and sends. `Ok(true)`: it is now
@@ -223,11 +268,11 @@ impl Link {
                     }
                 }
                 if is_over {
-                    stream.shutdown();
-                    self.state = State::Closing;
+                    self.shut_down(now, false);
                     progressed = true;
                 }
             }
+            State::Closing { until } if now >= until => self.give_up_last_words(),
             _ => {}
         }
         progressed |= self.check_quiet();
@@ -270,7 +315,7 @@ impl Link {
 
     fn check_quiet(&mut self) -> bool {
         let is_quiet = self.stream.as_ref().is_none_or(Stream::is_quiet);
-        if self.state != State::Closing || !is_quiet {
+        if !matches!(self.state, State::Closing { .. }) || !is_quiet {
             return false;
         }
         self.stream = None;
@@ -319,6 +364,7 @@ impl Link {
             },
             Rx::Data(chunk) => return Ok(Some(chunk)),
             Rx::Eof if !self.is_tls && self.state != State::Up => return Err(Loss::EofEarly),
+            Rx::Eof if self.is_tls && !stream.is_ended_in_layer() => return Err(Loss::CutOff),
             Rx::Eof => return Err(Loss::Eof),
             Rx::Failed(errno) => errno,
         };
@@ -430,6 +476,7 @@ impl Link {
         match self.state {
             State::Shaking { until } => Some(until),
             State::Initializing { until } | State::Terminating { until } => Some(until),
+            State::Closing { until } if until != Duration::MAX => Some(until),
             _ => None,
         }
     }

@@ -167,7 +167,7 @@ pub(crate) struct Queue {
     is_authenticated: bool,
     /// The controller wants it again, before I/O.
     is_auth_due: bool,
-    /// [`RemoteState::auth_round`] of the last authentication.
+    /// [`RemoteState::auth_round`] when the last authentication began, or before.
     auth_round: u64,
 }
 
@@ -265,6 +265,8 @@ impl Queue {
             Stage::Down if path.is_live && !is_tried => {
                 debug_assert!(!self.is_unfenced, "an association before the last one has ended");
                 self.generation = path.generation;
+                // What is asked for from now on may be about what changes while it authenticates.
+                self.auth_round = env.state.auth_round;
                 self.stage = Stage::Opening;
                 if path.addr != self.addr {
                     self.addr = path.addr;
@@ -296,14 +298,24 @@ impl Queue {
 
     #[cold]
     fn leave(&mut self, env: &mut Env<'_>, loss: Option<&Loss>) {
+        let is_at_rest = self.is_at_rest();
         self.stage = Stage::Leaving;
         self.next_check = None;
         self.out.clear();
         (self.auth, self.is_auth_due, self.is_authenticated) = (None, false, false);
-        self.link.close(env.now, loss.and_then(Loss::fault));
+        if loss.is_none() && is_at_rest {
+            self.link.finish(env.now);
+        } else {
+            self.link.close(env.now, loss.and_then(Loss::fault));
+        }
         if self.link.is_closed() {
             self.on_left(env);
         }
+    }
+
+    /// Whether everything that was sent is answered.
+    fn is_at_rest(&self) -> bool {
+        self.stage == Stage::Ready && self.in_flight == 0 && self.auth.is_none()
     }
 
     /// The link is closed: nothing of the old association can be sent any more from here.
@@ -476,7 +488,6 @@ impl Queue {
         self.free_cids.clear();
         self.free_cids.extend((0..self.queue_entries(env) - 1).rev());
         self.stage = Stage::Ready;
-        self.auth_round = env.state.auth_round;
         env.shared.note_connected(usize::from(self.path), self.generation);
     }
 
@@ -869,6 +880,15 @@ impl Queue {
         let auth = self.auth.as_ref().map(|run| run.auth.until);
         let memory = self.is_starved.then(|| self.local.now() + MEMORY_RETRY);
         [self.link.deadline(), connect, auth, memory, self.next_check].into_iter().flatten().min()
+    }
+}
+
+impl Drop for Queue {
+    /// The channel is closed while its association goes on.
+    fn drop(&mut self) {
+        if self.is_at_rest() {
+            self.link.finish(self.local.now());
+        }
     }
 }
 

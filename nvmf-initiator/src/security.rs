@@ -1,11 +1,12 @@
 //! What a host proves itself with, and what it asks of the target.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crypto::dhchap::DhGroup;
-use crypto::psk::{Derivation, IdentityVersion, Psk, PskError, RetainedKey};
+use crypto::psk::{Derivation, Identity, IdentityVersion, Psk, PskError, RetainedKey};
 use crypto::tls::KeyUpdates;
 use crypto::{DhchapKey, Hash, TlsKey};
 
@@ -177,6 +178,8 @@ pub(crate) struct Offers {
     psks: Vec<Psk>,
     /// The one that the target took last.
     best: AtomicUsize,
+    /// It came from an authentication.
+    is_generated: bool,
     pub(crate) updates: KeyUpdates,
 }
 
@@ -201,14 +204,20 @@ impl Offers {
         }
         match (psks.is_empty(), refused) {
             (true, Some(error)) => Err(error),
-            _ => Ok(Arc::new(Offers { psks, best: AtomicUsize::new(0), updates: tls.updates })),
+            _ => Ok(Arc::new(Offers {
+                psks,
+                best: AtomicUsize::new(0),
+                is_generated: false,
+                updates: tls.updates,
+            })),
         }
     }
 
     /// The only key, from an authentication.
     pub(crate) fn generated(psk: Psk) -> Arc<Offers> {
         let updates = KeyUpdates::Auto;
-        Arc::new(Offers { psks: vec![psk], best: AtomicUsize::new(0), updates })
+        let psks = vec![psk];
+        Arc::new(Offers { psks, best: AtomicUsize::new(0), is_generated: true, updates })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -228,6 +237,34 @@ impl Offers {
         }
         let index = (first + refused) % self.psks.len();
         self.psks.get(index).map(|psk| (index, psk))
+    }
+
+    /// One line on a target that took none of them: how it refused the first, what else was offered, and
+    /// what to run.
+    pub(crate) fn explain(&self, first: &str) -> String {
+        let Some(psk) = self.psks.first() else { return first.to_owned() };
+        let host = Identity::parse(psk.identity().as_bytes()).map_or("?", |i| i.hostnqn);
+        if self.is_generated {
+            return format!(
+                "{first}; the key came from an authentication just before and is good there for an \
+                 hour: both connections have to reach the same target, on a listener with tls=allowed"
+            );
+        }
+        let ways: BTreeSet<_> = self.psks.iter().map(|psk| psk.derivation().to_string()).collect();
+        let forms: BTreeSet<_> =
+            self.psks.iter().filter_map(|psk| psk.identity().get(..8)).collect();
+        let list = |set: &mut dyn Iterator<Item = &str>| set.collect::<Vec<_>>().join(", ");
+        format!(
+            "{first}; offered in all: {} ({}; as derived by {}); at the target, look at `penstock key \
+             list --host {host}`, then give it this end's key by `penstock key import --host {host}`, \
+             or this end what `penstock key export --emulator --host {host}` prints there",
+            match self.psks.len() {
+                1 => "1 key".to_owned(),
+                count => format!("{count} keys"),
+            },
+            list(&mut forms.iter().copied()),
+            list(&mut ways.iter().map(String::as_str)),
+        )
     }
 
     /// The target has taken the key of this index.
@@ -264,6 +301,24 @@ mod tests {
         assert!(offers.get(0, 4).is_none());
         offers.took(3);
         assert_eq!(shown(&offers)[..2], [all[3].clone(), all[0].clone()]);
+    }
+
+    #[test]
+    fn a_refusal_names_what_was_offered_and_what_to_run() {
+        let keys = TlsKeys::new(vec![key(KeyHash::Sha256)]);
+        let text = Offers::new(&keys, HOST, SUBSYSTEM).unwrap().explain("first");
+        for want in [
+            "first; offered in all: 4 keys (NVMe0R01, NVMe1R01; as derived by RFC 8446, libnvme < 1.16)",
+            &format!("penstock key list --host {HOST}`"),
+            &format!("penstock key import --host {HOST}`"),
+            &format!("penstock key export --emulator --host {HOST}`"),
+        ] {
+            assert!(text.contains(want), "{want}: {text}");
+        }
+        let retained = RetainedKey::new(&key(KeyHash::Sha256), HOST, Derivation::Rfc8446).unwrap();
+        let psk = retained.psk(IdentityVersion::V1, HOST, SUBSYSTEM).unwrap();
+        let text = Offers::generated(psk).explain("first");
+        assert!(text.contains("authentication") && text.contains("tls=allowed"), "{text}");
     }
 
     #[test]

@@ -201,17 +201,7 @@ impl Shake {
             self.stage = Stage::Begin;
             return Shaken::Next;
         }
-        let identity = self.offers.get(self.first, 0).map_or("", |(_, psk)| psk.identity());
-        let host = crypto::psk::Identity::parse(identity.as_bytes()).map_or("?", |i| i.hostnqn);
-        let others = match self.refused - 1 {
-            0 => String::new(),
-            others => format!(" (and {others} more, of other versions, derivations or keys)"),
-        };
-        let text = format!(
-            "{first}{others}: give the target the key of host {host} (`penstock key import`), or this \
-             end the target's"
-        );
-        Shaken::Failed(text, false)
+        Shaken::Failed(self.offers.explain(first), false)
     }
 }
 
@@ -284,5 +274,13 @@ impl Layer for TlsLayer {
         if let Some(error) = self.error.get() {
             self.session.farewell(error, out);
         }
+    }
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        self.session.close(out);
+    }
+
+    fn is_ended(&self) -> bool {
+        self.session.is_peer_closed()
     }
 }

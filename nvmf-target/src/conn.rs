@@ -442,7 +442,12 @@ impl Conn {
                     }
                 }
                 Rx::Eof => {
-                    self.close("the host closed the connection");
+                    // A host that says so in TLS is told apart from one that is cut off.
+                    let is_cut = self.proven.is_some() && !self.stream.is_ended_in_layer();
+                    self.close(match is_cut {
+                        true => "the connection was cut off without the end of TLS",
+                        false => "the host closed the connection",
+                    });
                     worked = true;
                 }
                 Rx::Failed(errno) => {

@@ -58,6 +58,18 @@ impl Fd {
         &self.0.source
     }
 
+    /// See [`Socket::set_reset_on_close`]; without effect on what is no socket.
+    pub(crate) fn set_reset_on_close(&self, resets: bool) -> io::Result<()> {
+        match &self.0.source {
+            Source::Os(fd) => sys::set_reset_on_close(fd, resets),
+            Source::Socket(socket) => {
+                socket.set_reset_on_close(resets);
+                Ok(())
+            }
+            Source::File(_) | Source::Event(_) => Ok(()),
+        }
+    }
+
     /// The file's place in the core's table of registered files.
     pub(crate) fn registered(&self) -> Option<&Registered> {
         self.0.registered.as_ref()
@@ -153,9 +165,9 @@ impl Socket {
     /// close, when the path comes back. What is on the wire already is out of reach.
     pub fn set_reset_on_close(&self) -> io::Result<()> {
         match &self.0 {
-            SocketKind::Os(fd) => sys::set_reset_on_close(fd),
+            SocketKind::Os(fd) => sys::set_reset_on_close(fd, true),
             SocketKind::Sim(socket) => {
-                socket.set_reset_on_close();
+                socket.set_reset_on_close(true);
                 Ok(())
             }
         }

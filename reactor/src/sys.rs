@@ -106,9 +106,9 @@ pub(crate) fn set_nodelay(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Lets a close discard what is not sent.
-pub(crate) fn set_reset_on_close(fd: &OwnedFd) -> io::Result<()> {
-    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+/// Lets a close discard what is not sent, or not.
+pub(crate) fn set_reset_on_close(fd: &OwnedFd, resets: bool) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: resets.into(), l_linger: 0 };
     // SAFETY: the pointer and length name `linger`.
     check(unsafe {
         libc::setsockopt(

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use reactor::net::{Layer, Rx, Stream, StreamConfig};
+use reactor::net::{Gather, Layer, LayerError, Plain, Rx, Stream, StreamConfig};
 use reactor::sim::{FileFaults, NetFaults, World};
 use reactor::{
     Completion, Core, CoreConfig, Errno, Fd, Outcome, Port, Progress, Socket, Task, channel,
@@ -554,4 +554,63 @@ fn random_numbers_come_from_the_seed() {
     assert_ne!(draw(1), draw(2));
     let real = support::core().local();
     assert_ne!(real.random_u64(), real.random_u64());
+}
+
+/// A layer that changes nothing and has a last word.
+struct Polite;
+
+impl Layer for Polite {
+    fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
+        plain.append_to(0, plain.len(), out).map_err(|_| LayerError("short"))
+    }
+
+    fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
+        sink(Plain::InPlace(0..wire.len()));
+        Ok(())
+    }
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        out.push(b'.');
+    }
+}
+
+/// A peer that has room for everything but the last word, and does not read: the word is waited for
+/// until the owner gives it up.
+#[test]
+fn a_last_word_without_room_is_given_up_when_its_owner_says_so() {
+    /// Bytes that one direction of the simulated network holds.
+    const WINDOW_BYTES: usize = 256 << 10;
+
+    let world = World::new(1);
+    let mut cores = [world.core()];
+    let local = cores[0].local();
+    let (near, far) = world.socket_pair();
+    let layer = Some(Box::new(Polite) as Box<dyn Layer>);
+    let mut stream =
+        Stream::new(&local, near, StreamConfig { layer, ..StreamConfig::default() }).unwrap();
+    let sg = list(&local, &vec![1; WINDOW_BYTES]);
+    stream.push(&[], Some((&sg, 0, sg.len())), None, None).unwrap();
+    stream.flush();
+    let mut steps = 0;
+    while stream.is_sending() {
+        steps += 1;
+        assert!(steps < 1000, "the window has room for all of it");
+        world.step(&mut cores);
+        stream.poll();
+    }
+    stream.shutdown();
+    for _ in 0..100 {
+        world.step(&mut cores);
+        stream.poll();
+    }
+    assert!(!stream.is_quiet(), "it waits for room");
+    stream.shutdown();
+    steps = 0;
+    while !stream.is_quiet() {
+        steps += 1;
+        assert!(steps < 1000, "it is given up");
+        world.step(&mut cores);
+        stream.poll();
+    }
+    drop(far);
 }

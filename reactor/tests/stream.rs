@@ -6,14 +6,16 @@
 mod support;
 
 use std::cell::Cell;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use iobuf::{Hold, Segment, SgList};
-use reactor::net::{HEAD_BYTES_MAX, Layer, Rx, RxChunk, Stream, StreamConfig};
+use reactor::net::{
+    Gather, HEAD_BYTES_MAX, Layer, LayerError, Plain, Rx, RxChunk, Stream, StreamConfig,
+};
 use reactor::{Core, CoreConfig, Errno, Full, Local, Socket};
 use support::xor::Xor;
 use support::{content, core, core_with, list, pattern, small, until};
@@ -650,4 +652,85 @@ fn a_core_without_free_slots_sends_later() {
     assert!(near.is_sending() && near.sent().is_none() && near.failed().is_none());
     port.cancel_all();
     assert!(receive(&mut core, &mut far, Some(&mut near), late.len()) == late, "bytes differ");
+}
+
+/// A layer that changes nothing and has a last word.
+#[derive(Default)]
+struct Polite {
+    is_ended: bool,
+}
+
+const LAST_WORD: &[u8] = b"bye";
+
+impl Layer for Polite {
+    fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
+        plain.append_to(0, plain.len(), out).map_err(|_| LayerError("short"))
+    }
+
+    fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
+        self.is_ended |= wire.ends_with(LAST_WORD);
+        sink(Plain::InPlace(0..wire.len()));
+        Ok(())
+    }
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(LAST_WORD);
+    }
+
+    fn is_ended(&self) -> bool {
+        self.is_ended
+    }
+}
+
+fn polite(local: &Local, socket: Socket) -> Stream {
+    let layer = Some(Box::new(Polite::default()) as Box<dyn Layer>);
+    Stream::new(local, socket, StreamConfig { layer, ..StreamConfig::default() }).unwrap()
+}
+
+#[test]
+fn the_last_word_leaves_at_once_and_the_connection_ends_in_order() {
+    let mut core = core();
+    let local = core.local();
+    for resets in [true, false] {
+        let (near, mut far) = tcp_raw();
+        let socket = Socket::from(near);
+        socket.set_reset_on_close().unwrap();
+        let mut stream = polite(&local, socket);
+        stream.push(b"data", None, None, None).unwrap();
+        stream.flush();
+        stream.set_reset_on_close(resets).unwrap();
+        stream.shutdown();
+        // Nobody has to turn the core for that: its owner may be gone.
+        let mut bytes = [0; 7];
+        far.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, *b"databye");
+        until(&mut core, || {
+            stream.poll();
+            stream.is_quiet().then_some(())
+        });
+        drop(stream);
+        core.turn(false);
+        let end = far.read(&mut [0]).map_err(|error| error.kind());
+        assert_eq!(end, if resets { Err(ErrorKind::ConnectionReset) } else { Ok(0) });
+    }
+}
+
+#[test]
+fn an_end_in_the_layer_is_told_apart_from_one_outside() {
+    let mut core = core();
+    let local = core.local();
+    for word in [LAST_WORD, b"data"] {
+        let (near, mut far) = tcp_raw();
+        let mut stream = polite(&local, near.into());
+        far.write_all(word).unwrap();
+        if word != LAST_WORD {
+            far.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        until(&mut core, || match stream.recv() {
+            Rx::Data(_) | Rx::Empty => None,
+            Rx::Eof => Some(()),
+            Rx::Failed(errno) => panic!("{errno:?}"),
+        });
+        assert_eq!(stream.is_ended_in_layer(), word == LAST_WORD);
+    }
 }

@@ -668,13 +668,24 @@ impl Host {
     fn hint(&self, reason: Reason) -> &'static str {
         match reason {
             Reason::FAILED if self.config.controller_key.is_some() => {
-                "the controller has another secret for this host, or none of its own"
+                "the controller has another secret for this host, or none of its own: use what \
+                 `penstock key export` prints at the target, for both"
             }
-            Reason::FAILED => "the controller has another secret for this host",
+            Reason::FAILED => {
+                "the controller has another secret for this host: use what `penstock key export` \
+                 prints at the target"
+            }
             Reason::CONCATENATION_MISMATCH => {
-                "the controller makes no keys for TLS by authentication, or insists on it"
+                "the controller makes no keys for TLS by authentication, or insists on it: connect \
+                 to a listener with tls=allowed, or without concatenation"
             }
-            _ => "",
+            Reason::HASH_NOT_USABLE => {
+                "it allows none of the hashes offered: allow one with `--auth-hash` at the target"
+            }
+            Reason::GROUP_NOT_USABLE => {
+                "it allows none of the groups offered: allow one with `--auth-group` at the target"
+            }
+            _ => "`penstock status` at the target says why",
         }
     }
 
@@ -751,14 +762,21 @@ impl Host {
         let (host, sub) = (&self.config.hostnqn, &self.config.subnqn);
         if let Some(key) = &self.config.controller_key {
             let Some(response) = response else {
-                return refuse(Reason::FAILED, format!("`{sub}` did not prove itself"));
+                let what = format!(
+                    "`{sub}` did not prove itself, which it has to since this end has a secret of it: \
+                     make its secret by `penstock key generate --kind dhchap-controller` at the target"
+                );
+                return refuse(Reason::FAILED, what);
             };
             let proof = Proof { hash: *hash, session, t_id: self.config.t_id };
             let c2 = &self.entropy.challenge[..hash.len_bytes()];
             let key = transformed(key, sub);
             let want = proof.of_controller(&key, c2, self.entropy.seqnum, host, sub);
             if !is_equal(want.expose(), response) {
-                let what = format!("`{sub}` has another secret than `--dhchap-ctrl-secret`");
+                let what = format!(
+                    "`{sub}` has another secret than this end has of it (`--dhchap-ctrl-secret`): \
+                     use what `penstock key export` prints at the target"
+                );
                 return refuse(Reason::FAILED, what);
             }
             self.to_send = Some(Message::Success2 { t_id: self.config.t_id }.encode());

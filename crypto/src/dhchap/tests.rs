@@ -282,6 +282,9 @@ fn refusals_have_their_reasons() {
         assert_eq!((host.reason, controller.reason), (reason, reason), "{host} / {controller}");
         assert_eq!((host.is_peers, controller.is_peers), (!by_host, by_host));
         let text = if by_host { host.to_string() } else { controller.to_string() };
+        let advice = ["penstock key export", "--auth-hash", "--auth-group", "tls=allowed"];
+        let host = host.to_string();
+        assert!(advice.iter().any(|advice| host.contains(advice)), "what to run: {host}");
         assert!(text.contains(word) && !text.contains('\n'), "{text}");
     }
 }

@@ -17,6 +17,7 @@ use super::alert::AlertCode;
 use super::client_hello::Offers;
 use super::ffi::Pipe;
 use super::record::Role;
+use super::refusal::{Cause, Used};
 use crate::kdf::Hash;
 use crate::key::TlsKey;
 use crate::psk::{Derivation, Identity, Psk, RetainedKey, Suite};
@@ -145,152 +146,6 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
-
-/// Why a handshake failed. What a peer sent is shown with control characters escaped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// The peer does not speak TLS.
-    Plaintext {
-        /// The first byte.
-        first: u8,
-        /// Who saw it.
-        role: Role,
-    },
-    /// A client offered no pre-shared key.
-    NoPsk,
-    /// A client offered an identity that is none of NVMe/TCP.
-    NotNvme {
-        /// The identity.
-        received: String,
-    },
-    /// There is no key for the offered identity.
-    Unknown {
-        /// The identity.
-        received: String,
-        /// Why.
-        why: Unknown,
-    },
-    /// There are keys for the host and subsystem, but none of the offered identity.
-    OtherIdentity {
-        /// The identity.
-        received: String,
-        /// Ours, with how they were derived.
-        expected: Vec<(String, Derivation)>,
-    },
-    /// There are keys of the offered identity, but the client has another.
-    WrongKey {
-        /// The identity.
-        received: String,
-        /// How the keys that were tried were derived.
-        tried: Vec<Derivation>,
-    },
-    /// The peer gave up with this alert.
-    Alert {
-        /// The alert.
-        code: AlertCode,
-        /// The identity that was offered.
-        identity: Option<String>,
-    },
-    /// The peer agreed to another suite than the key's.
-    Suite {
-        /// Its number.
-        agreed: u16,
-        /// The key's.
-        wanted: Suite,
-    },
-    /// The peer sent more than a handshake needs.
-    TooLong,
-    /// The handshake broke some other rule, in the words of the TLS library.
-    Protocol {
-        /// The words.
-        what: String,
-    },
-    /// The TLS library could not go on by itself.
-    Internal {
-        /// Its words.
-        what: String,
-    },
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const EXPORT: &str = "on the host, run what `penstock key export` prints for it";
-        match self {
-            Cause::Plaintext { first, role: Role::Server } => write!(
-                f,
-                "the host does not speak TLS (first byte {first:02x}h), and this listener requires \
-                 it: connect with `nvme connect --tls`"
-            ),
-            Cause::Plaintext { first, role: Role::Client } => write!(
-                f,
-                "the target does not speak TLS (first byte {first:02x}h): connect without TLS, or \
-                 to a listener that has it"
-            ),
-            Cause::NoPsk => write!(f, "the host offered no pre-shared key: {EXPORT}"),
-            Cause::NotNvme { received } => {
-                write!(
-                    f,
-                    "the host offered `{received}`, which is no identity of NVMe/TCP; expected \
-                     `NVMe1R01 HOSTNQN SUBNQN DIGEST` or one of its kind: {EXPORT}"
-                )
-            }
-            Cause::Unknown { received, why } => write!(
-                f,
-                "the host offered the TLS identity `{received}`; {why}: make or import a key with \
-                 `penstock key`; {EXPORT}"
-            ),
-            Cause::OtherIdentity { received, expected } => {
-                write!(f, "the host offered the TLS identity `{received}`; expected ")?;
-                list(f, expected.iter(), |f, (identity, way)| write!(f, "`{identity}` ({way})"))?;
-                write!(f, ": its key is another; {EXPORT}")
-            }
-            Cause::WrongKey { received, tried } => {
-                write!(
-                    f,
-                    "the host offered the TLS identity `{received}` with a key that is not "
-                )?;
-                write!(f, "ours; tried {} as derived by ", plural(tried.len()))?;
-                let mut ways = tried.clone();
-                ways.sort_by_key(|way| *way as usize);
-                ways.dedup();
-                list(f, ways.iter(), |f, way| write!(f, "{way}"))?;
-                write!(f, ": {EXPORT}")
-            }
-            Cause::Alert { code, identity: Some(identity) } => {
-                write!(f, "the peer refused `{identity}` with the alert {code}")
-            }
-            Cause::Alert { code, identity: None } => {
-                write!(f, "the peer gave up with the alert {code}")
-            }
-            Cause::Suite { agreed, wanted } => {
-                write!(f, "agreed to cipher suite {agreed:04x}h, but the key is for {wanted}")
-            }
-            Cause::TooLong => {
-                write!(f, "the peer sent more than {HANDSHAKE_BYTES_MAX} bytes of handshake")
-            }
-            Cause::Protocol { what } => write!(f, "TLS handshake failed: {what}"),
-            Cause::Internal { what } => write!(f, "the TLS library failed: {what}"),
-        }
-    }
-}
-
-fn plural(count: usize) -> String {
-    if count == 1 { "1 key".to_owned() } else { format!("{count} keys") }
-}
-
-fn list<T>(
-    f: &mut fmt::Formatter<'_>,
-    items: impl Iterator<Item = T>,
-    mut show: impl FnMut(&mut fmt::Formatter<'_>, T) -> fmt::Result,
-) -> fmt::Result {
-    for (n, item) in items.enumerate() {
-        if n > 0 {
-            f.write_str(", ")?;
-        }
-        show(f, item)?;
-    }
-    Ok(())
-}
 
 fn shown(identity: &[u8]) -> String {
     let text = String::from_utf8_lossy(identity);
@@ -435,8 +290,6 @@ struct Handshake {
     role: Role,
     pipe: Pipe,
     chosen: Chosen,
-    /// Of a client: what it offers.
-    offered: Option<String>,
     is_first: bool,
     state: State,
 }
@@ -466,7 +319,7 @@ impl Handshake {
             connection.prefer_low_latency()?;
         }
         let pipe = Pipe::new(connection, HANDSHAKE_BYTES_MAX)?;
-        Ok(Handshake { role, pipe, chosen, offered: None, is_first: true, state: State::Running })
+        Ok(Handshake { role, pipe, chosen, is_first: true, state: State::Running })
     }
 
     fn feed(&mut self, bytes: &[u8]) -> Result<Progress, Failure> {
@@ -514,17 +367,23 @@ impl Handshake {
         let close_after =
             self.pipe.connection().remaining_blinding_delay().unwrap_or(Duration::ZERO);
         let choice = lock(&self.chosen).take();
-        if let Some(Choice::Refused(cause, alert)) = choice {
-            // Decided by us in a time that tells nothing: no need to wait.
-            return self.fail(cause, Some(alert), Duration::ZERO);
-        }
+        let used = match choice {
+            Some(Choice::Refused(cause, alert)) => {
+                // Decided by us in a time that tells nothing: no need to wait.
+                return self.fail(cause, Some(alert), Duration::ZERO);
+            }
+            Some(Choice::Psk { name, suite, derivation, .. }) => {
+                Some(Used { identity: name, suite, derivation })
+            }
+            None => None,
+        };
+        let role = self.role;
         if self.pipe.buffers().is_over_budget {
-            return self.fail(Cause::TooLong, Some(AlertCode::DECODE_ERROR), close_after);
+            return self.fail(Cause::TooLong { role }, Some(AlertCode::DECODE_ERROR), close_after);
         }
         if error.kind() == ErrorType::Alert {
             let code = AlertCode(self.pipe.connection().alert().unwrap_or(0));
-            let identity = self.offered.clone();
-            return self.fail(Cause::Alert { code, identity }, None, close_after);
+            return self.fail(Cause::Alert { code, role, used }, None, close_after);
         }
         let what = format!("{} ({})", error.message(), error.name());
         match error.kind() {
@@ -534,7 +393,7 @@ impl Handshake {
             }
             _ => {
                 let alert = Some(AlertCode::HANDSHAKE_FAILURE);
-                self.fail(Cause::Protocol { what }, alert, close_after)
+                self.fail(Cause::Protocol { what, role, used }, alert, close_after)
             }
         }
     }
@@ -585,7 +444,8 @@ impl Handshake {
             return Err(Cause::Internal { what: "unknown form of the exported state".to_owned() });
         };
         if agreed != suite.iana() {
-            return Err(Cause::Suite { agreed, wanted: suite });
+            let used = Used { identity: name, suite, derivation };
+            return Err(Cause::Suite { agreed, role: self.role, used });
         }
         let (Some(client), Some(server)) = (client, server) else {
             return Err(Cause::Internal { what: "short exported state".to_owned() });
@@ -701,7 +561,6 @@ impl Client {
             Ok(handshake)
         };
         let mut handshake: Handshake = make().map_err(|e| set_up(&e))?;
-        handshake.offered = Some(psk.identity().to_owned());
         handshake.feed(&[])?;
         Ok(Client(handshake))
     }

@@ -24,15 +24,17 @@ mod client_hello;
 mod ffi;
 mod handshake;
 mod record;
+mod refusal;
 
 pub use alert::AlertCode;
 pub use handshake::{
-    CANDIDATES_MAX, Cause, Client, Established, Failure, HANDSHAKE_BYTES_MAX, Progress, PskLookup,
-    Server, TrafficSecret, Unknown, candidates, looks_like_tls, prepare,
+    CANDIDATES_MAX, Client, Established, Failure, HANDSHAKE_BYTES_MAX, Progress, PskLookup, Server,
+    TrafficSecret, Unknown, candidates, looks_like_tls, prepare,
 };
 pub use record::{
     Counters, KEY_RECORDS_MAX, KeyUpdates, Plain, RECORD_PLAIN_MAX, RecordError, Role, Session,
 };
+pub use refusal::{Cause, Used};
 
 #[cfg(test)]
 mod tests;

@@ -50,10 +50,8 @@ impl Wire {
                 Err(Shaken::Failed(error)) => return Err(error),
             }
         }
-        Err(DiscoverError::Security(format!(
-            "TLS: {}: give the target the key of this host (`penstock key import`)",
-            first_refusal.unwrap_or_else(|| "there is no key to offer".to_owned())
-        )))
+        let first = first_refusal.unwrap_or_else(|| "there is no key to offer".to_owned());
+        Err(DiscoverError::Security(format!("TLS: {}", offers.explain(&first))))
     }
 
     fn connect(addr: SocketAddr, start: Instant, timeout: Duration) -> Result<Wire, DiscoverError> {
@@ -154,6 +152,9 @@ impl Wire {
             let _ = self.send(&alert);
             return Err(DiscoverError::Security(format!("TLS: {error}")));
         }
+        if plain.is_empty() && session.is_peer_closed() {
+            return Err(DiscoverError::Closed);
+        }
         Ok(())
     }
 
@@ -188,6 +189,7 @@ impl Wire {
             .clamp(Duration::from_millis(1), left.max(Duration::from_millis(1)));
         self.socket.set_read_timeout(Some(wait)).map_err(DiscoverError::Io)?;
         match self.socket.read(&mut self.received) {
+            Ok(0) if self.session.is_some() => Err(DiscoverError::CutOff),
             Ok(0) => Err(DiscoverError::Closed),
             Ok(len) => Ok(len),
             Err(error) => match error.kind() {
@@ -196,6 +198,19 @@ impl Wire {
                 | io::ErrorKind::Interrupted => Ok(0),
                 _ => Err(self.io_error(error)),
             },
+        }
+    }
+}
+
+impl Drop for Wire {
+    /// The controller is told that nothing follows (RFC 8446, section 6.1), if the socket has room.
+    fn drop(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        let mut end = Vec::new();
+        session.close(&mut end);
+        if !end.is_empty() && self.socket.set_nonblocking(true).is_ok() {
+            // A courtesy: the connection is over either way.
+            let _ = self.socket.write(&end);
         }
     }
 }

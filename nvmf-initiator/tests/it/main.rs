@@ -1,8 +1,9 @@
 //! The initiator against a scripted target in a simulated world.
 //!
 //! `io` is what works, `loss` is lost paths and what is held, `hostile` a target that breaks the
-//! protocol, `model` random histories against a model of the disk, `watch` paths by discovery, `subsystem` what there is,
-//! `allocations` counts.
+//! protocol, `tamper` one that meddles with TLS, `secure` the end of TLS and authentication, `model`
+//! random histories against a model of the disk, `watch` paths by discovery, `subsystem` what there
+//! is, `allocations` counts.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unreachable_pub, reason = "nobody imports a test binary")]
 #![allow(clippy::vec_box, reason = "I/Os stay in the boxes they travel in")]
@@ -15,5 +16,7 @@ mod loss;
 mod model;
 mod paths;
 mod rig;
+mod secure;
 mod subsystem;
+mod tamper;
 mod watch;

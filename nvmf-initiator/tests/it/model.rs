@@ -158,7 +158,8 @@ fn run(seed: u64) -> u64 {
     };
     let blocks = UNITS * UNIT / 512;
     let mut rig =
-        Setup { seed, blocks, limits, script, hosts: 2, config: Box::new(config) }.start();
+        Setup { seed, blocks, limits, script, hosts: 2, tls: None, config: Box::new(config) }
+            .start();
     let disks = [rig.disk(1, 24), rig.disk(2, 24)];
     let mut model = Model {
         units: vec![vec![0; UNIT as usize]; UNITS as usize],

@@ -14,7 +14,7 @@ use reactor::sim::World;
 use reactor::{Core, CoreHandle, Local, Progress, Task};
 
 use crate::allocations::Allocations;
-use crate::fake::{self, Fake, SUBNQN, Script};
+use crate::fake::{self, Fake, HOSTNQN, SUBNQN, Script, Tls};
 
 /// Virtual time that nothing here takes.
 pub const LIMIT: Duration = Duration::from_secs(600);
@@ -188,6 +188,7 @@ pub struct Setup {
     pub limits: Limits,
     pub script: Script,
     pub hosts: usize,
+    pub tls: Option<Rc<Tls>>,
     /// Changes to the defaults of the volume.
     pub config: Box<dyn Fn(RemoteConfig) -> RemoteConfig>,
 }
@@ -200,6 +201,7 @@ impl Default for Setup {
             limits: Limits::default(),
             script: Script::default(),
             hosts: 1,
+            tls: None,
             config: Box::new(|config| config),
         }
     }
@@ -221,7 +223,8 @@ impl Setup {
         let (fake, target) = Fake::start(&world, subsys, self.script);
         let mut cores = vec![target];
         cores.extend((0..self.hosts).map(|_| world.core()));
-        let host = (nqn("nqn.2025-01.io.example:host"), [7; 16]);
+        let host = (nqn(HOSTNQN), [7; 16]);
+        *fake.tls.borrow_mut() = self.tls;
         let config = RemoteConfig::new(fake.addr, nqn(SUBNQN), 1, host);
         let local = cores[1].local();
         let (volume, task) = RemoteVolume::start((self.config)(config), &local).unwrap();

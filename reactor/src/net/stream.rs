@@ -56,7 +56,8 @@ pub enum Rx {
     Empty,
     /// Received bytes.
     Data(RxChunk),
-    /// The peer closed its side; nothing more will come. Sending may go on.
+    /// The peer closed its side; nothing more will come. Sending may go on. Whether it did so in order
+    /// where there is a record layer, [`Stream::is_ended_in_layer`] says.
     Eof,
     /// The connection failed.
     Failed(Errno),
@@ -365,19 +366,32 @@ impl Stream {
         self.failed
     }
 
+    /// Whether the peer has said inside the record layer that nothing follows. A stream with a layer
+    /// that is at its [end](Rx::Eof) without it was cut off by somebody on the way, or by a peer that
+    /// does not care.
+    pub fn is_ended_in_layer(&self) -> bool {
+        self.layer.as_ref().is_some_and(|layer| layer.is_ended())
+    }
+
+    /// As [`Socket::set_reset_on_close`], from now on: whoever ends in order lets the peer have the
+    /// last bytes, also those that are lost on the way and sent again.
+    pub fn set_reset_on_close(&self, resets: bool) -> io::Result<()> {
+        self.fd.set_reset_on_close(resets)
+    }
+
     /// Stops sending and receiving, and forgets what was received. Tokens still come back through
     /// [`Stream::sent`] as the kernel lets go; call [`Stream::poll`] until [`Stream::is_quiet`].
     ///
-    /// What the record layer has to say at the end is sent yet; a peer that does not take it holds the
-    /// stream until this is called again.
+    /// What the record layer has to say at the end is sent yet, unless something else is being sent;
+    /// a peer that does not take it holds the stream until this is called again.
     pub fn shutdown(&mut self) {
-        let has_words = self.failed.is_none() && self.say_last(Layer::close);
+        let is_waiting = self.failed.is_none() && self.say_last(Layer::close);
         self.closing = true;
         self.rx_wanted = false;
         self.rx_chunks.clear();
         self.rx_wire.clear();
         self.stop_recv();
-        if has_words {
+        if is_waiting {
             self.tx.abandon_waiting();
         } else {
             self.stop_send();
@@ -459,7 +473,7 @@ impl Stream {
     }
 
     /// Sends the last that the layer has to say, if there is something and nothing is under way that
-    /// it would have to wait for.
+    /// it would have to wait for. `true`: the ring waits for room for it.
     fn say_last(&mut self, words: fn(&mut (dyn Layer + 'static), &mut Vec<u8>)) -> bool {
         let Some(layer) = &mut self.layer else { return false };
         if self.send != TxState::Idle || self.closing {
@@ -467,6 +481,12 @@ impl Stream {
         }
         // SAFETY: no send is in flight: `send` is `Idle`.
         if unsafe { self.tx.prepare_last(&mut |out| words(&mut **layer, out)) } {
+            match self.port.send_now(&self.tx, &self.fd) {
+                // SAFETY: as above; what was sent here is over.
+                Ok(bytes) if unsafe { self.tx.on_sent(bytes, true) } => return false,
+                Ok(_) | Err(Errno(libc::EINTR | libc::EAGAIN)) => {}
+                Err(_) => return false,
+            }
             // Not tried again where the core has no slot: the connection is lost anyway.
             let request = Request::Send(Rc::clone(&self.tx));
             if let Ok(op) = self.port.start_fd(request, &self.fd, 0) {

@@ -164,8 +164,8 @@ impl SimSocket {
         self.world.lock().net.peer(self.end)
     }
 
-    pub(crate) fn set_reset_on_close(&self) {
-        self.world.lock().net.set_reset_on_close(self.end);
+    pub(crate) fn set_reset_on_close(&self, resets: bool) {
+        self.world.lock().net.set_reset_on_close(self.end, resets);
     }
 }
 

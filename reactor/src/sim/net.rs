@@ -91,9 +91,9 @@ impl Net {
         [EndId { connection, side: 0 }, EndId { connection, side: 1 }]
     }
 
-    pub(crate) fn set_reset_on_close(&mut self, end: EndId) {
+    pub(crate) fn set_reset_on_close(&mut self, end: EndId, resets: bool) {
         if let Some(connection) = self.connections.get_mut(&end.connection) {
-            connection.resets[end.side] = true;
+            connection.resets[end.side] = resets;
         }
     }
 

@@ -1,8 +1,9 @@
 //! Our initiator and our target with TLS and in-band authentication: on sockets with real cores, and
 //! simulated on a faulty network.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use block::ram::RamVolume;
@@ -243,6 +244,95 @@ fn plaintext_and_tls_do_not_meet() {
     let mut pair = Pair::start(Tls::Off, keys, with_tls(vec![tls_key(1)]));
     let why = pair.refusal();
     assert!(why.contains("does not speak TLS") || why.contains("closed the connection"), "{why}");
+}
+
+/// Somebody on the way who passes everything on and writes it down: what hosts send, and what the
+/// target sends.
+#[derive(Clone, Default)]
+struct Tap {
+    seen: Arc<Mutex<[Vec<Vec<u8>>; 2]>>,
+}
+
+impl Tap {
+    fn start(&self, target: SocketAddr) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let addr = listener.local_addr().expect("it is bound");
+        let tap = self.clone();
+        std::thread::spawn(move || {
+            while let Ok((host, _)) = listener.accept() {
+                let target = TcpStream::connect(target).expect("the target listens");
+                let ends = [&host, &target].map(|end| end.try_clone().expect("a descriptor"));
+                let [host_too, target_too] = ends;
+                for (side, from, to) in [(0, host, target_too), (1, target, host_too)] {
+                    let tap = tap.clone();
+                    std::thread::spawn(move || tap.pass(side, from, to));
+                }
+            }
+        });
+        addr
+    }
+
+    fn pass(&self, side: usize, mut from: TcpStream, mut to: TcpStream) {
+        let (mut bytes, mut buffer) = (Vec::new(), [0; 16 << 10]);
+        // Who closes while the other's last words arrive resets the connection: as good an end.
+        while let Ok(len @ 1..) = from.read(&mut buffer) {
+            bytes.extend_from_slice(&buffer[..len]);
+            // Whoever has gone hears nothing any more.
+            let _ = to.write_all(&buffer[..len]);
+        }
+        let _ = to.shutdown(Shutdown::Write);
+        self.seen.lock().expect("no panic")[side].push(bytes);
+    }
+
+    /// What `side` has sent, when so many of its connections are over.
+    fn ended(&self, side: usize, count: usize) -> Option<Vec<Vec<u8>>> {
+        let seen = &self.seen.lock().expect("no panic")[side];
+        (seen.len() >= count).then(|| seen.clone())
+    }
+}
+
+/// Whether the last record has room for an alert and for nothing else: its two bytes, type and tag.
+fn ends_with_alert(mut bytes: &[u8]) -> bool {
+    let mut last = 0;
+    while let Some(len) = bytes.get(3..5).map(|len| u16::from_be_bytes([len[0], len[1]])) {
+        last = usize::from(len);
+        bytes = bytes.get(5 + last..).expect("whole records");
+    }
+    last == 2 + 1 + 16
+}
+
+/// Both ends say that nothing follows before they close (RFC 8446, section 6.1).
+#[test]
+fn connections_with_tls_end_in_order_on_the_wire() {
+    let (tap, keys) = (Tap::default(), known(&[tls_key(1)], &[], None));
+    let security = with_tls(vec![tls_key(1)]);
+    let mut pair = Pair::start_with(Tls::Required, keys, |addr| RemoteConfig {
+        security,
+        ..RemoteConfig::new(tap.start(addr), nqn(SUBNQN), 1, host())
+    });
+    pair.until_live();
+    pair.verify(1);
+    let Pair { rig, mut core, volume, channel, .. } = pair;
+    // The channel goes, then the volume; nobody of the channel is left to wait.
+    drop(channel);
+    let mut run = |what: &str, is_done: &mut dyn FnMut() -> bool| {
+        let begun = Instant::now();
+        while !is_done() {
+            core.turn(false);
+            assert!(begun.elapsed() < LIMIT, "{what} never happens");
+            std::thread::yield_now();
+        }
+    };
+    run("the end of the I/O queue", &mut || tap.ended(0, 1).is_some());
+    volume.shutdown();
+    run("the end", &mut || volume.wait_stopped(Duration::ZERO));
+    for side in [0, 1] {
+        run("the end of both", &mut || tap.ended(side, 2).is_some());
+        for bytes in tap.ended(side, 2).expect("both have ended") {
+            assert!(ends_with_alert(&bytes), "side {side}");
+        }
+    }
+    drop(rig);
 }
 
 #[test]
@@ -510,7 +600,7 @@ fn a_discovery_controller_that_is_not_the_one_tells_nothing() {
     let tls = with_tls(vec![tls_key(1)]);
     let other = known(&[tls_key(2)], &[], None);
     let why = refusal(Tls::Required, other.clone(), &tls);
-    assert!(why.contains("give the target the key of host"), "{why}");
+    assert!(why.contains("`penstock key import --host "), "{why}");
     let why = refusal(Tls::Off, other, &tls);
     assert!(why.starts_with("TLS: "), "{why}");
     // A key for the subsystem alone is none for the discovery subsystem.

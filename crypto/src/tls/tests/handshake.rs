@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use super::support::*;
 use crate::psk::{Derivation, IdentityVersion, Suite};
-use crate::tls::{AlertCode, Cause, Progress, Role, Server, Unknown};
+use crate::tls::{AlertCode, Cause, Progress, Role, Server, Unknown, Used};
 
 #[test]
 fn both_suites_versions_and_derivations() {
@@ -133,10 +133,118 @@ fn refusals_are_explained_and_told() {
         let heard = ends.client.err().unwrap();
         assert!(matches!(
             &heard.cause,
-            Cause::Alert { code: AlertCode::UNKNOWN_PSK_IDENTITY, identity: Some(_) }
+            Cause::Alert { code: AlertCode::UNKNOWN_PSK_IDENTITY, used: Some(_), .. }
         ));
     }
     assert!(talk(client(&v1(&none)), server(&[none]), 9).server.is_ok());
+}
+
+/// Each line says what was offered and expected, and what to run; none has a line break.
+#[test]
+fn every_refusal_says_what_to_do() {
+    let psk = psk(&key(32, 0), IdentityVersion::V1, Derivation::Libnvme);
+    let identity = psk.identity();
+    let used =
+        Used { identity: identity.to_owned(), suite: psk.suite(), derivation: psk.derivation() };
+    let received = || identity.to_owned();
+    let export = "`penstock key export`";
+    let alert =
+        |code: u8, role| Cause::Alert { code: AlertCode(code), role, used: Some(used.clone()) };
+    let (host, target) = (Role::Client, Role::Server);
+    let generate = format!("penstock key generate --host {HOST}`");
+    let import = format!("penstock key import --host {HOST}`");
+    let cases: Vec<(Cause, Vec<&str>)> = vec![
+        (Cause::Plaintext { first: 0, role: target }, vec!["00h", "nvme connect --tls", export]),
+        (Cause::Plaintext { first: 1, role: host }, vec!["01h", "without TLS", "a listener"]),
+        (Cause::NoPsk, vec!["expected one of `NVMe1R01", export]),
+        (Cause::NotNvme { received: "x".to_owned() }, vec!["`x`", "expected `NVMe1R01", export]),
+        (
+            Cause::Unknown { received: received(), why: Unknown::Host },
+            vec![identity, "not registered", &generate, &import, export],
+        ),
+        (
+            Cause::Unknown { received: received(), why: Unknown::Key },
+            vec![identity, "no key for this subsystem", &generate, export],
+        ),
+        (
+            Cause::Unknown { received: received(), why: Unknown::Expired },
+            vec![identity, "expired", &generate, export],
+        ),
+        (
+            Cause::OtherIdentity {
+                received: "other".to_owned(),
+                expected: vec![(received(), Derivation::Libnvme)],
+            },
+            vec!["`other`", "expected", identity, "libnvme < 1.16", "its key is another", export],
+        ),
+        (
+            Cause::WrongKey { received: received(), tried: Derivation::ALL.to_vec() },
+            vec![identity, "2 keys", "RFC 8446, libnvme < 1.16", export],
+        ),
+        // A host that gives up, by what it says.
+        (
+            alert(51, target),
+            vec!["decrypt_error (51)", identity, "libnvme < 1.16", "key has changed", export],
+        ),
+        (
+            alert(40, target),
+            vec!["handshake_failure", identity, "TLS_AES_128_GCM_SHA256", "journalctl -u tlshd"],
+        ),
+        (alert(47, target), vec!["illegal_parameter", "cipher suite or key exchange", export]),
+        (alert(42, target), vec!["bad_certificate", "nvme connect --tls", export]),
+        (alert(116, target), vec!["certificate_required", "nvme connect --tls", export]),
+        (alert(90, target), vec!["user_canceled", "its time was over", export]),
+        (alert(80, target), vec!["internal_error", identity, "journalctl -u tlshd", export]),
+        (
+            Cause::Alert { code: AlertCode(40), role: target, used: None },
+            vec!["the host gave up", "handshake_failure", export],
+        ),
+        // And what a host says of a target; what to run depends on all that it offered, see there.
+        (alert(115, host), vec!["the target refused", identity, "it has no key of our identity"]),
+        (alert(51, host), vec!["the target refused", identity, "libnvme < 1.16", "differs"]),
+        (
+            Cause::Suite { agreed: 0x1303, role: target, used: used.clone() },
+            vec![identity, "libnvme < 1.16", "1303h", "TLS_AES_128_GCM_SHA256", "--bits", export],
+        ),
+        (
+            Cause::Suite { agreed: 0x1302, role: host, used: used.clone() },
+            vec!["the target", identity, "1302h", "TLS_AES_128_GCM_SHA256", "--bits"],
+        ),
+        (Cause::TooLong { role: target }, vec!["16384 bytes", "TLS 1.3", "tlshd", export]),
+        (Cause::TooLong { role: host }, vec!["the target sent", "a listener of NVMe/TCP"]),
+        (
+            Cause::Protocol { what: "words".to_owned(), role: target, used: None },
+            vec!["with the host", "words", "TLS 1.3 with a pre-shared key", "tlshd", export],
+        ),
+        (
+            Cause::Protocol { what: "words".to_owned(), role: host, used: Some(used.clone()) },
+            vec!["with the target", identity, "words", "a listener of NVMe/TCP"],
+        ),
+    ];
+    for (cause, wanted) in cases {
+        let text = cause.to_string();
+        for want in wanted {
+            assert!(text.contains(want), "{want}: {text}");
+        }
+        assert!(!text.contains('\n') && !text.contains("  "), "{text}");
+    }
+}
+
+/// A host that gives up after the target's answer: the target knows which key it had.
+#[test]
+fn a_host_that_gives_up_is_named() {
+    let key = key(32, 0);
+    let psk = psk(&key, IdentityVersion::V0, Derivation::Libnvme);
+    let (mut host, mut target) = (client(&psk), server(std::slice::from_ref(&key)));
+    assert_eq!(target.feed(&host.take()).unwrap(), Progress::Running);
+    // "It sends the alert in the clear if it has no keys yet" (RFC 8446, section 6).
+    let failure = target.feed(&AlertCode::HANDSHAKE_FAILURE.plain_record()).unwrap_err();
+    let used = match &failure.cause {
+        Cause::Alert { code: AlertCode::HANDSHAKE_FAILURE, role: Role::Server, used } => used,
+        other => panic!("{other:?}"),
+    };
+    let used = used.as_ref().expect("a key was taken");
+    assert_eq!((used.identity.as_str(), used.derivation), (psk.identity(), Derivation::Libnvme));
 }
 
 #[test]
@@ -169,7 +277,7 @@ fn an_endless_handshake_is_ended() {
         target.feed(&bytes).err()
     });
     let failure = failure.expect("32 KiB are too much");
-    assert_eq!(failure.cause, Cause::TooLong, "{failure}");
+    assert_eq!(failure.cause, Cause::TooLong { role: Role::Server }, "{failure}");
     assert!(target.take().ends_with(&[2, 50]));
 }
 

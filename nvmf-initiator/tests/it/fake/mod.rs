@@ -4,6 +4,8 @@
 //! It behaves as a good target must towards a host that comes back: a new association of the host
 //! ends the old one at once, so nothing of the old one is executed after that.
 
+mod tls;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,6 +13,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crypto::dhchap::{self, Concatenation, DhGroup, ENTROPY_LEN};
+use crypto::{DhchapKey, Hash};
 use iobuf::SgList;
 use nvme::ctrl::io::{COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand, copy_range, decode, dsm_range};
 use nvme::ctrl::{
@@ -26,7 +30,10 @@ use reactor::net::{HEAD_BYTES_MAX, Rx, Stream, StreamConfig};
 use reactor::sim::World;
 use reactor::{Core, Local, Progress, Socket, Task};
 
+pub use tls::{Sealed, Tls};
+
 pub const SUBNQN: &str = "nqn.2025-01.io.example:fake";
+pub const HOSTNQN: &str = "nqn.2025-01.io.example:host";
 pub const UUID: [u8; 16] = *b"\x01\x02\x03\x04\x05\x06\x47\x08\x89\x0a\x0b\x0c\x0d\x0e\x0f\x10";
 
 /// What becomes of one I/O command.
@@ -44,6 +51,8 @@ pub enum Answer {
 }
 
 type OnIo = Box<dyn FnMut(&Sqe) -> Answer>;
+/// Called with the queue's identifier.
+type OnAuth = Box<dyn FnMut(u16)>;
 
 /// What the target does differently from a good one, and its sizes.
 pub struct Script {
@@ -77,6 +86,10 @@ pub struct Script {
     /// A write that data was asked for is answered with this at once, and nothing more is read
     /// until [`Fake::read_on`].
     pub early: Option<Status>,
+    /// Hosts have to authenticate with this secret, without a group.
+    pub secret: Option<DhchapKey>,
+    /// Called when a command of an authentication has come and is not answered yet.
+    pub on_auth: OnAuth,
 }
 
 impl Default for Script {
@@ -97,6 +110,8 @@ impl Default for Script {
             fences: true,
             lands_late: false,
             early: None,
+            secret: None,
+            on_auth: Box::new(|_| {}),
         }
     }
 }
@@ -126,6 +141,9 @@ pub struct Seen {
     pub io_ends: u64,
     /// Changes done after their connection had ended.
     pub late: u64,
+    /// Connections of hosts that said in TLS that nothing follows, and that did not.
+    pub tls_ends: u64,
+    pub tls_cuts: u64,
 }
 
 pub struct Fake {
@@ -142,7 +160,13 @@ pub struct Fake {
     arrivals: RefCell<Vec<Socket>>,
     /// Ends all connections at the next poll, without a word.
     kill: Cell<bool>,
+    /// The same in order.
+    part: Cell<bool>,
     read_on: Cell<bool>,
+    /// What new connections have of TLS; `None`: they are in plaintext.
+    pub tls: RefCell<Option<Rc<Tls>>>,
+    /// Authentications begun, by queue.
+    pub authentications: RefCell<BTreeMap<u16, u64>>,
 }
 
 pub fn namespace(blocks: u64) -> NamespaceInfo {
@@ -219,13 +243,17 @@ impl Fake {
             health: Cell::default(),
             arrivals: RefCell::default(),
             kill: Cell::new(false),
+            part: Cell::new(false),
             read_on: Cell::new(false),
+            tls: RefCell::default(),
+            authentications: RefCell::default(),
         });
         let mut core = world.core();
         core.spawn(Box::new(FakeTask {
             fake: Rc::clone(&fake),
             local: core.local(),
             connections: Vec::new(),
+            parting: Vec::new(),
             controllers: BTreeMap::new(),
             late: Vec::new(),
             next_cntlid: 1,
@@ -253,6 +281,12 @@ impl Fake {
     pub fn stop(self: &Rc<Fake>, core: &Core) {
         self.world.unlisten(self.addr);
         self.kill.set(true);
+        core.handle().wake();
+    }
+
+    /// All connections end, in the way that a target does that ends by itself.
+    pub fn part(&self, core: &Core) {
+        self.part.set(true);
         core.handle().wake();
     }
 
@@ -311,9 +345,31 @@ struct Connection {
     is_paused: bool,
     early: Option<(Duration, u16, Status)>,
     is_over: bool,
+    /// Before the first PDU.
+    shaking: Option<tls::Shaking>,
+    is_tls: bool,
+    /// The layer's word for `role`.
+    is_io: Rc<Cell<bool>>,
+    auth: Option<dhchap::Controller>,
 }
 
 impl Connection {
+    /// Goes on with TLS; `true` when that is over.
+    fn shake(&mut self) -> bool {
+        let Some(shaking) = &mut self.shaking else { return true };
+        match shaking.step(&mut self.stream) {
+            tls::Step::Waits => false,
+            tls::Step::Done => {
+                self.shaking = None;
+                true
+            }
+            tls::Step::Failed => {
+                self.is_over = true;
+                false
+            }
+        }
+    }
+
     /// The connection may have failed since it was last looked at.
     fn push(&mut self, pdu: &[u8]) {
         self.is_over |= self.stream.push(pdu, None, None, None).is_err();
@@ -324,6 +380,8 @@ struct FakeTask {
     fake: Rc<Fake>,
     local: Local,
     connections: Vec<Connection>,
+    /// What is left of those that end in order.
+    parting: Vec<Stream>,
     controllers: BTreeMap<u16, Controller>,
     /// Changes whose connection has ended.
     late: Vec<Slot>,
@@ -338,6 +396,15 @@ impl Task for FakeTask {
             self.connections.clear();
             self.controllers.clear();
         }
+        if self.fake.part.take() {
+            for mut connection in self.connections.drain(..) {
+                connection.stream.shutdown();
+                self.parting.push(connection.stream);
+            }
+            self.controllers.clear();
+        }
+        self.parting.iter_mut().for_each(|stream| _ = stream.poll());
+        self.parting.retain(|stream| !stream.is_quiet());
         if self.fake.read_on.take() {
             self.connections.iter_mut().for_each(|connection| connection.is_paused = false);
             self.connections.iter_mut().for_each(|connection| connection.stream.resume());
@@ -381,6 +448,7 @@ impl FakeTask {
             };
             let config_stream = StreamConfig { tx_entries_max: 8192, ..StreamConfig::default() };
             let mut stream = Stream::new(&self.local, socket, config_stream).unwrap();
+            let is_io = Rc::default();
             let mut is_over = false;
             if let Some(greeting) = &script.greeting {
                 for part in greeting.chunks(HEAD_BYTES_MAX) {
@@ -400,6 +468,10 @@ impl FakeTask {
                 is_paused: false,
                 early: None,
                 is_over,
+                is_tls: self.fake.tls.borrow().is_some(),
+                shaking: self.fake.tls.borrow().clone().map(|tls| tls::Shaking::new(tls, &is_io)),
+                is_io,
+                auth: None,
             });
             self.next_connection += 1;
         }
@@ -413,7 +485,7 @@ impl FakeTask {
             while let Some(token) = connection.stream.sent() {
                 connection.payloads.remove(&token);
             }
-            if connection.is_paused {
+            if connection.is_paused || !connection.shake() {
                 break;
             }
             let is_io = matches!(connection.role, Role::Io { .. });
@@ -422,9 +494,15 @@ impl FakeTask {
                 Rx::Data(chunk) => chunk,
                 end @ (Rx::Eof | Rx::Failed(_)) => {
                     connection.is_over = true;
+                    let is_told = connection.stream.is_ended_in_layer();
+                    let is_tls = connection.is_tls;
                     self.fake.count(|seen| match end {
                         Rx::Eof => seen.io_ends += u64::from(is_io),
                         _ => seen.io_resets += u64::from(is_io),
+                    });
+                    self.fake.count(|seen| {
+                        seen.tls_ends += u64::from(is_tls && is_told);
+                        seen.tls_cuts += u64::from(is_tls && !is_told);
                     });
                     return true;
                 }
@@ -639,6 +717,11 @@ impl FakeTask {
         if sqe.is_fabrics() && sqe.fctype() == FabricsType::CONNECT {
             return self.connect(index, slot, &command, now);
         }
+        let fctypes = [FabricsType::AUTHENTICATION_SEND, FabricsType::AUTHENTICATION_RECEIVE];
+        let has_secret = self.fake.script.borrow().secret.is_some();
+        if has_secret && sqe.is_fabrics() && fctypes.contains(&sqe.fctype()) {
+            return self.authenticate(index, slot, &command);
+        }
         match self.connections[index].role {
             Role::New => self.connections[index].is_over = true,
             Role::Admin { cntlid } => self.admin(index, slot, cntlid, &command, now),
@@ -669,7 +752,12 @@ impl FakeTask {
         let connection = &mut self.connections[index];
         match result {
             Ok(cntlid) => {
-                respond(connection, slot, Status::SUCCESS, u64::from(cntlid));
+                /// AUTHREQ: authentication is required.
+                const ATR: u64 = 1 << 17;
+                let asks = self.fake.script.borrow().secret.is_some();
+                let asked = if asks { ATR } else { 0 };
+                connection.is_io.set(matches!(connection.role, Role::Io { .. }));
+                respond(connection, slot, Status::SUCCESS, u64::from(cntlid) | asked);
                 let fences = self.fake.script.borrow().fences;
                 if connection.role == (Role::Admin { cntlid }) && fences {
                     // The host is back: what it had before is over.
@@ -725,6 +813,40 @@ impl FakeTask {
         connection.qpair.set_limits(slots, subsys.limits().in_capsule_bytes);
         self.fake.count(|seen| seen.io_connects += 1);
         Ok(request.cntlid)
+    }
+
+    /// An Authentication Send or Receive.
+    fn authenticate(&mut self, index: usize, slot: u16, command: &Slot) {
+        let qid = match self.connections[index].role {
+            Role::Io { qid, .. } => qid,
+            _ => 0,
+        };
+        let secret = self.fake.script.borrow().secret.clone().unwrap();
+        let is_send = command.sqe.fctype() == FabricsType::AUTHENTICATION_SEND;
+        let connection = &mut self.connections[index];
+        // A Negotiate message begins a transaction.
+        if is_send && command.data.starts_with(&[0, 0]) {
+            *self.fake.authentications.borrow_mut().entry(qid).or_default() += 1;
+            let config = dhchap::ControllerConfig {
+                hostnqn: HOSTNQN.to_owned(),
+                subnqn: SUBNQN.to_owned(),
+                host_keys: vec![secret],
+                controller_key: None,
+                hashes: vec![Hash::Sha256],
+                groups: vec![DhGroup::Null],
+                concatenation: Concatenation::No,
+            };
+            connection.auth = Some(dhchap::Controller::new(config, &[7; ENTROPY_LEN]));
+        }
+        (self.fake.script.borrow_mut().on_auth)(qid);
+        let auth = connection.auth.as_mut().unwrap();
+        if is_send {
+            assert!(auth.on_message(&command.data).is_none(), "there is no group");
+            return respond(connection, slot, Status::SUCCESS, 0);
+        }
+        let mut message = auth.next_message().unwrap();
+        message.resize(command.sqe.dptr.length.get() as usize, 0);
+        send_data(&self.local, connection, slot, &message, u32::MAX, false, 0);
     }
 
     fn admin(&mut self, index: usize, slot: u16, cntlid: u16, command: &Slot, now: Duration) {
