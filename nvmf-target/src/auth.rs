@@ -41,7 +41,7 @@ const FAILED_LIMIT: Duration = Duration::from_secs(1);
 pub(crate) struct Auth {
     /// No other command is carried out before the host is proven.
     is_due: bool,
-    /// By then it is.
+    /// By then the host has to have sent its next message, or the reason of a failure is given up.
     deadline: Option<Duration>,
     machine: Option<Controller>,
     computing: Option<Arc<Mutex<Option<DhDone>>>>,
@@ -139,6 +139,11 @@ impl Conn {
                 return;
             }
             (self.auth.machine, self.auth.is_settled) = (Some(machine), false);
+        }
+        if self.auth.is_due {
+            // For each step: the exchange of a large group takes a slow host seconds. The number of
+            // steps is bounded.
+            self.auth.deadline = Some(env.now + env.shared.limits.handshake);
         }
         let task = self.auth.machine.as_mut().and_then(|machine| machine.on_message(bytes));
         if let Some(task) = task
@@ -292,7 +297,7 @@ impl Conn {
             let (peer, port) = (self.peer().to_owned(), self.port().id);
             let limit = env.shared.limits.handshake.as_secs();
             let why = format!(
-                "did not finish DH-HMAC-CHAP within {limit} s, which it has to since there is a \
+                "did not go on with DH-HMAC-CHAP within {limit} s, which it has to since there is a \
                  secret for it; on the host, connect with the `--dhchap-secret` that `penstock key \
                  export` prints for it"
             );
