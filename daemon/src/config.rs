@@ -114,6 +114,9 @@ pub struct ApiTls {
     pub key: PathBuf,
     /// Certificates of the authorities whose clients may do everything (PEM).
     pub client_ca: PathBuf,
+    /// Lists of these authorities of the certificates that they have revoked (PEM); `None`: nothing is
+    /// known to be revoked.
+    pub client_crl: Option<PathBuf>,
 }
 
 /// What an emulator gives up after its start, so that a guest that takes it over gains little.
@@ -462,6 +465,7 @@ pub struct Draft {
     api_cert: Option<Setting>,
     api_key: Option<Setting>,
     api_client_ca: Option<Setting>,
+    api_client_crl: Option<Setting>,
     limits: BTreeMap<String, Setting>,
     subsystems: Vec<SubsystemDraft>,
     ana: Vec<AnaDraft>,
@@ -684,6 +688,11 @@ impl Draft {
     /// `--api-client-ca FILE`.
     pub fn set_api_client_ca(&mut self, path: impl Into<String>) {
         self.api_client_ca = Some(Setting::flag("--api-client-ca", path));
+    }
+
+    /// `--api-client-crl FILE`.
+    pub fn set_api_client_crl(&mut self, path: impl Into<String>) {
+        self.api_client_crl = Some(Setting::flag("--api-client-crl", path));
     }
 
     /// `--device NAME=TYPE,key=value,...`.

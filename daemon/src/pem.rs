@@ -4,29 +4,41 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use rustls::RootCertStore;
-use rustls::pki_types::pem::{self, PemObject as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
 use crate::private;
 
 /// A file of certificates or with a key is not longer.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// A file of revocation lists, which has some 40 bytes for each certificate that was revoked.
+const LISTS_BYTES_MAX: u64 = 16 << 20;
 
 /// The certificates of a file, in its order.
 ///
 /// # Errors
 /// It cannot be read, is too long, is no PEM, or has no certificate.
 pub fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    items(path, FILE_BYTES_MAX, "certificate", "CERTIFICATE")
+}
+
+/// The revocation lists of a file, in its order.
+///
+/// # Errors
+/// It cannot be read, is too long, is no PEM, or has no revocation list.
+pub fn revocations(path: &Path) -> anyhow::Result<Vec<CertificateRevocationListDer<'static>>> {
+    items(path, LISTS_BYTES_MAX, "revocation list", "X509 CRL")
+}
+
+/// All items of a kind in a file, one at least.
+fn items<T: PemObject>(path: &Path, most: u64, what: &str, label: &str) -> anyhow::Result<Vec<T>> {
     let read = || -> anyhow::Result<_> {
         let length = std::fs::metadata(path)?.len();
-        ensure!(length <= FILE_BYTES_MAX, "{length} bytes; allowed: at most {FILE_BYTES_MAX}");
+        ensure!(length <= most, "{length} bytes; allowed: at most {most}");
         let bytes = std::fs::read(path)?;
-        let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+        let found: Result<Vec<_>, _> = T::pem_slice_iter(&bytes).collect();
         let found = found.map_err(|error| anyhow::anyhow!("is no PEM: {error}"))?;
-        ensure!(
-            !found.is_empty(),
-            "no certificate in it; allowed: PEM, -----BEGIN CERTIFICATE-----"
-        );
+        ensure!(!found.is_empty(), "no {what} in it; allowed: PEM, -----BEGIN {label}-----");
         Ok(found)
     };
     read().with_context(|| path.display().to_string())

@@ -181,7 +181,8 @@ impl Draft {
 }
 
 impl Draft {
-    /// All of it or nothing: on TCP nobody is who they say they are without a certificate.
+    /// All of it or nothing, but for the revocation list: on TCP nobody is who they say they are without
+    /// a certificate.
     fn check_api_tls(&self) -> Result<Option<ApiTls>, ConfigError> {
         let files = [
             (&self.api_cert, "--api-cert FILE", "api.cert"),
@@ -189,7 +190,8 @@ impl Draft {
             (&self.api_client_ca, "--api-client-ca FILE", "api.client_ca"),
         ];
         let Some(listen) = &self.api_listen else {
-            return match files.iter().find_map(|(setting, ..)| setting.as_ref()) {
+            let given = files.iter().find_map(|(setting, ..)| setting.as_ref());
+            return match given.or(self.api_client_crl.as_ref()) {
                 Some(setting) => Err(setting.refuse(
                     "is for the management API on TCP, and there is none; give --api-listen \
                      ADDR:PORT, or api.listen in the file, as well",
@@ -199,12 +201,13 @@ impl Draft {
         };
         let addr = address(listen, &listen.text)?;
         let mut paths = Vec::with_capacity(files.len());
+        let path = |setting: &Setting| match setting.text.is_empty() {
+            true => Err(setting.refuse("is empty; allowed: the path of a PEM file")),
+            false => Ok(PathBuf::from(&setting.text)),
+        };
         for (setting, flag, key) in files {
             match setting {
-                Some(setting) if setting.text.is_empty() => {
-                    return Err(setting.refuse("is empty; allowed: the path of a PEM file"));
-                }
-                Some(setting) => paths.push(PathBuf::from(&setting.text)),
+                Some(setting) => paths.push(path(setting)?),
                 None => {
                     return Err(listen.refuse(format!(
                         "the management API is not served on TCP without TLS and client \
@@ -224,7 +227,8 @@ impl Draft {
                 )));
             }
         }
-        Ok(Some(ApiTls { addr, cert, key, client_ca }))
+        let client_crl = self.api_client_crl.as_ref().map(path).transpose()?;
+        Ok(Some(ApiTls { addr, cert, key, client_ca, client_crl }))
     }
 }
 

@@ -79,6 +79,7 @@ struct RawApi {
     cert: Option<Spanned<String>>,
     key: Option<Spanned<String>>,
     client_ca: Option<Spanned<String>>,
+    client_crl: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -267,6 +268,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         draft.api_cert = source.optional("api.cert", &api.cert);
         draft.api_key = source.optional("api.key", &api.key);
         draft.api_client_ca = source.optional("api.client_ca", &api.client_ca);
+        draft.api_client_crl = source.optional("api.client_crl", &api.client_crl);
     }
     if let Some(discovery) = raw.discovery {
         draft.discovery_nqn = source.optional("discovery.nqn", &discovery.nqn);

@@ -490,12 +490,19 @@ fn the_management_api_on_tcp_has_tls_or_is_refused() {
     let tls = config.api_tls.unwrap();
     assert_eq!(tls.addr, "[::1]:8443".parse().unwrap());
     assert_eq!((tls.cert, tls.key, tls.client_ca), ("c".into(), "k".into(), "a".into()));
-    assert_eq!(config.api, None);
+    assert_eq!((config.api, tls.client_crl), (None, None));
+    let config = check(&format!("listen = \"[::1]:8443\"\n{files}client_crl = \"r\"\n")).unwrap();
+    assert_eq!(config.api_tls.unwrap().client_crl, Some("r".into()));
     for (api, expected) in [
         ("listen = \"127.0.0.1:1\"", "not served on TCP without TLS and client certificates"),
         ("listen = \"127.0.0.1:1\"\ncert = \"c\"", "give --api-key FILE, or api.key in the file"),
         ("listen = \"127.0.0.1:1\"\ncert = \"\"", "api.cert = \"\": is empty"),
         ("cert = \"c\"", "give --api-listen ADDR:PORT"),
+        ("client_crl = \"r\"", "give --api-listen ADDR:PORT"),
+        (
+            &format!("listen = \"127.0.0.1:1\"\n{files}client_crl = \"\"\n"),
+            "api.client_crl = \"\": is empty",
+        ),
         (&format!("listen = \"here\"\n{files}"), "is no ADDR:PORT"),
         (&format!("listen = \"0.0.0.0:4420\"\n{files}"), "is also a listener of the target"),
     ] {

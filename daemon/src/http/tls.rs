@@ -6,8 +6,8 @@
 //!                                   └─► a place among the connections ─► HTTP, as on the socket
 //! ```
 //!
-//! Who has a certificate of the operator's authority may do everything. Nothing is resumed, so that
-//! each connection shows a certificate that is good now. Strangers take places among handshakes
+//! Who has a certificate of the operator's authority, which has not revoked it, may do everything.
+//! Nothing is resumed, so that each connection shows a certificate that is good now. Strangers take places among handshakes
 //! alone: they cannot keep the Unix socket or clients that have a connection from being served.
 
 use std::net::{SocketAddr, TcpListener};
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::{Code, Problem};
 use axum::Router;
+use rustls::CertificateError;
 use rustls::server::{NoServerSessionStorage, ServerConfig, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -113,8 +114,30 @@ async fn secure(
         Ok(stream) => Ok(stream),
         Err((error, stream)) => {
             linger(stream).await;
-            Err(error.to_string())
+            Err(explain(&error))
         }
+    }
+}
+
+/// Why there is no connection, with what to do about it where revocation lists are the reason.
+fn explain(error: &std::io::Error) -> String {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let Some(rustls::Error::InvalidCertificate(problem)) = cause else { return error.to_string() };
+    match problem {
+        CertificateError::Revoked => {
+            "its certificate is revoked by a list of --api-client-crl".to_owned()
+        }
+        CertificateError::UnknownRevocationStatus => {
+            "--api-client-crl has no list of an authority of its certificate: give it one of each \
+             authority between it and --api-client-ca"
+                .to_owned()
+        }
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => format!(
+            "a list of --api-client-crl has expired, so that nobody knows what is revoked; renew it \
+             ({problem})"
+        ),
+        _ => error.to_string(),
     }
 }
 
@@ -146,7 +169,7 @@ async fn linger(mut stream: TcpStream) {
 struct Identity {
     files: ApiTls,
     /// Of the files that were last looked into, whatever came of it.
-    stamps: [Option<Stamp>; 3],
+    stamps: [Option<Stamp>; 4],
     config: Arc<ServerConfig>,
 }
 
@@ -166,8 +189,10 @@ impl Stamp {
     }
 }
 
-fn stamps(files: &ApiTls) -> [Option<Stamp>; 3] {
-    [&files.cert, &files.key, &files.client_ca].map(|path| Stamp::of(path))
+fn stamps(files: &ApiTls) -> [Option<Stamp>; 4] {
+    let all =
+        [Some(&files.cert), Some(&files.key), Some(&files.client_ca), files.client_crl.as_ref()];
+    all.map(|path| Stamp::of(path?))
 }
 
 impl Identity {
@@ -176,7 +201,7 @@ impl Identity {
         Ok(Identity { files: files.clone(), stamps, config: load(files)? })
     }
 
-    /// Takes up certificates that were renewed. Files that do not fit, as in the middle of a
+    /// Takes up certificates and revocation lists that were renewed. Files that do not fit, as in the middle of a
     /// renewal, change nothing.
     fn now(&mut self) -> Arc<ServerConfig> {
         let stamps = stamps(&self.files);
@@ -201,9 +226,17 @@ fn load(files: &ApiTls) -> anyhow::Result<Arc<ServerConfig>> {
     let chain = pem::certificates(&files.cert).context("--api-cert")?;
     let key = pem::key(&files.key).context("--api-key")?;
     let roots = pem::roots(&files.client_ca).context("--api-client-ca")?;
-    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .context("--api-client-ca")?;
+    let mut clients =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+    if let Some(path) = &files.client_crl {
+        // The whole chain is judged, and what no list knows of is refused, as by an old list.
+        let lists = pem::revocations(path).context("--api-client-crl")?;
+        clients = clients.with_crls(lists).enforce_revocation_expiration();
+    }
+    let clients = clients.build().with_context(|| match &files.client_crl {
+        Some(path) => format!("--api-client-ca and --api-client-crl {}", path.display()),
+        None => "--api-client-ca".to_owned(),
+    })?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(clients)

@@ -208,6 +208,9 @@ pub(crate) struct TargetArgs {
     /// Authorities whose clients may use the management API on TCP, for everything (PEM)
     #[arg(long, value_name = "FILE")]
     pub(crate) api_client_ca: Option<String>,
+    /// What these authorities have revoked: a list of each, that has not expired (PEM) [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_client_crl: Option<String>,
     /// Configuration file (TOML); flags add volumes and replace single values
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

@@ -71,6 +71,9 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = &args.api_client_ca {
         draft.set_api_client_ca(path);
     }
+    if let Some(path) = &args.api_client_crl {
+        draft.set_api_client_crl(path);
+    }
     let left_out = draft.keep_target();
     if left_out != 0 {
         tracing::info!(devices = left_out, "devices in the file are for `penstock emulate`");

@@ -12,7 +12,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SerialNumber,
     date_time_ymd,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -34,6 +35,28 @@ impl Authority {
         let cert = dir.join(format!("{name}.pem"));
         std::fs::write(&cert, params.self_signed(&key).unwrap().pem()).unwrap();
         Authority { issuer: Issuer::new(params, key), cert }
+    }
+
+    /// Writes its list of certificates that it has revoked, in force until a year, to `NAME`.
+    fn revoke(&self, dir: &Path, name: &str, serials: &[u64], until: i32) {
+        let revoked = serials.iter().map(|serial| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: date_time_ymd(2020, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2020, 1, 1),
+            next_update: date_time_ymd(until, 1, 1),
+            crl_number: SerialNumber::from(serials.len() as u64 + 1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let pem = list.signed_by(&self.issuer).unwrap().pem().unwrap();
+        // As a whole, as who renews it does: it is read at any moment.
+        std::fs::write(dir.join("new"), pem).unwrap();
+        std::fs::rename(dir.join("new"), dir.join(name)).unwrap();
     }
 
     /// Writes a certificate and its key to `NAME.pem` and `NAME.key`.
@@ -69,6 +92,12 @@ struct Rig {
     log: Receiver<String>,
 }
 
+fn revoking_target(dir: &Path) -> Command {
+    let mut command = target(dir);
+    command.arg("--api-client-crl").arg(dir.join("revoked.pem"));
+    command
+}
+
 fn target(dir: &Path) -> Command {
     let mut command = penstock();
     command
@@ -86,8 +115,12 @@ fn target(dir: &Path) -> Command {
 impl Rig {
     fn start() -> Rig {
         let scratch = tempfile::tempdir().unwrap();
+        let operators = Authority::new(scratch.path(), "operators");
+        Rig::start_as(scratch, operators, target)
+    }
+
+    fn start_as(scratch: TempDir, operators: Authority, target: fn(&Path) -> Command) -> Rig {
         let dir = scratch.path();
-        let operators = Authority::new(dir, "operators");
         let strangers = Authority::new(dir, "strangers");
         operators.issue(dir, "server", |_| ());
         operators.issue(dir, "good", |_| ());
@@ -293,6 +326,53 @@ fn renewed_certificates_are_taken_up() {
     let output = rig.run(&rig.url(), "good", "second", "status");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     rig.logged("taken up its new certificates");
+}
+
+#[test]
+fn a_revoked_certificate_is_refused_and_lists_are_taken_up() {
+    const IN_FORCE: i32 = 2999;
+
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path();
+    let operators = Authority::new(dir, "operators");
+    // A target that is to know what is revoked does not start without knowing.
+    operators.issue(dir, "server", |_| ());
+    let output = revoking_target(dir).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("--api-client-crl"), "{text}");
+    std::fs::copy(dir.join("server.pem"), dir.join("revoked.pem")).unwrap();
+    let output = revoking_target(dir).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("no revocation list in it") && text.contains("X509 CRL"), "{text}");
+
+    operators.issue(dir, "leaver", |params| params.serial_number = Some(77.into()));
+    operators.revoke(dir, "revoked.pem", &[], IN_FORCE);
+    let rig = Rig::start_as(scratch, operators, revoking_target);
+    let dir = rig.dir();
+    assert!(rig.served("status").contains("VOLUME"));
+    let output = rig.run(&rig.url(), "leaver", "operators", "status");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // From now on, without a restart.
+    rig.operators.revoke(dir, "revoked.pem", &[76, 77], IN_FORCE);
+    let text = rig.refused("leaver", "operators");
+    assert!(text.contains("CertificateRevoked") && text.contains("not revoked"), "{text}");
+    rig.logged("is revoked by a list of --api-client-crl");
+    rig.served("status");
+    // A list that makes no sense changes nothing: who is revoked stays so.
+    std::fs::write(dir.join("revoked.pem"), "nothing").unwrap();
+    rig.refused("leaver", "operators");
+    rig.logged("keeps its old certificates");
+    rig.served("status");
+    // An old list, or one of somebody else, says nothing of anybody.
+    rig.operators.revoke(dir, "revoked.pem", &[77], 2021);
+    rig.refused("good", "operators");
+    rig.logged("a list of --api-client-crl has expired");
+    Authority::new(dir, "others").revoke(dir, "revoked.pem", &[], IN_FORCE);
+    rig.refused("good", "operators");
+    rig.logged("--api-client-crl has no list of an authority");
+    rig.operators.revoke(dir, "revoked.pem", &[77], IN_FORCE);
+    rig.served("status");
+    rig.refused("leaver", "operators");
 }
 
 #[test]

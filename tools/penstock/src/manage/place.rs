@@ -141,7 +141,8 @@ impl Place {
                         | AlertDescription::AccessDenied),
                     ) => format!(
                         "the target refuses this client's certificate ({alert:?}): --api-cert has to be \
-                         in force and of an authority that the target was given as --api-client-ca"
+                         in force, not revoked, and of an authority that the target was given as \
+                         --api-client-ca; the target's log says more"
                     ),
                     rustls::Error::InvalidCertificate(problem) => format!(
                         "the target's certificate is not trusted ({problem}): --api-ca has to be its \
