@@ -972,6 +972,9 @@ impl Conn {
         }
         if self.life == Life::Open {
             worked |= self.follow_association(env);
+        }
+        // Nothing can be answered on a connection that has just been closed.
+        if self.life == Life::Open {
             worked |= self.poll_held(env);
             worked |= self.poll_auth(env);
             worked |= self.poll_delayed(env);
