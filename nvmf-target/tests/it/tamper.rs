@@ -304,6 +304,44 @@ fn records_are_neither_lost_nor_repeated_nor_moved_nor_cut_nor_added() {
     }
 }
 
+/// A whole command that was heard before: NVMe/TCP would take it for a new one.
+#[test]
+fn a_write_that_was_heard_does_not_land_again() {
+    let mut scene = Scene::new();
+    let heard = Rc::new(RefCell::new(Vec::<u8>::new()));
+    let again = Rc::new(RefCell::new(Vec::<u8>::new()));
+    let (hears, says) = (Rc::clone(&heard), Rc::clone(&again));
+    scene.meddle(Sent::Records, move |bytes| {
+        hears.borrow_mut().extend_from_slice(bytes);
+        let mut before = std::mem::take(&mut *says.borrow_mut());
+        let is_again = !before.is_empty();
+        before.append(bytes);
+        *bytes = before;
+        is_again
+    });
+    scene.is_armed.set(true);
+    let host = scene.rig.host(1, 1);
+    let command = |bytes: &[u8]| {
+        let data = Data::Capsule(bytes.to_vec());
+        (sqe_for(rw(nvme::spec::NvmOpcode::WRITE, AT, BLOCK), &data), data)
+    };
+    heard.borrow_mut().clear();
+    let (old, new) = (pattern(60, BLOCK), pattern(61, BLOCK));
+    let (sqe, data) = command(&old);
+    assert!(scene.rig.command(&host.io[0], sqe, data).cqe.status().is_success());
+    let write = heard.borrow().clone();
+    assert!(write.len() > BLOCK, "the write was heard");
+    // The next write comes to rest, too; then the first is said again, before another command.
+    let (sqe, data) = command(&new);
+    assert!(scene.rig.command(&host.io[0], sqe, data).cqe.status().is_success());
+    *again.borrow_mut() = write;
+    let id = host.io[0].send(rw(nvme::spec::NvmOpcode::READ, AT, BLOCK), Data::Reply(BLOCK));
+    scene.rig.until("the end of the queue", || host.io[0].is_over() || host.io[0].is_done(id));
+    assert_eq!(scene.meddled.get(), 1, "nothing was said again");
+    assert!(host.io[0].take(id).is_none(), "a command behind it was answered");
+    assert!(scene.rig.read(&scene.witness.io[0], AT, BLOCK) == new, "the old write has landed");
+}
+
 #[test]
 fn every_byte_of_a_handshake_counts() {
     let mut scene = Scene::new();
