@@ -8,7 +8,7 @@
 //!
 //! Keys are never in arguments, which every process of the machine can read. They are read before
 //! the process gives up its access to files, and not again: who changes them at run time reads the
-//! files himself ([`device_keys`]) and hands the keys over at the management socket ([`renewed`]).
+//! files himself ([`device_keys`]) and hands the keys over at the management socket (`renewed`).
 
 use std::path::{Path, PathBuf};
 

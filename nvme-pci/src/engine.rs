@@ -12,6 +12,7 @@
 //! The order in which the record is written is in [`crate::record`].
 
 mod command;
+mod completions;
 mod counters;
 
 use std::cell::Cell;
@@ -33,11 +34,12 @@ use nvme::subsys::reservation::{
 };
 use nvme::xfer::{Copying, Discarding, walk};
 
+use self::completions::{Cq, Done};
 pub use self::counters::Counters;
 use crate::dirty::DirtyLog;
 use crate::msix::Interrupts;
 use crate::queue::{Place, Ring};
-use crate::record::{CqRecord, ENTRIES_MAX, QUEUES_MAX, RecordView, SqRecord, step};
+use crate::record::{CqRecord, ENTRIES_MAX, QUEUES_MAX, RecordView, SqRecord};
 use crate::status;
 
 /// What a device takes in one turn of its core, over all its queues there, so that other devices get
@@ -133,34 +135,6 @@ impl Sq {
     fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
-}
-
-struct Cq {
-    qid: u16,
-    entries: u32,
-    place: Place,
-    ring: Option<Ring>,
-    vector: Option<u16>,
-    tail: u64,
-    head: u64,
-    /// What `head` was when the event index was written last.
-    told: u64,
-    bad_head: u32,
-    backlog: VecDeque<Done>,
-    coalescing: Coalescing,
-    /// Posted since the vector was raised, and when the first of them was.
-    untold: u32,
-    untold_since: Duration,
-    /// The vector could not be raised.
-    is_pending: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Done {
-    sqid: u16,
-    slot: u16,
-    status: Status,
-    result: u32,
 }
 
 /// A volume, to the queues of a core.
@@ -1214,53 +1188,6 @@ fn behind(position: u64, entries: u32) -> u32 {
 #[inline]
 fn is_far(steps: u64, entries: u32) -> bool {
     steps > 0 && steps >= u64::from(entries / 4)
-}
-
-impl Cq {
-    /// Phase of an entry at this position: 1 in the first lap, then in turns.
-    fn phase(&self, position: u64) -> u16 {
-        ((position / u64::from(self.entries) + 1) & 1) as u16
-    }
-
-    /// "The queue is full when the head is one more than the tail": one entry stays free.
-    fn is_full(&self) -> bool {
-        self.tail - self.head >= u64::from(self.entries) - 1
-    }
-
-    /// The host has consumed entries up to this index. False if there is no such entry.
-    fn see_head(&mut self, index: u32) -> bool {
-        if index >= self.entries {
-            return false;
-        }
-        let entries = u64::from(self.entries);
-        let step = (u64::from(index) + entries - self.head % entries) % entries;
-        if self.head + step > self.tail {
-            return false;
-        }
-        self.head += step;
-        self.bad_head = u32::MAX;
-        true
-    }
-
-    /// Writes an entry: its last dword, with the phase, after the rest.
-    fn write(&self, position: u64, bytes: &[u8; 16]) {
-        let index = (position % u64::from(self.entries)) as u32;
-        if let Some((piece, offset)) = self.ring.as_ref().and_then(|ring| ring.entry(index)) {
-            let [head @ .., a, b, c, d] = *bytes;
-            step();
-            let _ = piece.write(offset, &head);
-            step();
-            let _ = piece.store_u32(offset + 12, u32::from_le_bytes([a, b, c, d]), Release);
-        }
-    }
-
-    /// Whether the entry at this position was written in this lap.
-    fn has(&self, position: u64) -> bool {
-        let index = (position % u64::from(self.entries)) as u32;
-        let entry = self.ring.as_ref().and_then(|ring| ring.entry(index));
-        let last = entry.and_then(|(piece, at)| piece.load_u32(at + 12, Acquire).ok());
-        last.is_some_and(|last| (last >> 16 & 1) as u16 == self.phase(position))
-    }
 }
 
 #[cfg(test)]
