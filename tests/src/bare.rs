@@ -26,25 +26,66 @@ const PAYLOAD_BUFFERS: usize = 8;
 ///
 /// # Errors
 /// Socket errors other than the peer's going away.
-pub fn serve(mut stream: TcpStream, block_bytes: usize, stop: &AtomicBool) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_nonblocking(true)?;
+pub fn serve(stream: TcpStream, block_bytes: usize, stop: &AtomicBool) -> io::Result<()> {
+    serve_all(vec![stream], block_bytes, stop)
+}
+
+/// The same for many streams, which are asked one after the other: with all of them busy that
+/// measured better than having the kernel tell which have something. Ends with the last of them.
+///
+/// # Errors
+/// As for [`serve`].
+pub fn serve_all(streams: Vec<TcpStream>, block_bytes: usize, stop: &AtomicBool) -> io::Result<()> {
+    let mut lanes = Vec::with_capacity(streams.len());
+    for stream in streams {
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        let out = Outgoing { block_bytes, ..Outgoing::default() };
+        let parser = Parser { block_bytes, ..Parser::default() };
+        lanes.push(Lane { stream, out, parser });
+    }
     let mut input = vec![0u8; RECEIVE_BYTES];
     let payloads: Vec<Vec<u8>> = (0..PAYLOAD_BUFFERS).map(|i| vec![i as u8; block_bytes]).collect();
     let mut sink = vec![0u8; block_bytes * PAYLOAD_BUFFERS];
-    let mut out = Outgoing { block_bytes, ..Outgoing::default() };
-    let mut parser = Parser { block_bytes, ..Parser::default() };
-    while !stop.load(Ordering::Relaxed) {
-        match stream.read(&mut input) {
-            Ok(0) => return Ok(()),
-            Ok(n) => parser.feed(&input[..n], &mut sink, |opcode, cid| out.queue(opcode, cid)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-            Err(e) => return Err(e),
+    while !lanes.is_empty() && !stop.load(Ordering::Relaxed) {
+        let mut at = 0;
+        while let Some(lane) = lanes.get_mut(at) {
+            if lane.turn(&mut input, &mut sink, &payloads)? {
+                at += 1;
+            } else {
+                lanes.swap_remove(at);
+            }
         }
-        out.flush(&mut stream, &payloads)?;
     }
     Ok(())
+}
+
+/// One connection.
+struct Lane {
+    stream: TcpStream,
+    out: Outgoing,
+    parser: Parser,
+}
+
+impl Lane {
+    /// Takes what has come and answers it; `false`: the peer has gone.
+    fn turn(
+        &mut self,
+        input: &mut [u8],
+        sink: &mut [u8],
+        payloads: &[Vec<u8>],
+    ) -> io::Result<bool> {
+        let Lane { stream, out, parser } = self;
+        match stream.read(input) {
+            Ok(0) => return Ok(false),
+            Ok(n) => parser.feed(&input[..n], sink, |opcode, cid| out.queue(opcode, cid)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
+            Err(e) => return Err(e),
+        }
+        out.flush(stream, payloads)?;
+        Ok(true)
+    }
 }
 
 /// Cuts the stream into requests; all state is a partial header and the payload still to come.

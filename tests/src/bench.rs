@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -112,10 +112,22 @@ impl Target {
     /// # Errors
     /// The process cannot be started, or ends.
     pub fn start(binary: &Path, volumes: &[String], queue_entries: u16) -> Result<Target> {
-        // Of this process there may be several.
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let data = std::env::temp_dir().join(format!("penstock-bench-{process}-{count}"));
+        Target::start_with(binary, volumes, queue_entries, &[])
+    }
+
+    /// The same with more arguments of `penstock target`.
+    ///
+    /// # Errors
+    /// As for [`Target::start`].
+    pub fn start_with(
+        binary: &Path,
+        volumes: &[String],
+        queue_entries: u16,
+        more: &[String],
+    ) -> Result<Target> {
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let name = (std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        let data = std::env::temp_dir().join(format!("penstock-bench-{}-{}", name.0, name.1));
         std::fs::create_dir_all(&data)?;
         let (plain, tls) = (process::free_addr()?, process::free_addr()?);
         let mut command = Command::new("taskset");
@@ -127,6 +139,7 @@ impl Target {
         for volume in volumes {
             command.args(["--volume", volume]);
         }
+        command.args(more);
         let text = format!("{command:?}").replace('"', "");
         let start = Instant::now();
         let mut child = command

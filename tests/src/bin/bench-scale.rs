@@ -3,18 +3,26 @@
 //!
 //! Each comparison measures its sides in turn, round by round, on the same process (or on two that
 //! stand side by side), and prints medians and their ratio.
+//!
+//! Many connections cost the kernel's sockets and the client something whoever serves them: smaller
+//! batches, more data under way than the caches hold. So the bare loop serves the same numbers of
+//! connections in the same rounds, and what it loses is not held against the target.
 
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use it::bench::{self, SUBNQN, Summary, Target, hostnqn};
-use it::link::{Association, Protection, associate};
+use it::link::{Association, Link, Protection, associate};
 use it::load::{self, Figures, Workload};
-use it::process;
 use it::turns::{self, Ratio};
+use it::{bare, process};
 
 const ENTRIES: u16 = 256;
 const VOLUMES: u32 = 1000;
@@ -55,6 +63,10 @@ struct Args {
     /// The `penstock` binary; default: the one built beside this program.
     #[arg(long)]
     penstock: Option<PathBuf>,
+    /// Another `penstock`, such as one built before a change, that serves many connections in the same
+    /// rounds; what it does is printed and not judged.
+    #[arg(long, value_name = "PATH")]
+    beside: Option<PathBuf>,
     /// The parts to run.
     #[arg(
         long,
@@ -117,20 +129,25 @@ fn run(args: &Args) -> Result<bool> {
     let has = |part| args.parts.contains(&part);
     if has(Part::Start) || has(Part::Connections) || has(Part::Following) {
         let start = Instant::now();
-        let target = Target::start(&binary, &["bench=null:1GiB".to_owned()], ENTRIES)?;
+        let volume = ["bench=null:1GiB".to_owned()];
+        let target = Target::start(&binary, &volume, ENTRIES)?;
         let mut host = connect(&target, 0, 1)?;
         load::run(&mut host.io, &work(1, 1), Duration::ZERO)?;
         let first_io = start.elapsed().as_secs_f64() * 1e3;
         if has(Part::Start) {
             report.at_most("start to first I/O, ms", first_io, 100.0);
         }
+        drop(host);
+        let mut targets = vec![target];
         if has(Part::Connections) {
-            connections(&target, args, &mut report)?;
+            if let Some(beside) = &args.beside {
+                targets.push(Target::start(beside, &volume, ENTRIES)?);
+            }
+            connections(&targets, args, &mut report)?;
         }
         if has(Part::Following) {
-            following(&target, args, &mut report)?;
+            following(&targets[0], args, &mut report)?;
         }
-        drop(host);
     }
     if has(Part::Volumes) {
         volumes(&binary, args, &mut report)?;
@@ -159,78 +176,173 @@ fn work(depth: usize, namespaces: u32) -> Workload {
     }
 }
 
-type Side<'a> = (&'a str, &'a mut dyn FnMut(Duration) -> Result<Figures>);
+type Side<'a> = (String, Box<dyn FnMut(Duration) -> Result<Figures> + 'a>);
 
-/// Measures two sides in turn; returns the second's share of the first.
-fn compare<'a>(args: &Args, first: Side<'a>, second: Side<'a>) -> Result<f64> {
-    let mut rounds = [Vec::new(), Vec::new()];
-    let names = [first.0, second.0];
-    let mut sides = [first.1, second.1];
+fn side<'a>(name: &str, run: impl FnMut(Duration) -> Result<Figures> + 'a) -> Side<'a> {
+    (name.to_owned(), Box::new(run))
+}
+
+/// Measures sides in turn; returns the IOPS of their medians.
+fn measure(args: &Args, mut sides: Vec<Side<'_>>) -> Result<Vec<f64>> {
+    let mut rounds = vec![Vec::new(); sides.len()];
     for round in 0..=args.rounds {
         let time = Duration::from_millis(if round == 0 { 100 } else { args.millis });
-        for (side, rounds) in sides.iter_mut().zip(&mut rounds) {
+        for ((_, side), rounds) in sides.iter_mut().zip(&mut rounds) {
             let figures = side(time)?;
             if round > 0 {
                 rounds.push(figures);
             }
         }
     }
-    let summaries = rounds.map(Summary::of);
-    for (name, Summary { median, low, high }) in names.iter().zip(&summaries) {
-        println!("  {name:<40} {:>9.0} ({low:.0}-{high:.0})", median.iops);
-    }
-    let [first, second] = summaries;
-    Ok(second.median.iops / first.median.iops)
+    let summaries = rounds.into_iter().map(Summary::of);
+    let show = |((name, _), summary): (&Side<'_>, Summary)| {
+        print_side(name, &summary);
+        summary.median.iops
+    };
+    Ok(sides.iter().zip(summaries).map(show).collect())
 }
 
-fn connections(target: &Target, args: &Args, report: &mut Report) -> Result<()> {
-    let (mut one, mut ten) = (connect(target, 1, 1)?, connect(target, 2, 10)?);
-    let ratio = compare(
-        args,
-        ("1 connection, depth 160", &mut |time| Ok(load::run(&mut one.io, &work(160, 1), time)?)),
-        ("10 connections, depth 16", &mut |time| Ok(load::run(&mut ten.io, &work(16, 1), time)?)),
-    )?;
-    report.at_least("10 connections at depth 16, of one at depth 160", ratio, 0.90);
+fn print_side(name: &str, Summary { median, low, high }: &Summary) {
+    let p50 = median.p50_us;
+    println!("  {name:<40} {:>9.0} ({low:.0}-{high:.0})  p50 {p50:.1} us", median.iops);
+}
 
+/// Measures two sides in turn; returns the second's share of the first.
+fn compare(args: &Args, first: Side<'_>, second: Side<'_>) -> Result<f64> {
+    let iops = measure(args, vec![first, second])?;
+    Ok(iops[1] / iops[0])
+}
+
+/// The bare loop with some connections, on core 0.
+struct Bare {
+    links: Vec<Link>,
+    stop: Arc<AtomicBool>,
+    server: Option<JoinHandle<Result<()>>>,
+}
+
+impl Bare {
+    fn start(connections: usize) -> Result<Bare> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let addr = listener.local_addr()?;
+        let mut streams: Vec<TcpStream> = Vec::new();
+        let mut links = Vec::new();
+        for _ in 0..connections {
+            links.push(Link::bare(addr)?);
+            streams.push(listener.accept()?.0);
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let server_stop = Arc::clone(&stop);
+        let server = std::thread::spawn(move || -> Result<()> {
+            process::pin_to(0)?;
+            Ok(bare::serve_all(streams, work(1, 1).block_bytes, &server_stop)?)
+        });
+        Ok(Bare { links, stop, server: Some(server) })
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(server) = self.server.take() {
+            // Whatever it failed with, the measurement has failed with before.
+            let _ = server.join();
+        }
+    }
+}
+
+/// So many connections, and the commands that each has under way.
+type Shape = (u16, usize);
+
+fn run_shape(links: &mut [Link], (_, depth): Shape, time: Duration) -> Result<Figures> {
+    Ok(load::run(links, &work(depth, 1), time)?)
+}
+
+/// A bare loop spins for as long as it lives: it has the target's core for its turn only.
+fn run_bare(shape: Shape, time: Duration) -> Result<Figures> {
+    let mut bare = Bare::start(shape.0.into())?;
+    // The target's connections have their windows open by the time that counts.
+    run_shape(&mut bare.links, shape, Duration::from_millis(50))?;
+    run_shape(&mut bare.links, shape, time)
+}
+
+/// Compares two shapes of 4 KiB reads, of the target and of the bare loop; judges what the target
+/// loses from the first to the second beyond what the bare loop does.
+fn shapes(targets: &[Target], args: &Args, report: &mut Report, two: [Shape; 2]) -> Result<()> {
+    let name = |(connections, depth): Shape| {
+        let plural = if connections == 1 { "" } else { "s" };
+        format!("{connections} connection{plural}, depth {depth}")
+    };
+    // The controllers live as long as their admin queues.
+    let mut hosts = Vec::new();
+    let mut sides = Vec::new();
+    for (build, target) in targets.iter().enumerate() {
+        for shape in two {
+            let mut links = Vec::new();
+            while links.len() < usize::from(shape.0) {
+                let queues = (usize::from(shape.0) - links.len()).min(QUEUES.into()) as u16;
+                let mut host = connect(target, 100 + hosts.len(), queues)?;
+                links.append(&mut host.io);
+                hosts.push(host);
+            }
+            let words = if build == 0 { name(shape) } else { format!("beside, {}", name(shape)) };
+            sides.push(side(&words, move |time| run_shape(&mut links, shape, time)));
+        }
+    }
+    for shape in two {
+        let words = format!("bare loop, {}", name(shape));
+        sides.push(side(&words, move |time| run_bare(shape, time)));
+    }
+    let iops = measure(args, sides)?;
+    let [.., bare_first, bare_second] = iops[..] else { unreachable!("two sides were pushed") };
+    for pair in iops.chunks(2).take(targets.len()) {
+        println!(
+            "  second, of the first: {:.2}; of the bare loop: {:.2}, {:.2}",
+            pair[1] / pair[0],
+            pair[0] / bare_first,
+            pair[1] / bare_second
+        );
+    }
+    let (ours, bares) = (iops[1] / iops[0], bare_second / bare_first);
+    println!("  second, of the first, of the bare loop: {bares:.2}");
+    let what = format!("{}, of {}, to the bare loop's", name(two[1]), name(two[0]));
+    report.at_least(&what, ours / bares.min(1.0), 0.90);
+    Ok(())
+}
+
+fn connections(targets: &[Target], args: &Args, report: &mut Report) -> Result<()> {
+    shapes(targets, args, report, [(1, 160), (10, 16)])?;
+
+    let target = &targets[0];
     let resident = || process::resident_bytes(target.pid());
+    let mut one = connect(target, 1, 1)?;
     let before = resident()?;
-    let mut many = (0..HOSTS)
-        .map(|n| connect(target, 10 + n, QUEUES))
-        .collect::<Result<Vec<Association>>>()?;
+    let connect_all = || {
+        (0..HOSTS).map(|n| connect(target, 10 + n, QUEUES)).collect::<Result<Vec<Association>>>()
+    };
+    let mut idle = connect_all()?;
     let count = (HOSTS * (usize::from(QUEUES) + 1)) as f64;
     let each = (resident()?.saturating_sub(before)) as f64 / count / 1024.0;
     report.at_most(&format!("memory of each of {count} idle connections, KiB"), each, 128.0);
 
-    // The same host with and without all the others connected, and then all of them busy.
-    let mut alone = Vec::new();
-    let mut beside = Vec::new();
+    // The same host with and without all the others connected.
+    let mut rounds = [Vec::new(), Vec::new()];
     for _ in 0..args.rounds {
-        let time = Duration::from_millis(args.millis);
-        beside.push(load::run(&mut one.io, &work(32, 1), time)?);
-        many.clear();
-        alone.push(load::run(&mut one.io, &work(32, 1), time)?);
-        many = (0..HOSTS)
-            .map(|n| connect(target, 10 + n, QUEUES))
-            .collect::<Result<Vec<Association>>>()?;
+        for rounds in &mut rounds {
+            // What ended or began is over before the clock starts.
+            load::run(&mut one.io, &work(32, 1), Duration::from_millis(100))?;
+            rounds.push(load::run(&mut one.io, &work(32, 1), Duration::from_millis(args.millis))?);
+            idle = if idle.is_empty() { connect_all()? } else { Vec::new() };
+        }
     }
-    let [alone, beside] = [alone, beside].map(Summary::of);
-    println!("  {:<40} {:>9.0} ({:.0}-{:.0})", "alone", alone.median.iops, alone.low, alone.high);
-    println!(
-        "  {:<40} {:>9.0} ({:.0}-{:.0})",
-        "beside idle connections", beside.median.iops, beside.low, beside.high
-    );
+    drop(idle);
+    let [beside, alone] = rounds.map(Summary::of);
+    print_side("alone", &alone);
+    print_side("beside idle connections", &beside);
     let ratio = beside.median.iops / alone.median.iops;
     report.at_least("one busy connection beside 210 idle ones, of alone", ratio, 0.90);
+    drop(one);
 
-    let mut all: Vec<_> = many.iter_mut().flat_map(|host| std::mem::take(&mut host.io)).collect();
-    let mut few = connect(target, 3, QUEUES)?;
-    let ratio = compare(
-        args,
-        ("20 connections, depth 16", &mut |time| Ok(load::run(&mut few.io, &work(16, 1), time)?)),
-        ("200 connections, depth 16", &mut |time| Ok(load::run(&mut all, &work(16, 1), time)?)),
-    )?;
-    report.at_least("200 busy connections, of 20", ratio, 0.90);
-    Ok(())
+    shapes(targets, args, report, [(QUEUES, 16), (QUEUES * HOSTS as u16, 16)])
 }
 
 fn volumes(binary: &Path, args: &Args, report: &mut Report) -> Result<()> {
@@ -243,8 +355,8 @@ fn volumes(binary: &Path, args: &Args, report: &mut Report) -> Result<()> {
     };
     let ratio = compare(
         args,
-        ("1 of 1,000 volumes", &mut |time| run(1, time)),
-        ("all of 1,000 volumes in turn", &mut |time| run(VOLUMES, time)),
+        side("1 of 1,000 volumes", |time| run(1, time)),
+        side("all of 1,000 volumes in turn", |time| run(VOLUMES, time)),
     )?;
     report.at_least("1,000 volumes, of one", ratio, 0.90);
     Ok(())
@@ -293,8 +405,8 @@ fn files(binary: &Path, folder: &Path, args: &Args, report: &mut Report) -> Resu
             println!("4 KiB {rw} of a file, depth {depth}");
             let ratio = compare(
                 args,
-                ("fio, io_uring, O_DIRECT", &mut |time| fio.run(rw, depth, time)),
-                ("the file backend", &mut |time| alone(binary, &fio.file, rw, depth, time)),
+                side("fio, io_uring, O_DIRECT", |time| fio.run(rw, depth, time)),
+                side("the file backend", |time| alone(binary, &fio.file, rw, depth, time)),
             )?;
             report.at_least(&format!("file backend, {rw} at depth {depth}, of fio"), ratio, 0.95);
         }
@@ -305,8 +417,8 @@ fn files(binary: &Path, folder: &Path, args: &Args, report: &mut Report) -> Resu
         let mut host = connect(&target, depth, 1)?;
         let ratio = compare(
             args,
-            ("fio, io_uring, O_DIRECT", &mut |time| fio.run("read", depth, time)),
-            ("the target, through the fabric", &mut |time| {
+            side("fio, io_uring, O_DIRECT", |time| fio.run("read", depth, time)),
+            side("the target, through the fabric", |time| {
                 Ok(load::run(&mut host.io, &work(depth, 1), time)?)
             }),
         )?;

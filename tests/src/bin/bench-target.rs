@@ -44,6 +44,14 @@ struct Args {
     /// The `penstock` binary; default: the one built beside this program.
     #[arg(long)]
     penstock: Option<PathBuf>,
+    /// Another `penstock`, such as one built before a change, that is measured in the same rounds; its
+    /// ratio to the first is printed and not judged. May be repeated.
+    #[arg(long, value_name = "PATH")]
+    beside: Vec<PathBuf>,
+    /// Most bytes of a write that the targets take along with the command, and the host sends so. More
+    /// than that waits until it is asked for, which takes a round trip more than the bare loop's.
+    #[arg(long, value_name = "BYTES", default_value_t = 16_384)]
+    in_capsule: usize,
     /// Write the table as JSON, too.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -221,7 +229,7 @@ fn run(args: &Args) -> Result<bool> {
     ensure!(cores >= 2, "two cores are needed, one for each side; this machine has {cores}");
     let bench = Bench::start(args)?;
     process::pin_to(1).context("pinning the client to core 1")?;
-    println!("target: {}", bench.target.command);
+    println!("target: {}", bench.targets[0].command);
     let mut good = true;
     let mut rows = Vec::new();
     for point in Point::all().filter(|point| point.name().contains(&args.only)) {
@@ -241,10 +249,10 @@ fn run(args: &Args) -> Result<bool> {
         }
         println!("{}", point.name());
         let judged = bench.judge(&point, &rounds);
-        let medians: Vec<(Side, Figures)> = std::iter::zip(&bench.sides, &rounds)
+        let medians: Vec<((usize, Side), Figures)> = std::iter::zip(&bench.sides, &rounds)
             .map(|(side, rounds)| (*side, Summary::of(rounds.clone()).median))
             .collect();
-        for ((side, rounds), judged) in bench.sides.iter().zip(&rounds).zip(judged) {
+        for (((build, side), rounds), judged) in bench.sides.iter().zip(&rounds).zip(judged) {
             let Summary { median, low, high } = Summary::of(rounds.clone());
             let mut verdicts = Vec::new();
             verdicts.extend(beside_peer(*side, &median, &medians));
@@ -253,9 +261,10 @@ fn run(args: &Args) -> Result<bool> {
                 good &= *share >= args.at_least;
                 verdicts.push(format!("{mark}{words}"));
             }
+            verdicts.extend(bench.beside((*build, *side), median.iops, &medians));
             println!(
                 "  {:<12} {:>9.0} ({:.0}-{:.0})  p50 {:.1} p99 {:.1} us  {}",
-                side.name(),
+                name_of(*build, *side),
                 median.iops,
                 low,
                 high,
@@ -264,7 +273,7 @@ fn run(args: &Args) -> Result<bool> {
                 verdicts.join(", ")
             );
             rows.push(serde_json::json!({
-                "point": point.name(), "side": side.name(), "figures": Summary::of(rounds.clone()).json(),
+                "point": point.name(), "side": name_of(*build, *side), "figures": Summary::of(rounds.clone()).json(),
                 "goals": judged.iter().map(|(words, share)| serde_json::json!({
                     "reached": words, "share_of_goal": share })).collect::<Vec<_>>(),
             }));
@@ -333,7 +342,7 @@ impl Peer {
         };
         let mut association = associate(addr, (&self.subnqn, &nqn), ENTRIES, 1, &protection)
             .with_context(|| format!("connecting to the peer at {addr}"))?;
-        Ok(load::run(&mut association.io, &workload(point, false), time)?)
+        Ok(load::run(&mut association.io, &workload(point, 8192), time)?)
     }
 }
 
@@ -345,43 +354,72 @@ impl Drop for Peer {
 }
 
 /// How much of the peer's IOPS a side has, if there is a peer to compare it with.
-fn beside_peer(side: Side, ours: &Figures, medians: &[(Side, Figures)]) -> Option<String> {
+fn beside_peer(side: Side, ours: &Figures, medians: &[((usize, Side), Figures)]) -> Option<String> {
     let of = match side {
         Side::Plain => Side::Peer,
         Side::Tls128 => Side::PeerTls,
         _ => return None,
     };
-    let (_, theirs) = medians.iter().find(|(side, _)| *side == of)?;
+    let (_, theirs) = medians.iter().find(|((_, side), _)| *side == of)?;
     Some(format!("{:.2} of {}", ours.iops / theirs.iops, of.name()))
 }
 
+/// The name of a side of build number `build`.
+fn name_of(build: usize, side: Side) -> String {
+    if build == 0 { side.name().to_owned() } else { format!("{} #{build}", side.name()) }
+}
+
 struct Bench {
-    target: Target,
-    sides: Vec<Side>,
-    hosts: Vec<(Side, KeyedHost)>,
+    /// The first is the one under test.
+    targets: Vec<Target>,
+    /// Each with the number of its target.
+    sides: Vec<(usize, Side)>,
+    hosts: Vec<(usize, Side, KeyedHost)>,
+    in_capsule: usize,
     peer: Option<Peer>,
 }
 
 impl Bench {
     fn start(args: &Args) -> Result<Bench> {
         let volumes = [format!("bench=null:{}GiB", SPAN_BYTES >> 30)];
-        let target = Target::start(&bench::binary(args.penstock.as_deref())?, &volumes, ENTRIES)?;
+        let more = ["--limit".to_owned(), format!("in_capsule_bytes={}", args.in_capsule)];
+        let mut targets = Vec::new();
+        for binary in std::iter::once(args.penstock.as_deref())
+            .chain(args.beside.iter().map(|binary| Some(binary.as_path())))
+        {
+            targets.push(Target::start_with(&bench::binary(binary)?, &volumes, ENTRIES, &more)?);
+        }
         let mut hosts = Vec::new();
         let suites =
             [(Side::Tls128, Suite::Aes128GcmSha256), (Side::Tls256, Suite::Aes256GcmSha384)];
-        for (n, (side, suite)) in suites.into_iter().enumerate() {
-            if args.sides.contains(&side) {
-                hosts.push((side, target.add_host(101 + n, suite)?));
+        for (build, target) in targets.iter().enumerate() {
+            for (n, (side, suite)) in suites.into_iter().enumerate() {
+                if args.sides.contains(&side) {
+                    hosts.push((build, side, target.add_host(101 + n, suite)?));
+                }
             }
         }
-        let mut sides = vec![Side::Bare];
-        sides.extend(&args.sides);
+        let mut sides = vec![(0, Side::Bare)];
+        for side in &args.sides {
+            sides.extend((0..targets.len()).map(|build| (build, *side)));
+        }
         let peer = Peer::new(args)?;
         if let Some(peer) = &peer {
-            sides.push(Side::Peer);
-            sides.extend(peer.tls.as_ref().map(|_| Side::PeerTls));
+            sides.push((0, Side::Peer));
+            sides.extend(peer.tls.as_ref().map(|_| (0, Side::PeerTls)));
         }
-        Ok(Bench { target, sides, hosts, peer })
+        Ok(Bench { targets, sides, hosts, in_capsule: args.in_capsule, peer })
+    }
+
+    /// What another build reaches of the one under test.
+    fn beside(
+        &self,
+        (build, side): (usize, Side),
+        iops: f64,
+        all: &[((usize, Side), Figures)],
+    ) -> Option<String> {
+        let (_, first) = all.iter().find(|(of, _)| build > 0 && *of == (0, side))?;
+        Some(format!("{:.3} of {}", iops / first.iops, side.name()))
     }
 
     /// Adds `args.rounds` rounds to all sides, which take turns.
@@ -389,14 +427,14 @@ impl Bench {
         // One discarded round warms caches, socket buffers and the pool.
         for round in 0..=args.rounds {
             let time = Duration::from_millis(if round == 0 { 100 } else { args.millis });
-            for (side, rounds) in self.sides.iter().zip(&mut *rounds) {
+            for ((build, side), rounds) in self.sides.iter().zip(&mut *rounds) {
                 let figures = match side {
                     Side::Bare => measure_bare(point, time),
                     Side::Peer | Side::PeerTls => {
                         let peer = self.peer.as_ref().context("there is no peer")?;
                         peer.measure(*side, point, time)
                     }
-                    _ => self.measure_target(*side, point, time),
+                    _ => self.measure_target((*build, *side), point, time),
                 };
                 let figures =
                     figures.with_context(|| format!("{} ({})", point.name(), side.name()))?;
@@ -412,23 +450,30 @@ impl Bench {
     fn judge(&self, point: &Point, rounds: &[Vec<Figures>]) -> Vec<Vec<(String, f64)>> {
         let medians: Vec<Figures> =
             rounds.iter().map(|rounds| Summary::of(rounds.clone()).median).collect();
-        let of = |side| self.sides.iter().position(|s| *s == side).map(|at| medians[at]);
-        let judge = |(side, ours): (&Side, &Figures)| {
-            point.goals(*side).iter().filter_map(|goal| goal.judge(ours, of)).collect()
+        let of = |side| self.sides.iter().position(|s| *s == (0, side)).map(|at| medians[at]);
+        let judge = |((build, side), ours): (&(usize, Side), &Figures)| {
+            let goals = if *build == 0 { point.goals(*side) } else { Vec::new() };
+            goals.iter().filter_map(|goal| goal.judge(ours, of)).collect()
         };
         self.sides.iter().zip(&medians).map(judge).collect()
     }
 
-    fn measure_target(&self, side: Side, point: &Point, time: Duration) -> Result<Figures> {
-        let host = self.hosts.iter().find(|(of, _)| *of == side).map(|(_, host)| host);
+    fn measure_target(
+        &self,
+        (build, side): (usize, Side),
+        point: &Point,
+        time: Duration,
+    ) -> Result<Figures> {
+        let target = &self.targets[build];
+        let host = self.hosts.iter().find(|(of, its, _)| (*of, *its) == (build, side));
         let (nqn, addr, protection) = match (side, host) {
-            (_, Some(host)) => (host.nqn.clone(), self.target.tls, host.protection.clone()),
-            (Side::Digests, _) => (hostnqn(0), self.target.plain, Protection::Digests),
-            _ => (hostnqn(0), self.target.plain, Protection::None),
+            (_, Some((_, _, host))) => (host.nqn.clone(), target.tls, host.protection.clone()),
+            (Side::Digests, _) => (hostnqn(0), target.plain, Protection::Digests),
+            _ => (hostnqn(0), target.plain, Protection::None),
         };
         let mut association = associate(addr, (SUBNQN, &nqn), ENTRIES, 1, &protection)
             .with_context(|| format!("connecting to the target at {addr}"))?;
-        Ok(load::run(&mut association.io, &workload(point, false), time)?)
+        Ok(load::run(&mut association.io, &workload(point, self.in_capsule), time)?)
     }
 
     /// Ten hosts connected and silent: under 1 % of a core.
@@ -436,10 +481,10 @@ impl Bench {
         let hosts = (1..=10)
             .map(|n| {
                 let names = (SUBNQN, &*hostnqn(n));
-                associate(self.target.plain, names, ENTRIES, 1, &Protection::None)
+                associate(self.targets[0].plain, names, ENTRIES, 1, &Protection::None)
             })
             .collect::<std::io::Result<Vec<_>>>()?;
-        let pid = self.target.pid();
+        let pid = self.targets[0].pid();
         // The clock of the measurement is the condition here: let three seconds of idleness pass.
         let (start, busy) = (Instant::now(), process::cpu_time(pid)?);
         process::wait_for(
@@ -452,19 +497,18 @@ impl Bench {
     }
 
     fn check_memory(&self) -> Result<bool> {
-        let mib = process::resident_bytes(self.target.pid())? as f64 / (1 << 20) as f64;
+        let mib = process::resident_bytes(self.targets[0].pid())? as f64 / (1 << 20) as f64;
         println!("resident memory after the runs: {mib:.1} MiB");
         Ok(mib < 64.0)
     }
 }
 
-fn workload(point: &Point, bare: bool) -> Workload {
+fn workload(point: &Point, in_capsule: usize) -> Workload {
     Workload {
         write: point.write,
         block_bytes: point.block_bytes,
         depth: point.depth,
-        // Large writes wait for the target's R2T; the bare loop has no such thing.
-        in_capsule: bare || point.block_bytes <= 8192,
+        in_capsule: point.block_bytes <= in_capsule,
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
         namespaces: 1,
@@ -483,7 +527,7 @@ fn measure_bare(point: &Point, time: Duration) -> Result<Figures> {
         Ok(())
     });
     let mut links = [Link::bare(addr)?];
-    let figures = load::run(&mut links, &workload(point, true), time);
+    let figures = load::run(&mut links, &workload(point, usize::MAX), time);
     stop.store(true, Ordering::Relaxed);
     drop(links);
     server.join().map_err(|_| anyhow::anyhow!("the bare loop panicked"))??;
