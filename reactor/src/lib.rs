@@ -25,6 +25,8 @@
 //! - Everything is bounded: operations per core ([`CoreConfig::entries`]), messages
 //!   ([`CoreConfig::mailbox_depth`]), received bytes ([`CoreConfig::rx_buffers`]), queued sends
 //!   ([`net::StreamConfig::tx_entries_max`]).
+//! - A turn's submissions go to the kernel in one enter, but for reads and writes of files: several of
+//!   a turn go in groups that double, so that the device begins with the first.
 //! - Time is a [`Duration`](std::time::Duration) since an arbitrary monotonic origin, the same for
 //!   all cores, read once a turn.
 //! - Dropping a [`Port`] or a [`net::Stream`] with work in flight is safe: the core keeps the

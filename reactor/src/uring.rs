@@ -75,6 +75,10 @@ pub(crate) struct Uring {
     restricted: bool,
     /// The part of the pool that is registered.
     arena: Option<Segment>,
+    /// Reads and writes put into the queue since the last enter.
+    transfers: u32,
+    /// Linked entries are in the queue: they have to be submitted together.
+    has_links: bool,
 }
 
 /// The ring for devices that are polled. It takes reads and writes only, and entering it asks the
@@ -149,6 +153,8 @@ impl Uring {
             entries: config.entries.min(SQ_ENTRIES_MAX),
             restricted: config.restricted,
             arena: None,
+            transfers: 0,
+            has_links: false,
         })
     }
 
@@ -267,7 +273,10 @@ impl Uring {
         if slot.request.is_polled() {
             return self.submit_polled(&entry);
         }
-        self.submit(&[entry])
+        self.submit(&[entry])?;
+        let is_transfer = matches!(slot.request, Request::Read { .. } | Request::Write { .. });
+        self.transfers += u32::from(is_transfer);
+        Ok(())
     }
 
     pub(crate) fn cancel(&mut self, user_data: u64) -> Result<(), PushError> {
@@ -276,12 +285,15 @@ impl Uring {
 
     /// Puts linked entries into the queue, together or not at all.
     fn submit(&mut self, entries: &[squeue::Entry]) -> Result<(), PushError> {
-        if self.try_submit(entries) {
-            return Ok(());
+        if !self.try_submit(entries) {
+            // The queue is full: an extra enter in this turn makes room.
+            self.enter_now();
+            if !self.try_submit(entries) {
+                return Err(PushError::NoRoom);
+            }
         }
-        // The queue is full: an extra enter in this turn makes room.
-        self.enter_now();
-        if self.try_submit(entries) { Ok(()) } else { Err(PushError::NoRoom) }
+        self.has_links |= entries.len() > 1;
+        Ok(())
     }
 
     fn submit_polled(&mut self, entry: &squeue::Entry) -> Result<(), PushError> {
@@ -324,6 +336,15 @@ impl Uring {
     }
 
     fn enter_now(&mut self) {
+        let transfers = std::mem::take(&mut self.transfers);
+        if !std::mem::take(&mut self.has_links) {
+            for group in groups(transfers) {
+                // SAFETY: the count is less than that of the queue, and there is no argument.
+                let result =
+                    unsafe { self.ring.submitter().enter::<libc::sigset_t>(group, 0, 0, None) };
+                check_enter(result);
+            }
+        }
         let pending = self.ring.submission().len() as u32;
         // GETEVENTS runs deferred task work and fetches completions that overflowed.
         let flags = EnterFlags::GETEVENTS.bits();
@@ -340,6 +361,7 @@ impl Uring {
             None => SubmitArgs::new(),
         };
         check_enter(self.ring.submitter().submit_with_args(1, &args));
+        (self.transfers, self.has_links) = (0, false);
     }
 
     fn arm_wake(&mut self) {
@@ -510,6 +532,16 @@ fn entry_of(
     })
 }
 
+/// What of so many reads and writes is submitted before the rest: groups that double, from one on.
+///
+/// The kernel tells a device of what is submitted together when it has prepared all of it. One by one
+/// they cost an enter each; all together the device waits for the last, and then we for the device.
+fn groups(count: u32) -> impl Iterator<Item = u32> {
+    let doubled = |group: &u32| group.checked_mul(2);
+    // Those up to one of `group` are `2 * group - 1`; at least one more is left for the end.
+    std::iter::successors(Some(1_u32), doubled).take_while(move |group| *group <= count / 2)
+}
+
 /// Registers the pool's memory as buffer [`POOL`].
 fn register_arena(ring: &IoUring, arena: Segment) -> io::Result<()> {
     let whole = libc::iovec { iov_base: arena.as_ptr().cast(), iov_len: arena.len() };
@@ -599,6 +631,22 @@ mod tests {
         unsafe { ring.submission().push(&entry) }.unwrap();
         ring.submit_and_wait(1).unwrap();
         ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn transfers_are_submitted_in_groups_that_double() {
+        for (count, before) in [
+            (0, &[][..]),
+            (1, &[]),
+            (2, &[1]),
+            (3, &[1]),
+            (4, &[1, 2]),
+            (8, &[1, 2, 4]),
+            (15, &[1, 2, 4]),
+            (16, &[1, 2, 4, 8]),
+        ] {
+            assert_eq!(groups(count).collect::<Vec<_>>(), before, "{count}");
+        }
     }
 
     #[test]
