@@ -28,7 +28,7 @@ use crate::sample::{self, Stage};
 use crate::secure::{Opening, Proven};
 use crate::table::View;
 use crate::turn::Turn;
-use crate::wait::Waits;
+use crate::wait::{Need, Waits};
 
 /// Received chunks looked at per turn and connection, so that one host cannot hold up the others: so
 /// many, and if they are small (with TLS each is a record) more, up to so many bytes or chunks.
@@ -94,6 +94,8 @@ pub(crate) struct Slot {
     pub(crate) skip: u32,
     /// Pool bytes that it holds, and those of them that are with the stream.
     pub(crate) held: u32,
+    /// It counts among the commands that have memory for data in the capsule.
+    pub(crate) is_capsule: bool,
     pub(crate) unsent: u32,
     /// Next range of a deallocate or copy, or next namespace of a flush to all.
     pub(crate) step: u32,
@@ -117,6 +119,7 @@ impl Slot {
             len: 0,
             skip: 0,
             held: 0,
+            is_capsule: false,
             unsent: 0,
             step: 0,
             pieces: Pieces::default(),
@@ -634,13 +637,13 @@ impl Conn {
     /// Gives a slot whose data follows its capsule the memory for it.
     fn take_buffer(&mut self, slot: u16, env: &mut Env<'_>) -> bool {
         let entry = &self.slots[slot as usize];
-        let is_urgent = entry.phase == Phase::Capsule;
+        let need = if entry.phase == Phase::Capsule { Need::Capsule } else { Need::Fetch };
         let store_len = match &entry.work {
             Work::Io(command) => pieces::store_len(command),
             _ => 0,
         };
         let len = entry.len as usize + store_len as usize;
-        if !self.may_take(len, is_urgent, env) {
+        if !self.may_take(len, need, env) {
             return false;
         }
         let entry = &mut self.slots[slot as usize];

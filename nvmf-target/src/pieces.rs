@@ -10,6 +10,7 @@ use nvme::spec::Status;
 
 use crate::conn::Conn;
 use crate::core::Env;
+use crate::wait::Need;
 
 /// Bytes read or written at a time.
 pub(crate) const PIECE_BYTES: u32 = 128 << 10;
@@ -128,7 +129,7 @@ impl Conn {
         if len == 0 || self.slots[slot as usize].pieces.store.is_some() {
             return true;
         }
-        if !self.may_take(len as usize, false, env) {
+        if !self.may_take(len as usize, Need::Own, env) {
             return false;
         }
         let got = self.slots[slot as usize].pieces.take_store(len, env);

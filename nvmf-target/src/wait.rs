@@ -33,6 +33,29 @@ pub(crate) const UNSENT_BYTES: usize = 512 << 10;
 /// before the last has a buffer. Not less than a volume can do in a turn.
 pub(crate) const BEGUN_BYTES: usize = 512 << 10;
 
+/// Share of the pool (1 of so many) that data to be asked for leaves alone.
+///
+/// Such data comes behind what the host has sent before: if that is a capsule with data, and it found
+/// no memory because all is promised, nothing would ever move again. What a capsule takes comes back
+/// without the host's doing.
+const FETCH_LEAVES: usize = 8;
+/// Capsules of a connection that are beyond all shares: the two of a fused pair, which go on together.
+const CAPSULES_BEYOND: usize = 2;
+/// Share of the pool that they leave alone: less than the above, so that there is memory for them, and
+/// something for others.
+const CAPSULE_LEAVES: usize = 16;
+
+/// What memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// What the target sends, or works with.
+    Own,
+    /// Data that the host will be asked for.
+    Fetch,
+    /// Data behind a capsule: nothing else is received before.
+    Capsule,
+}
+
 /// What a connection may hold although its host has its share.
 const FLOOR_BYTES: usize = 64 << 10;
 
@@ -122,6 +145,8 @@ pub(crate) struct Waits {
     delayed: VecDeque<(Duration, u16)>,
     /// Pool bytes of all its commands.
     held: usize,
+    /// Commands among them whose data came in the capsule.
+    capsules: usize,
     /// Those that are on their way to the socket.
     unsent: usize,
     /// Bytes of the reads begun in turn number `lap`.
@@ -179,15 +204,16 @@ impl Conn {
 
     /// Whether a command of the connection may take `len` bytes of the pool now. Commands in the
     /// list go first, unless this one holds up the whole connection.
-    pub(crate) fn may_take(&self, len: usize, is_urgent: bool, env: &Env<'_>) -> bool {
+    pub(crate) fn may_take(&self, len: usize, need: Need, env: &Env<'_>) -> bool {
         let waits = &self.waits;
+        let is_urgent = need == Need::Capsule;
         let is_new = !waits.is_served && !self.is_stalled();
         if env.rota.is_for_another(self.index)
             || !waits.is_served && !is_urgent && !waits.list.is_empty()
         {
             return false;
         }
-        let may = self.has_share(len, env);
+        let may = self.has_share(len, need, env);
         if !may && is_new {
             count(&env.shared.hits.buffers);
         }
@@ -197,21 +223,34 @@ impl Conn {
     /// Whether `len` bytes more are within what the connection and its host may hold.
     ///
     /// A host may have as much as is left for all others: the more hosts want memory, the less each
-    /// gets, and there always is some for one more.
-    fn has_share(&self, len: usize, env: &Env<'_>) -> bool {
+    /// gets, and there always is some for one more. The first capsules of a connection are beyond
+    /// all shares: see [`FETCH_LEAVES`].
+    fn has_share(&self, len: usize, need: Need, env: &Env<'_>) -> bool {
         let limits = &env.shared.limits;
-        let held = self.waits.held;
+        let (held, available, capacity) =
+            (self.waits.held, env.pool.available(), env.pool.capacity());
+        match need {
+            Need::Fetch if available < capacity && available < len + capacity / FETCH_LEAVES => {
+                return false;
+            }
+            Need::Capsule
+                if self.waits.capsules < CAPSULES_BEYOND
+                    && available >= len + capacity / CAPSULE_LEAVES =>
+            {
+                return true;
+            }
+            _ => {}
+        }
         if held > 0 && held + len > limits.buffer_bytes_per_connection {
             return false;
         }
         let Some(association) = &self.association else { return true };
         let of_host = association.account.held(env.core);
-        let available = env.pool.available();
         of_host == 0
             || of_host + len <= limits.buffer_bytes_per_host.min(available)
             // One command of each queue, or a few small ones, as long as that is no danger to
             // others: so the host's admin queues go on whatever its I/O queues do.
-            || (held == 0 || held + len <= FLOOR_BYTES) && available >= env.pool.capacity() / 4
+            || (held == 0 || held + len <= FLOOR_BYTES) && available >= capacity / 4
     }
 
     /// Gives a read of `len` bytes at `offset` of a namespace its buffer, or memory that the volume
@@ -234,7 +273,7 @@ impl Conn {
         let mut io = entry.io.take().unwrap_or_else(|| env.ios.take());
         let (is_lent, got) = if self.may_borrow(nsid, offset, len, &mut io, env) {
             (true, true)
-        } else if self.may_take(len, false, env) {
+        } else if self.may_take(len, Need::Own, env) {
             (false, env.pool.alloc(len, &mut io.data).is_ok())
         } else {
             self.slots[slot as usize].io = Some(io);
@@ -271,8 +310,13 @@ impl Conn {
         // Before Connect there is no host whose it could be.
         if let Some(association) = &self.association {
             association.account.hold(env.core, len);
+            let entry = &mut self.slots[slot as usize];
+            if entry.phase == Phase::Capsule && !entry.is_capsule {
+                entry.is_capsule = true;
+                self.waits.capsules += 1;
+            }
             self.waits.held += len;
-            self.slots[slot as usize].held += len as u32;
+            entry.held += len as u32;
         }
         true
     }
@@ -283,6 +327,7 @@ impl Conn {
         let held = std::mem::take(&mut entry.held) as usize;
         self.waits.unsent -= std::mem::take(&mut entry.unsent) as usize;
         self.waits.held -= held;
+        self.waits.capsules -= usize::from(std::mem::take(&mut entry.is_capsule));
         if held > 0
             && let Some(association) = &self.association
         {

@@ -265,3 +265,52 @@ fn overrun_queues_have_slack() {
         assert_eq!(r2ts < commands, is_cut, "{r2ts} R2Ts for {commands} commands");
     }
 }
+
+/// Data that was asked for comes behind what the host had sent before: a write with its data in the
+/// capsule finds memory then, however many others wait for theirs.
+#[test]
+fn a_capsule_passes_data_that_was_asked_for() {
+    const LARGE: usize = 32 << 10;
+    let usual = Limits { in_capsule_bytes: 8192, ..Limits::default() };
+    for limits in [
+        Limits { buffer_bytes_per_connection: 4 * LARGE, ..usual.clone() },
+        Limits { buffer_bytes_per_host: 4 * LARGE, ..usual },
+    ] {
+        let rig = rig(limits);
+        let (_admin, mut io) = associate(&rig, &Connect::new(SUBNQN, HOST), Init::default());
+        let write = |cid: u16, blocks: usize| {
+            let len = (512 * blocks) as u32;
+            let mut sqe = wire::io_sqe(WRITE, 1, 64 * u64::from(cid), blocks as u32, len);
+            wire::put(&mut sqe, 2, &cid.to_le_bytes());
+            sqe
+        };
+        // As many large ones as the target asks for; it has said so before it answers the small one.
+        let (large, small) = (12, 12_u16);
+        for cid in 0..large {
+            let sqe = write(cid, LARGE / 512);
+            io.send(&Pdu::capsule(&sqe, &[], Digests::default(), 4)).expect("room");
+        }
+        let mut asked = Vec::new();
+        let r2t = io.receive().expect("sound PDUs").expect("an R2T");
+        asked.push(r2t.tags());
+        let data = pattern(3, LARGE);
+        let mut sqe = write(small, 16);
+        wire::sgl(&mut sqe, 0x01, 0, 8192);
+        io.send(&Pdu::capsule(&sqe, &data[..8192], Digests::default(), 4)).expect("room");
+        let (mut done, mut is_small_done) = (0, false);
+        while done < large || !is_small_done {
+            while let Some(tags) = asked.pop() {
+                io.send(&Pdu::h2c_data(tags, 0, &data, true, Digests::default(), 4)).expect("room");
+            }
+            let pdu = io.receive().expect("the target goes on").expect("an answer");
+            match pdu.kind() {
+                wire::R2T => asked.push(pdu.tags()),
+                _ => {
+                    assert_eq!((pdu.kind(), pdu.status()), (wire::RESPONSE, 0));
+                    is_small_done |= pdu.cid() == small;
+                    done += u16::from(pdu.cid() != small);
+                }
+            }
+        }
+    }
+}
