@@ -4,6 +4,7 @@
 # NVMe controllers are in PCI slots 10h to 13h, virtio disks in 18h to 1bh, each with one queue more
 # than the one before. A controller behind a root port comes later; its namespace 1 is also the
 # virtio disk behind the other root port, which goes and comes again, and namespace 1 of the target.
+# The controller in slot 14h has no namespace at first; its namespace 1 comes and goes twice.
 # "please: WORD" asks the other side to do something.
 . /job/lib.sh
 modprobe nvme 2>/dev/null
@@ -158,6 +159,28 @@ echo "please: plug again"
 wait_for 60 "virtio disk in the port" virtio_disk $same
 fio_verify "$(virtio_disk $same)" 16k 8 8M
 step "the virtio disk is plugged in again"
-dmesg | grep -v -e "${load_disk#/dev/}" -e "${v#/dev/}" >/tmp/dmesg
+
+follows=0000:00:14.0
+c=$(nvme_at $follows) || fail "no controller in $follows"
+is_live "$c" || fail "the controller without namespaces is not ready"
+nvme_disk $follows 1 && fail "it has a namespace"
+echo "please: add"
+for way in "detach by hand" take; do
+    wait_for 30 "namespace 1 of $c" nvme_disk $follows 1
+    n=$(nvme_disk $follows 1)
+    nvme list-ns "/dev/$c" | grep -q ':0x1$' || { nvme list-ns "/dev/$c"; fail list-ns; }
+    fio_verify "$n" 4k "$([ "$way" = take ] && echo 7 || echo 6)" 4M
+    load detached "$n" >/dev/null 2>&1 & load=$!
+    before=$(io_count "$c")
+    wait_for 30 "I/O on $n" has_done "$c" $((before + 200))
+    echo "please: $way"
+    wait_for 30 "end of $n" is_gone "/sys/block/${n#/dev/}"
+    wait $load && fail "fio did not notice that its namespace is gone"
+    rm -f /out/fio-detached.json
+    is_live "$c" || fail "$c is not live any more"
+    step "namespace 1 of $c has gone under load: $way"
+    [ "$way" = take ] || echo "please: attach by hand"
+done
+dmesg | grep -v -e "${load_disk#/dev/}" -e "${v#/dev/}" -e "${c}n" >/tmp/dmesg
 ! grep -E 'BUG:|Call Trace|hung_task|blocked for more than|Oops' /tmp/dmesg || fail "kernel trouble"
 ! grep -iE "$IO_COMPLAINTS" /tmp/dmesg || fail "the kernel complains"

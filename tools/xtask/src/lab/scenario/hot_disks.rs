@@ -1,5 +1,5 @@
-//! Disks that change while a guest runs: they grow, are reset, plugged in and unplugged. And the
-//! number of queues that each of them has.
+//! Disks that change while a guest runs: they grow, are reset, plugged in and unplugged, come and go
+//! with the namespaces of their target. And the number of queues that each of them has.
 
 use std::path::Path;
 use std::time::Duration;
@@ -23,8 +23,12 @@ const SIZE_MIB: u64 = 64;
 /// the first of the disks with a number of queues.
 const HOT: &str = "1+2";
 const FIRST_NSID: u16 = 3;
+/// The subsystem that a controller follows, empty at first, and its NQN.
+const FOLLOWED: &str = "more";
+const FOLLOWED_NQN: &str = "nqn.2024-01.io.penstock:lab-more";
 /// PCI slots of the guest: where the first NVMe controller and the first virtio disk are.
 const SLOT_NVME: u16 = 0x10;
+const SLOT_FOLLOWS: u16 = SLOT_NVME + QUEUES;
 const SLOT_VIRTIO: u16 = 0x18;
 /// Far above what an eject takes: the guest has to let go of the disk first.
 const EJECT_LIMIT: Duration = Duration::from_secs(60);
@@ -37,16 +41,22 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     let (volumes, images): (Vec<String>, Vec<_>) =
         (1..=count).map(|nsid| file_volume(scene, &format!("v{nsid}"), SIZE_MIB)).unzip();
     let mut target = Managed::start::<1>(scene, &volumes)?;
+    exec::run(target.client(scene).args(["subsystem", "add", FOLLOWED, "--nqn", FOLLOWED_NQN]))?;
+    let api = scene.socket("api");
     let mut emulate = scene.penstock();
-    let mut device = |name: &str, kind: &str, nsids: &str, queues: u16| {
+    emulate.arg("--api").arg(&api);
+    let mut device_of = |name: &str, kind: &str, subnqn: &str, nsids: &str, queues: u16| {
         let socket = scene.socket(name);
         emulate.arg("--device").arg(format!(
-            "{name}={kind},socket={},tls=off,connect=127.0.0.1:{},subnqn={SUBNQN},nsid={nsids},queues={queues}",
+            "{name}={kind},socket={},tls=off,connect=127.0.0.1:{},subnqn={subnqn},nsid={nsids},queues={queues}",
             socket.display(),
             target.ports[0],
         ));
         socket
     };
+    let follows = device_of("follows", "nvme", FOLLOWED_NQN, "all", 2);
+    let mut device =
+        |name: &str, kind: &str, nsids: &str, queues| device_of(name, kind, SUBNQN, nsids, queues);
     let mut words = Vec::new();
     for (port, slot) in [("root0", "0xe"), ("root1", "0xf")] {
         let chassis = &port[4..];
@@ -66,6 +76,12 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
         let socket = device(&format!("disk{queues}"), "virtio-blk", &virtio.to_string(), queues);
         words.extend(disk(&socket, SLOT_VIRTIO + queues - 1, queues));
     }
+    let controller = json!({
+        "driver": "vfio-user-pci",
+        "addr": format!("{SLOT_FOLLOWS:#x}"),
+        "socket": {"type": "unix", "path": follows},
+    });
+    words.extend(["-device".to_owned(), controller.to_string()]);
     // The first namespace of that controller once more, by the other kind of disk.
     let socket = device("same", "virtio-blk", "1", 1);
     let [chardev, same] = same_disk(&socket);
@@ -75,7 +91,7 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     command.arg("emulate").args(emulate.get_args());
     let mut devices = Service::start("penstock emulate", &command, &scene.path("emulate.log"))?;
     devices.wait_until("devices ready", READY_LIMIT, |service| {
-        service.text().matches("device ready").count() == usize::from(2 * QUEUES + 2)
+        service.text().matches("device ready").count() == usize::from(2 * QUEUES + 3)
     })?;
 
     let port = target.ports[0].to_string();
@@ -109,9 +125,21 @@ pub(super) fn run(scene: &Scene<'_>) -> Result<Outcome> {
     guest.wait_for("please: plug again")?;
     qemu.execute("chardev-add", &chardev)?;
     qemu.execute("device_add", &same)?;
+    guest.wait_for("please: add")?;
+    let spec = format!("ram:{SIZE_MIB}MiB");
+    let add = ["volume", "attach", "late", "--spec", &spec, "--subsystem", FOLLOWED];
+    exec::run(target.client(scene).args(add))?;
+    for what in ["detach", "attach"] {
+        guest.wait_for(&format!("please: {what} by hand"))?;
+        let mut by_hand = scene.penstock();
+        by_hand.args(["device", what, "follows", "--nsid", "1", "--api"]).arg(&api);
+        exec::run(&mut by_hand)?;
+    }
+    guest.wait_for("please: take")?;
+    exec::run(target.client(scene).args(["volume", "detach", "late"]))?;
     let results = guest.finish().context("with every disk")?;
 
-    fio_verified(&results, 6)?;
+    fio_verified(&results, 8)?;
     let faces = ["nvme-pci", "virtio", "nvme-tcp"];
     for what in ["serial", "sectors"] {
         let seen = faces.map(|face| word(&results, &format!("{face}-{what}")));

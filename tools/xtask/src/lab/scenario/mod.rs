@@ -135,7 +135,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hot-disks",
-        shows: "disks with 1 to 4 queues grow, are reset and unplugged under load; one has three faces",
+        shows: "disks with 1 to 4 queues grow, are reset and unplugged under load; one has three faces; a controller follows its subsystem",
         needs_penstock: true,
         run: hot_disks::run,
     },
