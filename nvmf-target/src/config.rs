@@ -123,7 +123,9 @@ pub struct Limits {
     pub queue_entries: u16,
     /// Largest transfer of one command in bytes; a power of two of 4 KiB pages.
     pub transfer_bytes: u32,
-    /// Write payload taken along with an I/O command, in bytes; a multiple of 16.
+    /// Write payload taken along with an I/O command, in bytes; a multiple of 16. What is longer
+    /// waits until it is asked for, which takes a round trip more. What comes unasked while the
+    /// host has its share of memory holds up the commands behind it.
     pub in_capsule_bytes: u32,
     /// Bytes that a host may send in one H2CData PDU; a multiple of 4, at least 4,096.
     pub h2c_data_bytes: u32,
@@ -156,7 +158,7 @@ impl Default for Limits {
             io_queues: 128,
             queue_entries: 128,
             transfer_bytes: 1 << 20,
-            in_capsule_bytes: 16 << 10,
+            in_capsule_bytes: 128 << 10,
             h2c_data_bytes: 1 << 20,
             buffer_bytes_per_connection: 8 << 20,
             buffer_bytes_per_host: 32 << 20,

@@ -50,7 +50,7 @@ struct Args {
     beside: Vec<PathBuf>,
     /// Most bytes of a write that the targets take along with the command, and the host sends so. More
     /// than that waits until it is asked for, which takes a round trip more than the bare loop's.
-    #[arg(long, value_name = "BYTES", default_value_t = 16_384)]
+    #[arg(long, value_name = "BYTES", default_value_t = 131_072)]
     in_capsule: usize,
     /// Write the table as JSON, too.
     #[arg(long)]

@@ -270,7 +270,11 @@ pub(crate) fn start_secure_target(
         ports: (1..=ports)
             .map(|id| Port { id, kind: ListenerKind::Io, addr: addr(id), tls, hidden: false })
             .collect(),
-        limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },
+        limits: Limits {
+            h2c_data_bytes: 16 << 10,
+            in_capsule_bytes: 16 << 10,
+            ..Limits::default()
+        },
         keys,
         ..TargetConfig::default()
     };

@@ -86,6 +86,36 @@ fn every_digest_and_alignment_moves_data_both_ways() {
     }
 }
 
+/// Large writes come unasked, more of them than one connection may have in memory: what does not fit
+/// waits in the socket, and all of it arrives where it belongs.
+#[test]
+fn large_writes_in_capsules_wait_for_memory() {
+    const BYTES: usize = 128 << 10;
+    let limits = Limits { buffer_bytes_per_connection: 3 * BYTES, ..Limits::default() };
+    assert!(limits.in_capsule_bytes as usize >= BYTES, "the default takes them");
+    let rig = rig(limits);
+    let (_admin, mut io) = associate(&rig, &Connect::new(SUBNQN, HOST), Init::default());
+    let count = 64;
+    let data = pattern(11, count * BYTES);
+    let blocks = BYTES as u64 / 512;
+    for (cid, part) in data.chunks(BYTES).enumerate() {
+        let lba = cid as u64 * blocks;
+        let mut sqe = wire::io_sqe(WRITE, 1, lba, blocks as u32, BYTES as u32);
+        wire::sgl(&mut sqe, 0x01, 0, BYTES as u32);
+        wire::put(&mut sqe, 2, &(cid as u16).to_le_bytes());
+        io.send(&Pdu::capsule(&sqe, part, Digests::default(), 4)).expect("room or patience");
+    }
+    for _ in 0..count {
+        let pdu = io.receive().expect("sound PDUs").expect("an answer");
+        assert_eq!((pdu.kind(), pdu.status()), (wire::RESPONSE, 0));
+    }
+    for (n, part) in data.chunks(BYTES).enumerate() {
+        let read = wire::io_sqe(READ, 1, n as u64 * blocks, blocks as u32, BYTES as u32);
+        let answer = io.command(read, &[], &[]).expect("a read").ok().expect("success");
+        assert!(answer.data == part, "write number {n}");
+    }
+}
+
 #[test]
 fn the_queue_head_follows_and_wraps() {
     let rig = rig(Limits::default());

@@ -25,7 +25,11 @@ pub(super) fn backports(scene: &Scene<'_>) -> Result<Outcome> {
 fn run(scene: &Scene<'_>, kernel: Kernel) -> Result<Outcome> {
     let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
     // A second volume shows that each is a namespace of its own.
-    let target = Target::new(scene, &[volume, "spare=ram:16M".to_owned()])?;
+    let mut target = Target::new(scene, &[volume, "spare=ram:16M".to_owned()])?;
+    // The two ways that data of writes takes, one with each kernel.
+    if matches!(kernel, Kernel::Stable) {
+        target = target.asking_for_data();
+    }
     let mut service = target.start(scene)?;
     let discovery = target.discovery_port.to_string();
     let job = Job::new("kernel-host.sh").network().args(&[HOST_ADDRESS, &discovery, SUBNQN]);

@@ -33,7 +33,7 @@ const KILL_AFTER_IOS: u64 = 400;
 
 pub(super) fn kernel(scene: &Scene<'_>) -> Result<Outcome> {
     let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
-    let target = Target::new(scene, &[volume])?;
+    let target = Target::new(scene, &[volume])?.asking_for_data();
     let service = target.start(scene)?;
     let port = target.port.to_string();
     let job = Job::new(SCRIPT).network().args(&["nvme", HOST_ADDRESS, &port, SUBNQN]);

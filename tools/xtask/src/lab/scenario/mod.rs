@@ -220,18 +220,32 @@ struct Target {
     port: u16,
     discovery_port: u16,
     log: PathBuf,
+    more: Vec<String>,
 }
 
 impl Target {
     /// A target whose namespaces are `volumes`, in the order of their identifiers, on free ports.
     fn new(scene: &Scene<'_>, volumes: &[String]) -> Result<Self> {
         let [port, discovery_port] = free_ports()?;
-        Ok(Self { volumes: volumes.to_vec(), port, discovery_port, log: scene.path("target.log") })
+        Ok(Self {
+            volumes: volumes.to_vec(),
+            port,
+            discovery_port,
+            log: scene.path("target.log"),
+            more: Vec::new(),
+        })
+    }
+
+    /// The same target, which asks for the data of most writes. By default it takes those of up to
+    /// 128 KiB along with their commands.
+    fn asking_for_data(mut self) -> Self {
+        self.more.extend(["--limit".to_owned(), "in_capsule_bytes=8192".to_owned()]);
+        self
     }
 
     fn start(&self, scene: &Scene<'_>) -> Result<Service> {
         let mut command = scene.penstock();
-        command.arg("target");
+        command.arg("target").args(&self.more);
         for volume in &self.volumes {
             command.args(["--volume", volume]);
         }
