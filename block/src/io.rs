@@ -33,6 +33,11 @@ pub enum Op {
     /// Fill the first `len` bytes of `data` with the Extended Reservation Status data structure of
     /// NVMe (Reservation Report with 128-bit host identifiers); offset is ignored.
     ReservationReport,
+    /// Compare the range, one block, with the first half of `data` and, if it is equal, store the
+    /// second half, in one step for everyone who changes the volume. Where it differs nothing is
+    /// changed: [`IoError::CompareFailed`]. That is never said of a range that was equal: what may
+    /// have been done already is not tried again, and comes back as [`IoError::Aborted`].
+    CompareAndWrite,
 }
 
 impl Op {
@@ -48,10 +53,11 @@ impl Op {
         Op::Copy,
         Op::Reserve,
         Op::ReservationReport,
+        Op::CompareAndWrite,
     ];
 
     /// How many there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 11;
 
     /// A small number for tables of counters.
     pub fn index(self) -> usize {
@@ -60,10 +66,11 @@ impl Op {
 
     /// Whether the operation changes what is stored.
     pub fn is_change(self) -> bool {
-        matches!(self, Op::Write | Op::WriteZeroes | Op::Deallocate | Op::Copy)
+        use Op::*;
+        matches!(self, Write | WriteZeroes | Deallocate | Copy | CompareAndWrite)
     }
 
-    /// Whether [`Io::data`] holds the range's bytes, or is to.
+    /// Whether [`Io::data`] holds the range's bytes, or is to, once.
     pub fn has_data(self) -> bool {
         matches!(self, Op::Read | Op::Write | Op::Compare)
     }
@@ -273,8 +280,8 @@ pub struct Io {
     /// Bytes in the range, of a copy those of all sources; ignored by flush and reservations. 0
     /// does nothing, successfully.
     pub len: u64,
-    /// Memory: for read, write and compare exactly `len` bytes, for a reservation report as many
-    /// as are wanted, otherwise not looked at.
+    /// Memory: for read, write and compare exactly `len` bytes, for compare and write twice as many,
+    /// for a reservation report as many as are wanted, otherwise not looked at.
     pub data: SgList,
     /// Where a copy reads from; only looked at by [`Op::Copy`]. Clear and fill it, so that its room
     /// is used again.
@@ -332,6 +339,7 @@ pub fn check(geometry: &Geometry, io: &Io) -> Result<(), IoError> {
                 return Err(IoError::Misaligned);
             }
         }
+        Op::CompareAndWrite => check_compare_and_write(geometry, io)?,
         Op::WriteZeroes if !geometry.write_zeroes => return Err(IoError::NotSupported),
         Op::Deallocate if !geometry.deallocate => return Err(IoError::NotSupported),
         Op::Verify if !geometry.verify => return Err(IoError::NotSupported),
@@ -369,6 +377,17 @@ fn check_without_range(geometry: &Geometry, io: &Io) -> Result<(), IoError> {
         }
         _ => Ok(()),
     }
+}
+
+#[cold]
+fn check_compare_and_write(geometry: &Geometry, io: &Io) -> Result<(), IoError> {
+    if !geometry.compare_and_write {
+        return Err(IoError::NotSupported);
+    }
+    if io.len > u64::from(geometry.block_bytes) {
+        return Err(IoError::TooLarge);
+    }
+    if io.data.len() as u64 == 2 * io.len { Ok(()) } else { Err(IoError::Misaligned) }
 }
 
 /// The sources of a copy, whose destination was checked.
@@ -415,6 +434,7 @@ mod tests {
             deallocate_granularity_bytes: 4096,
             deallocated_reads_zero: true,
             compare: true,
+            compare_and_write: true,
             verify: true,
             copy: CopyLimits { ranges_max: 2, range_bytes_max: 8192, bytes_max: 12288 },
             rescap: 0x7f,
@@ -432,6 +452,7 @@ mod tests {
             }
             io
         };
+        let pair = |offset, len: u64| Io { len, ..io(Op::CompareAndWrite, offset, 2 * len) };
         let all = geometry();
         let read_only = Geometry { read_only: true, ..geometry() };
         let plain = Geometry { io_bytes_max: 65536, ..Geometry::new(512, 1000) };
@@ -462,6 +483,14 @@ mod tests {
             (&all, Io::new(Op::Compare, 0, 512), Err(Misaligned)),
             (&all, io(Op::Compare, 0, 66048), Err(TooLarge)),
             (&plain, io(Op::Compare, 0, 512), Err(NotSupported)),
+            (&all, pair(512, 512), Ok(())),
+            (&all, pair(0, 0), Ok(())),
+            (&all, pair(0, 1024), Err(TooLarge)),
+            (&all, pair(100, 512), Err(Misaligned)),
+            (&all, pair(end, 512), Err(OutOfRange)),
+            (&all, io(Op::CompareAndWrite, 0, 512), Err(Misaligned)),
+            (&read_only, pair(0, 512), Err(ReadOnly)),
+            (&plain, pair(0, 512), Err(NotSupported)),
             (&read_only, Io::new(Op::Verify, 0, end), Ok(())),
             (&all, Io::new(Op::Verify, end, 512), Err(OutOfRange)),
             (&plain, Io::new(Op::Verify, 0, 512), Err(NotSupported)),

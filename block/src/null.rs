@@ -28,6 +28,7 @@ impl NullVolume {
             write_zeroes: true,
             deallocated_reads_zero: true,
             compare: true,
+            compare_and_write: true,
             verify: true,
             ..Geometry::new(block_bytes, blocks)
         };
@@ -69,7 +70,8 @@ impl Channel for NullChannel {
             io.result = match io.op {
                 Op::Read if self.local.is_zeros(&io.data) => Ok(()),
                 Op::Read => io.data.fill(0, io.data.len(), 0).map_err(|_| IoError::Misaligned),
-                Op::Compare => compare_zeros(&io.data),
+                // What is stored is given up at once, and so in one step.
+                Op::Compare | Op::CompareAndWrite => compare_zeros(&io.data, io.len as usize),
                 _ => Ok(()),
             };
         }
@@ -96,10 +98,10 @@ impl Channel for NullChannel {
     }
 }
 
-/// Whether the memory holds nothing but zeros.
-fn compare_zeros(data: &SgList) -> Result<(), IoError> {
+/// Whether the first `len` bytes of the memory are nothing but zeros.
+fn compare_zeros(data: &SgList, len: usize) -> Result<(), IoError> {
     let mut is_zero = true;
     let look = &mut |bytes: &[u8]| is_zero &= bytes.iter().all(|byte| *byte == 0);
-    data.for_each_chunk(0, data.len(), look).map_err(|_| IoError::Misaligned)?;
+    data.for_each_chunk(0, len, look).map_err(|_| IoError::Misaligned)?;
     if is_zero { Ok(()) } else { Err(IoError::CompareFailed) }
 }

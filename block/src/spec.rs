@@ -85,7 +85,13 @@ impl VolumeSpec {
     /// Blocks, for some seconds if a process that had the volume has just been killed: the kernel
     /// finishes its I/O first. For the control plane only.
     pub fn open(&self, identity: Identity) -> Result<Arc<dyn Volume>, OpenError> {
-        self.open_kind(identity).map_err(|e| OpenError { spec: self.to_string(), ..e })
+        self.open_kind(identity, false).map_err(|e| OpenError { spec: self.to_string(), ..e })
+    }
+
+    /// The same for a device, which leaves compare and write to its volume: one in memory, or of
+    /// nothing, can do it.
+    pub fn open_for_device(&self, identity: Identity) -> Result<Arc<dyn Volume>, OpenError> {
+        self.open_kind(identity, true).map_err(|e| OpenError { spec: self.to_string(), ..e })
     }
 
     /// Whether it is there for measuring and trying only: memory or nothing, no file of the system.
@@ -93,7 +99,7 @@ impl VolumeSpec {
         matches!(self.kind, Kind::Ram { .. } | Kind::Null { .. })
     }
 
-    fn open_kind(&self, identity: Identity) -> Result<Arc<dyn Volume>, OpenError> {
+    fn open_kind(&self, identity: Identity, has_pairs: bool) -> Result<Arc<dyn Volume>, OpenError> {
         let block_bytes = self.block_bytes.unwrap_or(512);
         let options = FileOptions {
             size_bytes: None,
@@ -111,8 +117,9 @@ impl VolumeSpec {
                 Arc::new(FileVolume::open_device(path, identity, &options)?)
             }
             Kind::Ram { bytes } => {
-                let volume = RamVolume::new(identity, *bytes, block_bytes);
-                Arc::new(volume.map_err(|e| OpenError::io("cannot reserve the address space", e))?)
+                let volume = RamVolume::new(identity, *bytes, block_bytes)
+                    .map_err(|e| OpenError::io("cannot reserve the address space", e))?;
+                Arc::new(if has_pairs { volume.with_compare_and_write() } else { volume })
             }
             Kind::Null { bytes } => Arc::new(NullVolume::new(identity, *bytes, block_bytes)),
         })

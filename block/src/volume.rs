@@ -60,6 +60,8 @@ pub struct Geometry {
     pub optimal_io_bytes: u32,
     /// Compare is supported.
     pub compare: bool,
+    /// Compare and write is supported, of one block.
+    pub compare_and_write: bool,
     /// Verify is supported.
     pub verify: bool,
     /// What a copy may be; the default is that there is none.
@@ -96,6 +98,7 @@ impl Geometry {
             deallocated_reads_zero: false,
             optimal_io_bytes: 0,
             compare: false,
+            compare_and_write: false,
             verify: false,
             copy: CopyLimits { ranges_max: 0, range_bytes_max: 0, bytes_max: 0 },
             rescap: 0,

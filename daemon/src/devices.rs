@@ -131,7 +131,10 @@ impl RunningDevice {
         let local = match &config.volume {
             Some(spec) => {
                 let identity = identity::derive_volume(&config.subnqn, &config.name);
-                Some(spec.open(identity).with_context(|| format!("device {:?}", config.name))?)
+                Some(
+                    spec.open_for_device(identity)
+                        .with_context(|| format!("device {:?}", config.name))?,
+                )
             }
             None => None,
         };

@@ -260,6 +260,7 @@ fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity) -> Namesp
         deallocate_granularity_bytes: geometry.deallocate_granularity_bytes,
         optimal_write_bytes: geometry.optimal_io_bytes,
         compare: geometry.compare,
+        compare_and_write: false,
         verify: geometry.verify,
         // The limits that Identify tells are those of the protocol core: a volume that takes less
         // has no Copy.

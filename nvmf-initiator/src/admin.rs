@@ -854,9 +854,11 @@ impl Path {
         }
         let (index, geometry) = (self.index, geometry(namespace));
         self.shared.publish(|state| {
-            state.geometry = geometry;
-            set_namespace(&mut state.paths[index], namespace);
-            state.paths[index].wear = info.wear;
+            let path = &mut state.paths[index];
+            set_namespace(path, namespace, self.shared.config.queue_depth);
+            path.wear = info.wear;
+            let compare_and_write = path.compare_and_write;
+            state.geometry = Geometry { compare_and_write, ..geometry };
         });
     }
 
@@ -918,9 +920,10 @@ impl Path {
             path.queue_entries = info.queue_entries;
             path.in_capsule_bytes = info.in_capsule_bytes;
             path.transfer_bytes_max = info.transfer_bytes_max;
-            set_namespace(path, namespace);
+            set_namespace(path, namespace, self.shared.config.queue_depth);
             path.wear = info.wear;
-            state.geometry = geometry(namespace);
+            let compare_and_write = path.compare_and_write;
+            state.geometry = Geometry { compare_and_write, ..geometry(namespace) };
             state.identity = Identity {
                 uuid: namespace.uuid,
                 nguid: namespace.nguid,
@@ -964,12 +967,15 @@ fn link_to(shared: &Shared, local: &Local, addr: SocketAddr) -> Link {
     Link::new(local, addr, host_config, tx_entries_max, config.connect_timeout)
 }
 
-fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace) {
+fn set_namespace(path: &mut PathState, namespace: &RemoteNamespace, queue_depth: u16) {
     path.ana = namespace.ana;
     path.is_detached = !namespace.is_attached;
     path.write_zeroes_blocks_max = namespace.write_zeroes_blocks_max;
     path.deallocate_blocks_max = namespace.deallocate_blocks_max;
     path.verify_blocks_max = namespace.verify_blocks_max;
+    // Two commands take three entries.
+    let has_room = queue_depth >= 2 && path.queue_entries >= 3;
+    path.compare_and_write = namespace.compare_and_write && has_room;
 }
 
 fn geometry(namespace: &RemoteNamespace) -> Geometry {

@@ -172,7 +172,16 @@ impl RemoteChannel {
                     continue;
                 }
             }
-            let Some(path) = self.choose(usable, self.table.avoid(id)) else { break };
+            // A fused pair is two commands, on a queue that has room for both.
+            let (count, among) = match io.op {
+                Op::CompareAndWrite => (2, usable & self.pairing()),
+                _ => (1, usable),
+            };
+            if among == 0 {
+                self.table.finish_front(Err(IoError::NotSupported));
+                continue;
+            }
+            let Some(path) = self.choose(among, self.table.avoid(id), count) else { break };
             self.turn = path + 1;
             let RemoteChannel { shared, state, table, counters, queues, .. } = self;
             let mut env = Env { shared, state, table, counters, usable, now };
@@ -184,12 +193,20 @@ impl RemoteChannel {
         }
     }
 
-    /// The path for the next command, out of `usable` ones; `None`: it has to wait for one of the
-    /// best to have room.
+    /// Paths that take fused pairs, one bit each.
+    #[cold]
+    fn pairing(&self) -> u16 {
+        let takes_pairs = |path: &usize| self.state.paths[*path].compare_and_write;
+        (0..self.queues.len()).filter(takes_pairs).fold(0, |set, path| set | 1 << path)
+    }
+
+    /// The path for the next `count` commands, out of `usable` ones; `None`: they have to wait for
+    /// one of the best to have room.
     #[inline]
-    fn choose(&self, usable: u16, avoid: u16) -> Option<usize> {
+    fn choose(&self, usable: u16, avoid: u16, count: usize) -> Option<usize> {
+        let has_room = |path: &usize| self.queues[*path].has_room(count);
         if self.queues.len() == 1 {
-            return (usable & 1 != 0 && self.queues[0].has_room()).then_some(0);
+            return (usable & 1 != 0 && has_room(&0)).then_some(0);
         }
         let mut from = if usable & !avoid != 0 { usable & !avoid } else { usable };
         let paths = &self.state.paths;
@@ -200,19 +217,19 @@ impl RemoteChannel {
                 from &= !(1 << path);
             }
         }
-        let count = self.queues.len();
+        let paths_count = self.queues.len();
         match self.shared.config.policy {
             PathPolicy::Numa => {
                 let is_near = |path: &usize| self.node.is_some() && paths[*path].node == self.node;
                 let path = each(from).find(is_near).or_else(|| each(from).next())?;
-                self.queues[path].has_room().then_some(path)
+                has_room(&path).then_some(path)
             }
-            PathPolicy::RoundRobin => (0..count)
-                .map(|step| (self.turn + step) % count)
-                .find(|path| from >> path & 1 != 0 && self.queues[*path].has_room()),
-            PathPolicy::QueueDepth => each(from)
-                .filter(|path| self.queues[*path].has_room())
-                .min_by_key(|path| self.queues[*path].in_flight()),
+            PathPolicy::RoundRobin => (0..paths_count)
+                .map(|step| (self.turn + step) % paths_count)
+                .find(|path| from >> path & 1 != 0 && has_room(path)),
+            PathPolicy::QueueDepth => {
+                each(from).filter(has_room).min_by_key(|path| self.queues[*path].in_flight())
+            }
         }
     }
 

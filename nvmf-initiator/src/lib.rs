@@ -75,6 +75,12 @@
 //!   whatever its NQN.
 //! - A reservation command whose path was lost under it comes back as aborted: done again it could
 //!   be refused for having been done.
+//! - A Compare and Write is two fused commands, next to each other on one queue. One whose path was
+//!   lost under it, or whose Write was answered with an error, is not sent again: compared once more
+//!   it would differ if it was done, and its submitter be told the opposite of what happened. It comes
+//!   back as aborted, and not before the lost controller has ended. One whose Compare was refused was
+//!   not done, and is sent again like any I/O. A path whose controller has no fused commands is not
+//!   taken.
 //!
 //! # Which path
 //!
@@ -106,8 +112,8 @@
 //! # What this crate does not do
 //!
 //! Names of hosts (paths and discovery controllers are addresses); TLS and authentication towards
-//! discovery controllers that a [`Watch`] asks; fused commands; Abort commands (an overdue command
-//! ends the association instead). A channel that is closed closes its queue's connection without Disconnect.
+//! discovery controllers that a [`Watch`] asks; Abort commands (an overdue command ends the
+//! association instead). A channel that is closed closes its queue's connection without Disconnect.
 //!
 //! Start reading at [`RemoteVolume::start`], then `channel.rs`.
 #![forbid(unsafe_code)]

@@ -14,6 +14,7 @@ use std::time::Duration;
 use block::{AcquireAction, Io, Op, RegisterAction, Reserve};
 use crypto::dhchap::Concatenation;
 use iobuf::SgList;
+use nvme::ctrl::io::Fuse;
 use nvme::host::{self, Authentication};
 use nvme::spec::{CopyRange, Cqe, DsmRange, SCT_PATH, Status};
 use nvme::subsys::reservation::{self, PersistChange, ReleaseAction, ReservationRequest};
@@ -23,7 +24,7 @@ use reactor::Local;
 use crate::auth::{self, Auth, Computing, RECEIVE_BYTES};
 use crate::link::{Link, Loss};
 use crate::shared::{ChannelCounters, PathCounts, PathState, RemoteState, Shared};
-use crate::status::{Verdict, judge};
+use crate::status::{Verdict, judge, judge_pair};
 use crate::table::{Settled, Table};
 
 /// Bytes of the data of a Connect command (NVMe Base 2.0, Fabrics Connect command).
@@ -69,6 +70,18 @@ struct Command {
     ttag: u16,
     out_offset: u32,
     out_left: u32,
+    /// It is half of a fused pair.
+    pair: Option<Half>,
+}
+
+/// Half of a Compare and Write.
+#[derive(Clone, Copy, Debug)]
+struct Half {
+    fuse: Fuse,
+    /// Cid of the other half.
+    other: u16,
+    /// What the other half was answered with, if it was first.
+    told: Option<Status>,
 }
 
 impl Command {
@@ -82,6 +95,7 @@ impl Command {
         ttag: 0,
         out_offset: 0,
         out_left: 0,
+        pair: None,
     };
 }
 
@@ -182,7 +196,8 @@ impl Queue {
         counters: Arc<PathCounts>,
     ) -> io::Result<Queue> {
         let config = &shared.config;
-        let cids = depth.min(config.queue_depth);
+        // At least two, for a fused pair.
+        let cids = depth.max(2).min(config.queue_depth);
         let mut connect_data = SgList::with_capacity(1);
         local
             .pool()
@@ -239,10 +254,13 @@ impl Queue {
         self.in_flight
     }
 
-    /// Whether a command can be queued now.
+    /// Whether so many commands can be queued now.
     #[inline]
-    pub(crate) fn has_room(&self) -> bool {
-        !self.free_cids.is_empty() && !self.is_starved && !self.is_auth_due && self.link.room() > 0
+    pub(crate) fn has_room(&self, count: usize) -> bool {
+        self.free_cids.len() >= count
+            && !self.is_starved
+            && !self.is_auth_due
+            && self.link.room() >= count
     }
 
     fn qid(&self) -> u16 {
@@ -640,10 +658,15 @@ impl Queue {
         let latency = env.now.saturating_sub(command.sent_at).as_nanos() as u64;
         ChannelCounters::add(&self.counters.commands, 1);
         ChannelCounters::add(&self.counters.latency_ns, latency);
+        let half = command.pair;
         let verdict = judge(status);
         if status.sct() == SCT_PATH || matches!(verdict, Verdict::Doubt(_)) {
             self.on_path_status(env);
         }
+        let verdict = match half {
+            None => verdict,
+            Some(half) => self.on_half(half, status),
+        };
         env.table.on_answered(request, verdict);
         if is_free {
             self.settle(cid, env);
@@ -652,6 +675,22 @@ impl Queue {
             self.on_auth_required(env)?;
         }
         Ok(())
+    }
+
+    /// Half of a fused pair was answered: the pair is judged with the second answer.
+    #[cold]
+    fn on_half(&mut self, half: Half, status: Status) -> Verdict {
+        match (half.fuse, half.told) {
+            (Fuse::First, Some(write)) => judge_pair(status, write),
+            (_, Some(compare)) => judge_pair(compare, status),
+            (_, None) => {
+                // It is still out, and its cid its own.
+                if let Some(other) = &mut self.commands[usize::from(half.other)].pair {
+                    other.told = Some(status);
+                }
+                Verdict::Done
+            }
+        }
     }
 
     /// The controller wants the host to prove itself again.
@@ -753,6 +792,9 @@ impl Queue {
         let (Some(io), Some(&cid)) = (env.table.io(id), self.free_cids.last()) else {
             return Ok(false);
         };
+        if io.op == Op::CompareAndWrite {
+            return self.send_pair(id, env);
+        }
         let limits = self.limits;
         let nsid = env.shared.config.nsid;
         let left = io.len - start;
@@ -813,6 +855,7 @@ impl Queue {
                 let sqe = host::io::reservation_report(nsid, io.len as u32);
                 (sqe, io.len, Transfer::Read { len: io.len as u32 })
             }
+            Op::CompareAndWrite => return Ok(false), // above
         };
         let is_whole = len == left || !io.op.has_range();
         let mut payloads = 0;
@@ -836,20 +879,47 @@ impl Queue {
             }
             _ => self.link.push(&head, None, None)?,
         }
+        self.issued(cid, Command { request: id, payloads, start, ..Command::IDLE }, env);
+        env.table.on_issued(id, len, is_whole);
+        Ok(true)
+    }
+
+    /// A command was queued under the next free cid.
+    #[inline]
+    fn issued(&mut self, cid: u16, command: Command, env: &Env<'_>) {
         self.free_cids.pop();
         self.in_flight += 1;
-        self.commands[usize::from(cid)] = Command {
-            is_active: true,
-            request: id,
-            payloads,
-            start,
-            sent_at: env.now,
-            ..Command::IDLE
-        };
-        env.table.on_issued(id, len, is_whole);
+        self.commands[usize::from(cid)] = Command { is_active: true, sent_at: env.now, ..command };
         ChannelCounters::add(&env.counters.commands, 1);
         if self.next_check.is_none() {
             self.next_check = Some(env.now + env.shared.config.command_timeout);
+        }
+    }
+
+    /// A Compare and Write: two fused commands, one directly after the other. There must be room for
+    /// both.
+    #[cold]
+    fn send_pair(&mut self, id: u16, env: &mut Env<'_>) -> Result<bool, Loss> {
+        let &[.., second, first] = &self.free_cids[..] else { return Ok(false) };
+        for (cid, other, fuse) in [(first, second, Fuse::First), (second, first, Fuse::Second)] {
+            let Some(io) = env.table.io(id) else { return Ok(false) };
+            let (len, nsid) = (io.len as u32, env.shared.config.nsid);
+            let slba = io.offset / self.limits.block_bytes;
+            let blocks = (io.len / self.limits.block_bytes) as u32;
+            let in_capsule = io.len <= self.limits.in_capsule_bytes;
+            let (build, start): (fn(_, _, _, _, _, _) -> _, _) = match fuse {
+                Fuse::First => (host::io::compare, 0),
+                _ => (host::io::write, io.len),
+            };
+            let sqe = host::io::fused(build(nsid, slba, blocks, len, in_capsule, io.fua), fuse);
+            let head = self.link.host.command(cid, &sqe, Transfer::Write { len, in_capsule });
+            let payload = in_capsule.then_some((&io.data, start as usize, len as usize));
+            self.link.push(&head, payload, in_capsule.then_some(u32::from(cid)))?;
+            let pair = Some(Half { fuse, other, told: None });
+            let payloads = u32::from(in_capsule);
+            self.issued(cid, Command { request: id, payloads, start, pair, ..Command::IDLE }, env);
+            let is_whole = fuse == Fuse::Second;
+            env.table.on_issued(id, if is_whole { len.into() } else { 0 }, is_whole);
         }
         Ok(true)
     }

@@ -81,6 +81,8 @@ pub struct PathState {
     pub deallocate_blocks_max: u32,
     /// Logical blocks of one Verify command.
     pub verify_blocks_max: u32,
+    /// The controller supports Compare and Write, and its queues have room for the two commands.
+    pub compare_and_write: bool,
     /// Why the last attempt or association ended. Kept while the next one is up, for the operator.
     pub last_error: Option<String>,
     /// Associations lost after they had been ready.
@@ -112,6 +114,7 @@ impl PathState {
             write_zeroes_blocks_max: 0,
             deallocate_blocks_max: 0,
             verify_blocks_max: 0,
+            compare_and_write: false,
             last_error: None,
             losses: 0,
             attempts: 0,

@@ -62,6 +62,30 @@ pub(crate) fn judge(status: Status) -> Verdict {
     }
 }
 
+/// Judges the statuses of a fused Compare and Write, of which both commands are answered.
+///
+/// It may be sent again only if the Compare says that the Write was not carried out: once that may
+/// have been done, the blocks may differ from what they are compared with for that very reason.
+#[cold]
+pub(crate) fn judge_pair(compare: Status, write: Status) -> Verdict {
+    let is_not_its_fault = |status: Status| {
+        status.is(Status::ABORTED_FAILED_FUSED) || status.is(Status::ABORTED_MISSING_FUSED)
+    };
+    match (judge(compare), judge(write)) {
+        (Verdict::Done, Verdict::Done) => Verdict::Done,
+        // Equal, and the Write failed or was given up, who knows when.
+        (Verdict::Done, Verdict::Retry(_) | Verdict::Doubt(_)) => Verdict::Fail(IoError::Aborted),
+        // A Write compares nothing.
+        (Verdict::Done, Verdict::Fail(IoError::CompareFailed)) => Verdict::Fail(IoError::Medium),
+        (Verdict::Done, failed) => failed,
+        // A controller that contradicts itself.
+        (_, Verdict::Done) => Verdict::Fail(IoError::Aborted),
+        // Neither was carried out: the Write is why.
+        (_, failed) if is_not_its_fault(compare) => failed,
+        (failed, _) => failed,
+    }
+}
+
 fn is_curable(status: Status) -> bool {
     const TRANSIENT: [Status; 10] = [
         Status::DATA_TRANSFER_ERROR,
@@ -162,6 +186,47 @@ mod tests {
             (Status::WRITE_FAULT, Fail(Medium)),
         ] {
             assert_eq!(judge(status), want, "{status}");
+        }
+    }
+
+    #[test]
+    fn a_pair_is_sent_again_only_if_it_was_not_done() {
+        use IoError::*;
+        use Verdict::*;
+        const OK: Status = Status::SUCCESS;
+        const FAILED: Status = Status::ABORTED_FAILED_FUSED.dnr();
+        const MISSING: Status = Status::ABORTED_MISSING_FUSED.dnr();
+        const AUTH: Status = Status::AUTHENTICATION_REQUIRED.dnr();
+        for (compare, write, want) in [
+            (OK, OK, Done),
+            (Status::COMPARE_FAILURE.dnr(), FAILED, Fail(CompareFailed)),
+            (Status::NAMESPACE_NOT_READY, FAILED, Retry(Medium)),
+            (Status::ANA_INACCESSIBLE, Status::ANA_INACCESSIBLE, Retry(Medium)),
+            (FAILED, Status::ANA_TRANSITION, Retry(Medium)),
+            (FAILED, Status::RESERVATION_CONFLICT.dnr(), Fail(ReservationConflict)),
+            (Status::INVALID_FIELD_IN_COMMAND.dnr(), FAILED, Doubt(Medium)),
+            (Status::UNRECOVERED_READ_ERROR, FAILED, Fail(Medium)),
+            (AUTH, MISSING, Retry(Medium)),
+            (MISSING, AUTH, Retry(Medium)),
+            (OK, Status::WRITE_FAULT, Fail(Medium)),
+            (OK, Status::CAPACITY_EXCEEDED, Fail(NoSpace)),
+            (OK, Status::INTERNAL_ERROR, Fail(Aborted)),
+            (OK, Status::ANA_INACCESSIBLE, Fail(Aborted)),
+            (OK, AUTH, Fail(Aborted)),
+            // What no controller should say is not success.
+            (OK, FAILED, Fail(Medium)),
+            (FAILED, FAILED, Fail(Medium)),
+            (Status::COMPARE_FAILURE, OK, Fail(Aborted)),
+            (Status::NAMESPACE_NOT_READY, OK, Fail(Aborted)),
+        ] {
+            assert_eq!(judge_pair(compare, write), want, "{compare} {write}");
+        }
+        for raw in 1..=0x7ff {
+            for (compare, write) in [(OK, Status(raw)), (Status(raw), OK)] {
+                let verdict = judge_pair(compare, write);
+                assert!(matches!(verdict, Fail(_)), "{compare} {write}: {verdict:?}");
+                assert_ne!(verdict, Fail(CompareFailed), "{compare} {write}: it may be done");
+            }
         }
     }
 

@@ -17,6 +17,9 @@
 //! neither sent again nor given back, because either would let the submitter write the same blocks
 //! again and then lose to the old write. [`Table::on_fenced`] ends that. Where there can be no
 //! other path, the next association comes after the end of the old controller anyway.
+//!
+//! A compare and write is quarantined in any case, and then given back as aborted instead of being
+//! sent again: compared once more it would differ if it was done.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -262,7 +265,9 @@ impl Table {
         request.commands -= 1;
         request.is_lost = true;
         let op = request.io.as_ref().map(|io| io.op);
-        if !self.is_single && op.is_some_and(|op| op.is_change() || op == Op::Reserve) {
+        // What is not sent again is given back, and then it must not be done any more.
+        let is_kept = !self.is_single || op == Some(Op::CompareAndWrite);
+        if is_kept && op.is_some_and(|op| op.is_change() || op == Op::Reserve) {
             request.fences |= 1 << path;
         }
         let has_more = request.commands > 0;
@@ -310,7 +315,9 @@ impl Table {
             Verdict::Fail(error) => self.finish(id, Err(error)),
             _ if request.seq < self.abort_below => self.finish(id, Err(IoError::Aborted)),
             // It may have been done, and then done again would be refused for having been done.
-            _ if op == Some(Op::Reserve) => self.finish(id, Err(IoError::Aborted)),
+            _ if matches!(op, Some(Op::Reserve | Op::CompareAndWrite)) => {
+                self.finish(id, Err(IoError::Aborted));
+            }
             _ => {
                 self.resends += 1;
                 request.start_again(Place::Pending);
@@ -601,6 +608,44 @@ mod tests {
         let id = send(&mut table);
         table.on_lost(id, 0);
         assert_eq!(finished(&mut table), [(7, Err(IoError::Aborted))]);
+    }
+
+    #[test]
+    fn a_compare_and_write_is_not_sent_twice_and_not_given_back_while_it_may_be_done() {
+        for is_single in [false, true] {
+            // Both lost, or one of them, answered or not.
+            for answers in 0..4 {
+                let mut table = Table::new(4, 2, is_single);
+                let io = Io { tag: 7, ..Io::new(Op::CompareAndWrite, 0, 512) };
+                table.accept(Box::new(io)).unwrap();
+                let (id, ..) = table.front().unwrap();
+                table.on_issued(id, 0, false);
+                table.on_issued(id, 512, true);
+                for command in 0..2 {
+                    if answers & 1 << command == 0 {
+                        table.on_lost(id, 0);
+                        continue;
+                    }
+                    // Both answers are judged with the second of them.
+                    let is_last = answers == 3 && command == 1;
+                    let verdict = match is_last {
+                        true => Verdict::Retry(IoError::Medium),
+                        false => Verdict::Done,
+                    };
+                    table.on_answered(id, verdict);
+                    table.on_settled(id, 0, 0, NOW);
+                }
+                if answers == 3 {
+                    assert!(table.next_wake().is_some(), "it was not done, and is sent again");
+                    continue;
+                }
+                table.abort();
+                table.fail_all_held(IoError::Gone);
+                assert_eq!(finished(&mut table), [], "{answers}: its controller lives");
+                table.on_fenced(0);
+                assert_eq!(finished(&mut table), [(7, Err(IoError::Aborted))], "{answers}");
+            }
+        }
     }
 
     #[test]

@@ -386,7 +386,7 @@ fn first_stage(shared: &Shared, io: &Io) -> Option<Stage> {
         Op::WriteZeroes if shared.can_zero.load(Relaxed) => Stage::Allocate(ZERO_RANGE),
         Op::WriteZeroes => Stage::ZeroFill,
         // `check` has refused them.
-        Op::Copy | Op::Reserve | Op::ReservationReport => return None,
+        Op::Copy | Op::Reserve | Op::ReservationReport | Op::CompareAndWrite => return None,
     })
 }
 

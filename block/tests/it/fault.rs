@@ -14,7 +14,7 @@ use crate::model::{self, Options};
 const BYTES: usize = 1 << 20;
 
 fn volume(seed: u64) -> (FaultVolume, FaultHandle) {
-    let ram = RamVolume::new(identity(), BYTES as u64, 512).unwrap();
+    let ram = RamVolume::new(identity(), BYTES as u64, 512).unwrap().with_compare_and_write();
     FaultVolume::new(Arc::new(ram), seed)
 }
 

@@ -105,7 +105,7 @@ pub(crate) fn run(
     let mut flights: Vec<Flight> = Vec::new();
     let mut failures = 0;
     for tag in 0..options.ios as u64 {
-        let op = match random.below(24) {
+        let op = match random.below(25) {
             0..8 => Op::Read,
             8..15 => Op::Write,
             15 => Op::Flush,
@@ -114,13 +114,17 @@ pub(crate) fn run(
             20..22 => Op::Compare,
             22 => Op::Verify,
             23 if geometry.copy.ranges_max > 0 => Op::Copy,
+            24 if geometry.compare_and_write => Op::CompareAndWrite,
             _ => Op::Read,
         };
         let first = random.below(blocks as u64) as usize;
         let longest = (options.len_max as usize / block).min(blocks - first).max(1);
         // Mostly short, as hosts do.
         let longest = if random.below(4) == 0 { longest } else { longest.min(16) };
-        let count = 1 + random.below(longest as u64) as usize;
+        let count = match op {
+            Op::CompareAndWrite => 1,
+            _ => 1 + random.below(longest as u64) as usize,
+        };
         let range = first * block..(first + count) * block;
         let mut op = op;
         let source = (random.below((blocks + 1 - count) as u64) as usize) * block;
@@ -140,10 +144,15 @@ pub(crate) fn run(
         while flights.len() == options.depth || (op != Op::Flush && flights.iter().any(conflicts)) {
             failures += collect(bench, &mut flights, &mut model, options);
         }
-        if op == Op::Compare && !model.known[model.blocks(&range)].iter().all(|known| *known) {
+        let compares = matches!(op, Op::Compare | Op::CompareAndWrite);
+        if compares && !model.known[model.blocks(&range)].iter().all(|known| *known) {
             op = Op::Read;
         }
-        let len = if op.has_data() { range.len() } else { 0 };
+        let len = match op {
+            Op::CompareAndWrite => 2 * range.len(),
+            _ if op.has_data() => range.len(),
+            _ => 0,
+        };
         let (whole, parts) = memory(bench, &mut random, len, options.odd_memory);
         let mut io = Box::new(Io::new(op, range.start as u64, range.len() as u64));
         io.tag = tag;
@@ -152,15 +161,15 @@ pub(crate) fn run(
         }
         io.fua = op.is_change() && random.below(8) == 0;
         io.no_unmap = op == Op::WriteZeroes && random.below(2) == 0;
-        if op == Op::Write {
+        if matches!(op, Op::Write | Op::CompareAndWrite) {
             let fresh: Vec<u8> =
                 (0..len).map(|i| (tag as usize * 131 + i * 7 + i / 256) as u8).collect();
             io.data.copy_from_slice(0, &fresh).unwrap();
         }
-        if op == Op::Compare {
+        if matches!(op, Op::Compare | Op::CompareAndWrite) {
             let mut bytes = model.bytes[range.clone()].to_vec();
             if random.below(2) == 0 {
-                bytes[random.below(len as u64) as usize] ^= 0x10;
+                bytes[random.below(range.len() as u64) as usize] ^= 0x10;
                 io.tag |= WRONG;
             }
             io.data.copy_from_slice(0, &bytes).unwrap();
@@ -221,7 +230,7 @@ fn collect(
         around[part].fill(AROUND);
     }
     assert!(around.iter().all(|b| *b == AROUND), "{what}: bytes around the data changed");
-    if io.op == Op::Compare && io.tag & WRONG != 0 {
+    if io.tag & WRONG != 0 {
         let is_failure =
             options.may_fail.is_some() && io.result == options.may_fail.map_or(Ok(()), Err);
         if !is_failure {
@@ -240,6 +249,10 @@ fn collect(
     match io.op {
         Op::Read => model.compare(flight.range, &seen, &what),
         Op::Write => model.set(flight.range, &seen),
+        Op::CompareAndWrite => {
+            let stored = &seen[flight.range.len()..];
+            model.set(flight.range, stored);
+        }
         Op::Flush | Op::Verify | Op::Compare => {}
         Op::Copy => {
             let (from, to) = (model.blocks(&flight.source), model.blocks(&flight.range));

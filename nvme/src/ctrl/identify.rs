@@ -174,6 +174,8 @@ impl Controller {
             id.cmic = Id::CMIC_MULTI_PORT | Id::CMIC_MULTI_CONTROLLER;
             id.ofcs = U16::new(Id::OFCS_DISCONNECT);
             id.nwpc = Id::NWPC_WRITE_PROTECT;
+        }
+        if self.has(|ns| ns.compare_and_write) {
             id.fuses = U16::new(Id::FUSES_COMPARE_AND_WRITE);
             id.acwu_z = U16::new((COMPARE_AND_WRITE_BLOCKS_MAX - 1) as u16);
         }
@@ -210,28 +212,31 @@ impl Controller {
         id
     }
 
-    /// ONCS. While there is no namespace to ask, what namespaces usually support: hosts read it
-    /// once, when they connect.
+    /// Whether any namespace can do it. While there is none to ask, what namespaces usually can:
+    /// hosts read it once, when they connect.
+    fn has(&self, ability: fn(&NamespaceInfo) -> bool) -> bool {
+        let namespaces = self.subsys.namespaces();
+        namespaces.is_empty() || namespaces.iter().any(ability)
+    }
+
+    /// ONCS.
     pub(crate) fn optional_nvm_commands(&self) -> u16 {
         type Id = IdentifyController;
         let namespaces = self.subsys.namespaces();
         let mut oncs = Id::ONCS_DSM | Id::ONCS_SAVE_SELECT | Id::ONCS_TIMESTAMP;
-        let has = |ability: fn(&NamespaceInfo) -> bool| {
-            namespaces.is_empty() || namespaces.iter().any(ability)
-        };
-        if has(|ns| ns.compare) {
+        if self.has(|ns| ns.compare) {
             oncs |= Id::ONCS_COMPARE;
         }
-        if has(|ns| ns.verify) {
+        if self.has(|ns| ns.verify) {
             oncs |= Id::ONCS_VERIFY;
         }
-        if has(|ns| ns.copy) {
+        if self.has(|ns| ns.copy) {
             oncs |= Id::ONCS_COPY;
         }
-        if namespaces.is_empty() || namespaces.iter().any(|ns| ns.write_zeroes) {
+        if self.has(|ns| ns.write_zeroes) {
             oncs |= Id::ONCS_WRITE_ZEROES;
         }
-        if namespaces.is_empty() || namespaces.iter().any(|ns| ns.reservations) {
+        if self.has(|ns| ns.reservations) {
             oncs |= Id::ONCS_RESERVATIONS;
         }
         if namespaces.iter().any(|ns| ns.write_uncorrectable) {

@@ -381,11 +381,11 @@ fn byte_range(slba: u64, blocks: u64, ns: &NamespaceInfo) -> Result<(u64, u64), 
 /// Namespace of a command that takes one, after the checks all I/O commands share.
 #[inline]
 fn namespace<'a>(sqe: &Sqe, subsys: &'a SubsystemInfo) -> Result<&'a NamespaceInfo, Status> {
-    if sqe.fuse() != 0 {
-        fused::check(sqe, subsys)?;
-    }
     let nsid = sqe.nsid.get();
     let Some(index) = subsys.namespace_index(nsid) else { return Err(no_namespace(nsid, subsys)) };
+    if sqe.fuse() != 0 {
+        fused::check(sqe, &subsys.namespaces()[index])?;
+    }
     match subsys.ana_refusal(index) {
         None => Ok(&subsys.namespaces()[index]),
         Some(status) => Err(status),

@@ -83,6 +83,8 @@ pub struct ControllerInfo {
     pub oaes: u32,
     /// Optional NVM commands.
     pub oncs: u16,
+    /// Fused operations.
+    pub fuses: u16,
     /// Copy Descriptor Formats Supported.
     pub cdfs: u16,
     /// A volatile write cache may be present.
@@ -336,6 +338,7 @@ impl BringUp {
                 .then(|| Instance { ciu: id.ciu, cirn: id.cirn.get() }),
             oaes: id.oaes.get(),
             oncs: id.oncs.get(),
+            fuses: id.fuses.get(),
             cdfs: id.cdfs.get(),
             write_cache: id.vwc & IdentifyController::VWC_PRESENT != 0,
             has_keep_alive: id.kas.get() != 0,

@@ -3,6 +3,7 @@
 //! `nlb` is one-based, 1..=65536. With `in_capsule` the data descriptor says "offset 0 in the
 //! capsule", else the transport moves the data.
 
+use crate::ctrl::io::Fuse;
 use crate::spec::{NvmOpcode, SglDescriptor, Sqe};
 use crate::subsys::reservation::{
     AcquireAction, PersistChange, RegisterAction, ReleaseAction, ReservationRequest,
@@ -78,6 +79,19 @@ pub fn compare(nsid: u32, slba: u64, nlb: u32, len: u32, in_capsule: bool, fua: 
     let mut sqe = lba_command(NvmOpcode::COMPARE, nsid, slba, nlb, fua);
     sqe.dptr = descriptor(len, in_capsule);
     sqe.to_bytes()
+}
+
+/// The command as half of a fused operation: a Compare as the first, a Write as the second. The two
+/// are sent one directly after the other on one queue (NVMe Base 2.0, "Fused Operation").
+#[must_use]
+pub fn fused(mut sqe: [u8; 64], fuse: Fuse) -> [u8; 64] {
+    sqe[1] = sqe[1] & !3
+        | match fuse {
+            Fuse::None => 0,
+            Fuse::First => 1,
+            Fuse::Second => 2,
+        };
+    sqe
 }
 
 /// Verify `nlb` blocks.
@@ -235,6 +249,16 @@ mod tests {
         ];
         for (bytes, command) in cases {
             assert_eq!(decode(&Sqe::from_bytes(&bytes), &subsys), Ok(command));
+            for fuse in [Fuse::None, Fuse::First, Fuse::Second] {
+                let sqe = Sqe::from_bytes(&fused(bytes, fuse));
+                let fits = matches!(
+                    (fuse, command),
+                    (Fuse::None, _)
+                        | (Fuse::First, IoCommand::Compare { .. })
+                        | (Fuse::Second, IoCommand::Write { .. })
+                );
+                assert_eq!((Fuse::of(&sqe), decode(&sqe, &subsys).is_ok()), (fuse, fits));
+            }
         }
     }
 

@@ -119,6 +119,8 @@ pub struct RemoteNamespace {
     pub deallocate_granularity_bytes: u32,
     /// Compare is supported.
     pub compare: bool,
+    /// Compare and Write is supported, as a fused operation of one block.
+    pub compare_and_write: bool,
     /// Blocks one Verify command may have, 1..=65536; 0: it is not supported.
     pub verify_blocks_max: u32,
     /// What one Copy command may be; `None`: it is not supported.
@@ -921,6 +923,8 @@ impl Session {
             write_granularity_bytes: granularity(id.npwg_z.get()),
             deallocate_granularity_bytes: granularity(id.npdg_z.get()),
             compare: can(IdentifyController::ONCS_COMPARE),
+            compare_and_write: can(IdentifyController::ONCS_COMPARE)
+                && controller.fuses & IdentifyController::FUSES_COMPARE_AND_WRITE != 0,
             verify_blocks_max: match can(IdentifyController::ONCS_VERIFY) {
                 true => blocks_of(self.limits.verify_bytes),
                 false => 0,

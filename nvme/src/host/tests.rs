@@ -442,7 +442,7 @@ fn what_a_namespace_can_do() {
     let mut session = Session::new(config(1), MS(0));
     settle(&mut session, &mut peer, MS(0));
     let ns = ready(&session).namespace.as_ref().unwrap();
-    assert!(ns.compare);
+    assert!(ns.compare && ns.compare_and_write);
     assert_eq!(ns.verify_blocks_max, 65536, "VSL is 32 MiB");
     let copy = CopyLimits { ranges_max: 128, range_blocks_max: 8192, blocks_max: 65536 };
     assert_eq!((ns.copy, ns.rescap), (Some(copy), 0));
@@ -456,6 +456,7 @@ fn what_a_namespace_can_do() {
     let ns = ready(&session).namespace.as_ref().unwrap();
     let copy = CopyLimits { ranges_max: 128, range_blocks_max: 64, blocks_max: 100 };
     assert_eq!((ns.copy, ns.rescap), (Some(copy), 0x7f));
+    assert!(ns.compare && !ns.compare_and_write, "FUSES is 0");
     assert_eq!(ns.verify_blocks_max, 65536, "VSL 0: no limit");
     controller.cdfs = U16::new(2);
     let session = scan(controller, &id).unwrap();

@@ -117,6 +117,8 @@ pub struct NamespaceInfo {
     pub write_uncorrectable: bool,
     /// Compare is supported.
     pub compare: bool,
+    /// Compare and Write is, as a fused operation.
+    pub compare_and_write: bool,
     /// Verify is supported.
     pub verify: bool,
     /// Copy is supported.
@@ -124,8 +126,8 @@ pub struct NamespaceInfo {
 }
 
 impl NamespaceInfo {
-    /// A read-write namespace with no identifiers and no optional features but Compare, Verify and
-    /// Copy, which a target can do by reading and writing.
+    /// A read-write namespace with no identifiers and no optional features but Compare, fused or
+    /// not, Verify and Copy, which a target can do by reading and writing.
     #[must_use]
     pub fn new(nsid: u32, block_bytes: u32, blocks: u64) -> NamespaceInfo {
         NamespaceInfo {
@@ -150,6 +152,7 @@ impl NamespaceInfo {
             write_protect: false,
             write_uncorrectable: false,
             compare: true,
+            compare_and_write: true,
             verify: true,
             copy: true,
         }

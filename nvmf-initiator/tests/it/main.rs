@@ -2,7 +2,7 @@
 //!
 //! `io` is what works, `loss` is lost paths and what is held, `hostile` a target that breaks the
 //! protocol, `tamper` one that meddles with TLS, `secure` the end of TLS and authentication, `model`
-//! random histories against a model of the disk, `watch` paths by discovery, `subsystem` what there
+//! random histories against a model of the disk, `pairs` Compare and Write, `watch` paths by discovery, `subsystem` what there
 //! is, `allocations` counts.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 #![allow(unreachable_pub, reason = "nobody imports a test binary")]
@@ -14,6 +14,7 @@ mod hostile;
 mod io;
 mod loss;
 mod model;
+mod pairs;
 mod paths;
 mod rig;
 mod secure;

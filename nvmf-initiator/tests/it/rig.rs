@@ -124,6 +124,15 @@ impl Disk {
         self.submit(io);
     }
 
+    pub fn compare_and_write(&self, tag: u64, offset: u64, old: &[u8], new: &[u8]) {
+        let len = old.len() as u64;
+        let mut io = Box::new(Io { tag, ..Io::new(Op::CompareAndWrite, offset, len) });
+        self.local.pool().alloc(2 * old.len(), &mut io.data).unwrap();
+        io.data.copy_from_slice(0, old).unwrap();
+        io.data.copy_from_slice(old.len(), new).unwrap();
+        self.submit(io);
+    }
+
     pub fn op(&self, tag: u64, op: Op, offset: u64, len: u64) {
         self.submit(Box::new(Io { tag, ..Io::new(op, offset, len) }));
     }

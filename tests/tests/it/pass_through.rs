@@ -146,6 +146,28 @@ fn compare_verify_and_copy_reach_the_remote_namespace() {
 }
 
 #[test]
+fn hosts_that_compare_and_write_one_block_take_turns() {
+    let mut bench = Bench::new();
+    let block = |n: u8| vec![n; 512];
+    assert_eq!(bench.with_data(0, Op::Write, 4096, &block(0)).result, Ok(()));
+    for n in 0..20 {
+        // Both believe what the block holds; the first one is right.
+        let data = [block(n), block(n + 1)].concat();
+        let first = usize::from(n % 2);
+        for (host, want) in [(first, Ok(())), (1 - first, Err(IoError::CompareFailed))] {
+            let mut io = Io::new(Op::CompareAndWrite, 4096, 512);
+            let pool = bench.hosts[host].local.pool().clone();
+            pool.alloc(1024, &mut io.data).expect("memory");
+            io.data.copy_from_slice(0, &data).expect("its length");
+            assert_eq!(bench.run(host, io).result, want, "host {host} at {n}");
+        }
+        let io = bench.with_data(first, Op::Read, 4096, &block(0));
+        assert!(bytes(&io) == block(n + 1), "the block after {n}");
+    }
+    assert!(bench.hosts.iter().all(|host| host.remote.geometry().compare_and_write));
+}
+
+#[test]
 fn reservations_keep_the_other_host_out() {
     let mut bench = Bench::new();
     let block = [5; 512];

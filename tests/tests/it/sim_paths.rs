@@ -94,7 +94,8 @@ impl Trouble {
     }
 }
 
-fn run(seed: u64) -> Result<u64, String> {
+/// How many paths were used, and how many pairs were lost with one.
+fn run(seed: u64) -> Result<(u64, u64), String> {
     let paths_change = seed % 2 == 1;
     let change = |config| RemoteConfig { policy: policy(seed), paths_change, ..config };
     let mut sim = build_with(seed, REQUESTS, PATHS, change);
@@ -118,7 +119,7 @@ fn run(seed: u64) -> Result<u64, String> {
     }
     let switched = sim.remote.path_counters().iter().filter(|path| path.commands > 0).count();
     sim.finish()?;
-    Ok(switched as u64)
+    Ok((switched as u64, report.borrow().unknown))
 }
 
 #[test]
@@ -127,10 +128,13 @@ fn seeds_of_failing_paths_lose_and_double_nothing() {
     let count = std::env::var("PENSTOCK_SIM_SEEDS").ok().and_then(|s| s.parse::<u64>().ok());
     let count = count.unwrap_or(SEEDS);
     let seeds = only.map_or(0..count, |seed| seed..seed + 1);
-    let mut on_several = 0;
+    let (mut on_several, mut unknown) = (0, 0);
     for seed in seeds {
         match run(seed) {
-            Ok(paths) => on_several += u64::from(paths > 1),
+            Ok((paths, lost)) => {
+                on_several += u64::from(paths > 1);
+                unknown += lost;
+            }
             Err(failure) => panic!(
                 "seed {seed}: {failure}\nreplay: PENSTOCK_SIM_SEED={seed} cargo nextest run -p it sim_paths"
             ),
@@ -138,6 +142,7 @@ fn seeds_of_failing_paths_lose_and_double_nothing() {
     }
     if only.is_none() {
         assert!(on_several > count / 2, "only {on_several} runs used more than one path");
+        assert!(unknown > 0, "no pair was lost with its path");
     }
 }
 

@@ -3,8 +3,7 @@
 
 use super::IoCommand;
 use crate::spec::{NvmOpcode, Sqe, Status};
-use crate::subsys::{COMPARE_AND_WRITE_BLOCKS_MAX, SubsystemInfo};
-use crate::xfer::Transport;
+use crate::subsys::{COMPARE_AND_WRITE_BLOCKS_MAX, NamespaceInfo, SubsystemInfo};
 
 /// FUSE field of a command.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,15 +30,15 @@ impl Fuse {
     }
 }
 
-/// Whether the command may have its FUSE field, which is not 0.
+/// Whether a command to the namespace may have its FUSE field, which is not 0.
 #[cold]
-pub(super) fn check(sqe: &Sqe, subsys: &SubsystemInfo) -> Result<(), Status> {
-    // A PCI function's volume is not asked to do two things as one (FUSES is 0).
-    if subsys.limits().transport == Transport::Pcie {
-        return Err(Status::INVALID_FIELD_IN_COMMAND.dnr());
-    }
+pub(super) fn check(sqe: &Sqe, ns: &NamespaceInfo) -> Result<(), Status> {
     match (Fuse::of(sqe), NvmOpcode(sqe.opcode)) {
-        (Fuse::First, NvmOpcode::COMPARE) | (Fuse::Second, NvmOpcode::WRITE) => Ok(()),
+        (Fuse::First, NvmOpcode::COMPARE) | (Fuse::Second, NvmOpcode::WRITE)
+            if ns.compare_and_write =>
+        {
+            Ok(())
+        }
         _ => Err(Status::INVALID_FIELD_IN_COMMAND.dnr()),
     }
 }

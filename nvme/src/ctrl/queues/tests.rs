@@ -219,7 +219,7 @@ fn identify_has_no_fabrics_fields() {
     assert_eq!(outcome, AdminOutcome::Complete { status: Status::SUCCESS, result: 0 });
     let id = IdentifyController::read_from_bytes(&out[..]).unwrap();
     assert_eq!((id.ioccsz.get(), id.iorcsz.get(), id.msdbd, id.ofcs.get()), (0, 0, 0, 0));
-    assert_eq!((id.kas.get(), id.cmic, id.fuses.get(), id.oacs.get()), (0, 0, 0, 1 << 8));
+    assert_eq!((id.kas.get(), id.cmic, id.fuses.get(), id.oacs.get()), (0, 0, 1, 1 << 8));
     assert_eq!(id.sgls.get(), 1 | 1 << 16 | 1 << 18);
     assert_eq!(id.ctratt.get() & IdentifyController::CTRATT_TBKAS, 0);
     sqe.flags = 0x40;
@@ -256,6 +256,16 @@ fn io_commands_need_no_length_in_the_data_pointer() {
     sqe.set_prps(0x1000, 0);
     let read = IoCommand::Read { nsid: 1, offset: 0, len: 4096, fua: false };
     assert_eq!(decode(&sqe, &subsys), Ok(read));
+    // Fused, as half of a pair.
+    sqe.opcode = 5;
+    sqe.flags = 1;
+    let compare = IoCommand::Compare { nsid: 1, offset: 0, len: 4096, fua: false };
+    assert_eq!(decode(&sqe, &subsys), Ok(compare));
+    let mut none = subsys.namespaces().to_vec();
+    none[0].compare_and_write = false;
+    let none = subsys.with_namespaces(none).unwrap();
+    assert_eq!(decode(&sqe, &none), Err(Status::INVALID_FIELD_IN_COMMAND.dnr()));
+    sqe.opcode = 2;
     sqe.dptr = SglDescriptor::default();
     for (flags, want) in [
         (0x40, Ok(read)),

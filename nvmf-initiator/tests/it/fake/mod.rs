@@ -16,7 +16,9 @@ use std::time::Duration;
 use crypto::dhchap::{self, Concatenation, DhGroup, ENTROPY_LEN};
 use crypto::{DhchapKey, Hash};
 use iobuf::SgList;
-use nvme::ctrl::io::{COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand, copy_range, decode, dsm_range};
+use nvme::ctrl::io::{
+    COPY_RANGE_LEN, DSM_RANGE_LEN, Fuse, IoCommand, copy_range, decode, dsm_range,
+};
 use nvme::ctrl::{
     AdminOutcome, Controller, ControllerConfig, ControllerKind, HealthCounters, Instance,
     admit_admin,
@@ -126,6 +128,8 @@ pub struct Seen {
     pub flushes: u64,
     pub write_zeroes: u64,
     pub deallocates: u64,
+    /// Fused pairs that came, done or not.
+    pub pairs: u64,
     pub r2ts: u64,
     pub in_capsule: u64,
     pub keep_alives: u64,
@@ -301,6 +305,16 @@ impl Fake {
         core.handle().wake();
     }
 
+    /// What a Compare finds.
+    fn is_equal(&self, compare: &Slot) -> bool {
+        match decode(&compare.sqe, &self.subsys.borrow()) {
+            Ok(IoCommand::Compare { offset, len, .. }) => {
+                self.disk.borrow()[offset as usize..][..len as usize] == compare.data[..]
+            }
+            other => panic!("the first of a pair is {other:?}"),
+        }
+    }
+
     fn count(&self, change: impl FnOnce(&mut Seen)) {
         let mut seen = self.seen.get();
         change(&mut seen);
@@ -331,6 +345,12 @@ struct Slot {
     asked: u32,
     /// When it is executed, once its data is there.
     due: Option<Duration>,
+    /// The other of its fused pair.
+    other: Option<u16>,
+    /// Its data is there, and it waits for the other's.
+    is_held: bool,
+    /// Of the second of a pair that is due: the first, and its slot.
+    first: Option<(u16, Box<Slot>)>,
 }
 
 struct Connection {
@@ -342,6 +362,8 @@ struct Connection {
     /// Payloads on their way, by token.
     payloads: BTreeMap<u32, SgList>,
     next_token: u32,
+    /// The first of a fused pair, which has to be followed by its second.
+    first: Option<u16>,
     is_paused: bool,
     early: Option<(Duration, u16, Status)>,
     is_over: bool,
@@ -465,6 +487,7 @@ impl FakeTask {
                 slots: BTreeMap::new(),
                 payloads: BTreeMap::new(),
                 next_token: 0,
+                first: None,
                 is_paused: false,
                 early: None,
                 is_over,
@@ -614,6 +637,9 @@ impl FakeTask {
             self.late.extract_if(.., |slot| slot.due.is_some_and(|at| at <= now)).collect();
         let subsys = Arc::clone(&self.fake.subsys.borrow());
         for slot in &due {
+            if slot.first.as_ref().is_some_and(|(_, compare)| !self.fake.is_equal(compare)) {
+                continue;
+            }
             if let Ok(io) = decode(&slot.sqe, &subsys)
                 && change(&mut self.fake.disk.borrow_mut(), &io, &slot.data, &subsys) == Ok(true)
             {
@@ -659,7 +685,30 @@ impl FakeTask {
         let len = sqe.dptr.length.get();
         let is_write = sqe.direction() == Direction::ToController && len > 0;
         let connection = &mut self.connections[index];
-        let mut command = Slot { sqe, data: Vec::new(), want: 0, asked: 0, due: None };
+        let mut command = Slot {
+            sqe,
+            data: Vec::new(),
+            want: 0,
+            asked: 0,
+            due: None,
+            other: None,
+            is_held: false,
+            first: None,
+        };
+        if let Role::Io { .. } = connection.role {
+            let first = connection.first.take();
+            assert_eq!(first.is_some(), Fuse::of(&sqe) == Fuse::Second, "a pair is torn apart");
+            match Fuse::of(&sqe) {
+                Fuse::None => {}
+                Fuse::First => connection.first = Some(slot),
+                Fuse::Second => {
+                    command.other = first;
+                    let first = first.and_then(|first| connection.slots.get_mut(&first));
+                    first.expect("it waits for its second").other = Some(slot);
+                    self.fake.count(|seen| seen.pairs += 1);
+                }
+            }
+        }
         if is_write {
             command.want = len;
             command.data = vec![0; len as usize];
@@ -701,6 +750,19 @@ impl FakeTask {
             return;
         }
         let is_io = matches!(connection.role, Role::Io { .. });
+        let mut slot = slot;
+        if is_io && Fuse::of(&command.sqe) != Fuse::None {
+            command.is_held = true;
+            let (fuse, Some(other)) = (Fuse::of(&command.sqe), command.other) else { return };
+            if !connection.slots[&other].is_held {
+                return;
+            }
+            let (first, second) = if fuse == Fuse::First { (slot, other) } else { (other, slot) };
+            let command = connection.slots.remove(&first).unwrap();
+            connection.slots.get_mut(&second).unwrap().first = Some((first, Box::new(command)));
+            slot = second;
+        }
+        let command = connection.slots.get_mut(&slot).unwrap();
         let is_delayed =
             is_io && (delay_percent >= 100 || self.local.random_u64() % 100 < delay_percent);
         let spread = if is_delayed { delay_max.as_nanos() as u64 } else { 0 };
@@ -728,6 +790,11 @@ impl FakeTask {
             Role::Io { cntlid, .. } => {
                 if let Some(controller) = self.controllers.get_mut(&cntlid) {
                     controller.touch(now);
+                }
+                if let Some((first, compare)) = &command.first
+                    && !self.compare(index, (*first, compare), slot)
+                {
+                    return;
                 }
                 let answer = (self.fake.script.borrow_mut().on_io)(&sqe);
                 let connection = &mut self.connections[index];
@@ -889,6 +956,27 @@ impl FakeTask {
         } else {
             send_data(&self.local, connection, slot, &out, u32::MAX, result == 0, result);
         }
+    }
+
+    /// The first of a pair. `false`: the second is not carried out.
+    fn compare(&mut self, index: usize, (first, compare): (u16, &Slot), second: u16) -> bool {
+        let answer = (self.fake.script.borrow_mut().on_io)(&compare.sqe);
+        let connection = &mut self.connections[index];
+        let status = match answer {
+            Answer::Good if self.fake.is_equal(compare) => Status::SUCCESS,
+            Answer::Good => Status::COMPARE_FAILURE.dnr(),
+            Answer::Status(status) => status,
+            Answer::Silence => return false,
+            Answer::Bytes(_) | Answer::Close => {
+                connection.is_over = true;
+                return false;
+            }
+        };
+        respond(connection, first, status, 0);
+        if !status.is_success() {
+            respond(connection, second, Status::ABORTED_FAILED_FUSED.dnr(), 0);
+        }
+        status.is_success()
     }
 
     fn io(&mut self, index: usize, slot: u16, command: &Slot) {
