@@ -35,6 +35,7 @@ const GEOMETRY: Geometry = Geometry {
     deallocate: true,
     write_zeroes: true,
     compare: true,
+    compare_and_write: true,
     verify: true,
     copy: CopyLimits { ranges_max: 128, range_bytes_max: 4 << 20, bytes_max: 32 << 20 },
     rescap: 0x7f,
@@ -194,7 +195,7 @@ fn run(world: &World, data: &[u8]) {
                 sqe.cdw12.set(u32::from(input.byte()));
                 let (prp1, prp2) = (address(&mut input), address(&mut input));
                 sqe.set_prps(prp1, prp2);
-                sqe.flags = input.byte() & 0xc0;
+                sqe.flags = input.byte() & 0xc3;
                 let _ = view.write(SQ_AT + index * 64, &sqe.to_bytes());
             }
             3 => doorbells.ring(1, false, u32::from(input.byte() % 10)),

@@ -14,6 +14,8 @@
 mod command;
 mod completions;
 mod counters;
+mod fused;
+mod shadow;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -26,7 +28,7 @@ use std::time::{Duration, Instant};
 use block::{Busy, Channel, Extent, Io, IoError, Op, Reserve};
 use iobuf::{GuestSlice, GuestView, Pool, SgList};
 use nvme::ctrl::Coalescing;
-use nvme::ctrl::io::{self, COPY_RANGE_LEN, DSM_RANGE_LEN, IoCommand};
+use nvme::ctrl::io::{self, COPY_RANGE_LEN, DSM_RANGE_LEN, Fuse, FusedPairing, IoCommand};
 use nvme::spec::{Cqe, NSID_ALL, Sqe, Status};
 use nvme::subsys::SubsystemInfo;
 use nvme::subsys::reservation::{
@@ -36,6 +38,8 @@ use nvme::xfer::{Copying, Discarding, walk};
 
 use self::completions::{Cq, Done};
 pub use self::counters::Counters;
+use self::fused::Pair;
+use self::shadow::{behind, is_far, shadow_at};
 use crate::dirty::DirtyLog;
 use crate::msix::Interrupts;
 use crate::queue::{Place, Ring};
@@ -113,6 +117,8 @@ struct Slot {
     is_completed: bool,
     /// Its data is in memory of the core's, for parts of it to be copied to the guest's.
     is_bounced: bool,
+    /// Its part in a fused pair.
+    pair: Pair,
 }
 
 struct Sq {
@@ -128,6 +134,8 @@ struct Sq {
     bad_tail: u32,
     slots: Vec<Slot>,
     free: Vec<u16>,
+    /// Fused commands of the queue.
+    pairing: FusedPairing,
     is_closing: bool,
 }
 
@@ -340,39 +348,10 @@ impl Engine {
 
     /// Commands that hold memory of before the last change.
     pub fn in_flight_old(&self) -> usize {
-        let slots = self.sqs.iter().flat_map(|sq| &sq.slots);
-        slots.filter(|slot| slot.is_used && !slot.is_completed && slot.epoch != self.epoch).count()
-    }
-
-    /// Doorbells are in guest memory from now on, or no more. False if there is none there.
-    pub fn set_shadow(&mut self, shadow: Option<(u64, u64)>) -> bool {
-        self.bind_shadow(shadow, true)
-    }
-
-    fn bind_shadow(&mut self, shadow: Option<(u64, u64)>, is_new: bool) -> bool {
-        self.shadow = None;
-        self.is_shadowed = shadow.is_some();
-        let Some((doorbells, event_idx)) = shadow else { return true };
-        let (Ok(doorbells), Ok(events)) =
-            (self.view.slice(doorbells, 4096), self.view.slice(event_idx, 4096))
-        else {
-            return false;
-        };
-        if is_new {
-            // A host that has rung doorbells already goes on from there.
-            for (qid, is_cq) in self.doorbells() {
-                let value = self.record.doorbell(qid, is_cq);
-                let _ = doorbells.store_u32(shadow_at(qid, is_cq), value, Release);
-            }
-        }
-        self.shadow = Some((doorbells, events, event_idx));
-        self.disarm();
-        true
-    }
-
-    fn doorbells(&self) -> Vec<(u16, bool)> {
-        let sqs = self.sqs.iter().map(|sq| (sq.qid, false));
-        sqs.chain(self.cqs.iter().map(|cq| (cq.qid, true))).collect()
+        // A first command that waits for its second has none yet.
+        let holds = |slot: &&Slot| slot.is_used && !slot.is_completed && slot.pair != Pair::Held;
+        let slots = self.sqs.iter().flat_map(|sq| &sq.slots).filter(holds);
+        slots.filter(|slot| slot.epoch != self.epoch).count()
     }
 
     /// Log writes to guest memory.
@@ -398,24 +377,40 @@ impl Engine {
         let Some(at) = self.sq_at.get(sqid) else { return false };
         let is_it = |slot: &Slot| slot.is_used && !slot.is_completed && slot.sqe.cid.get() == cid;
         let Some(slot) = self.sqs[at].slots.iter().position(is_it) else { return false };
-        let tag = u64::from(sqid) << TAG_SHIFT | slot as u64;
+        let slot = slot as u16;
+        // A pair has one I/O, and ends as one.
+        let owner = match self.sqs[at].slots[usize::from(slot)].pair {
+            Pair::Held => {
+                self.give_up_held(at, Status::COMMAND_ABORT_REQUESTED);
+                self.post_queue_of(at);
+                return true;
+            }
+            Pair::First { second } => second,
+            _ => slot,
+        };
+        let tag = u64::from(sqid) << TAG_SHIFT | u64::from(owner);
         for space in &mut self.spaces {
             let Some(place) = space.waiting.iter().position(|io| io.tag == tag) else { continue };
             let Some(mut io) = space.waiting.remove(place) else { continue };
             io.data.clear();
             self.ios.push(io);
             self.at_volume -= 1;
-            self.complete(at, slot as u16, Status::COMMAND_ABORT_REQUESTED, 0);
-            let cqid = self.sqs[at].cqid;
-            if let Some(cq) = self.cq_at.get(cqid)
-                && !self.is_resetting
-                && self.is_master
-            {
-                self.post(cq);
-            }
+            self.end(at, owner, Status::COMMAND_ABORT_REQUESTED, false);
+            self.post_queue_of(at);
             return true;
         }
         false
+    }
+
+    /// Posts what a submission queue has completed, if it may.
+    fn post_queue_of(&mut self, at: usize) {
+        let cqid = self.sqs[at].cqid;
+        if let Some(cq) = self.cq_at.get(cqid)
+            && !self.is_resetting
+            && self.is_master
+        {
+            self.post(cq);
+        }
     }
 
     /// When to tell of completions.
@@ -506,6 +501,7 @@ impl Engine {
             bad_tail: u32::MAX,
             slots: (0..slots).map(|_| Slot::default()).collect(),
             free: (0..slots).rev().collect(),
+            pairing: FusedPairing::new(),
             is_closing: false,
         });
         self.number_queues();
@@ -517,13 +513,6 @@ impl Engine {
         Ok(())
     }
 
-    fn clear_shadow(&self, qid: u16, is_cq: bool) {
-        if let Some((doorbells, events, _)) = &self.shadow {
-            let _ = doorbells.store_u32(shadow_at(qid, is_cq), 0, Release);
-            let _ = events.store_u32(shadow_at(qid, is_cq), 0, Release);
-        }
-    }
-
     /// Takes up the commands that a predecessor took and did not complete; see [`crate::record`].
     fn recover(&mut self, at: usize) {
         let qid = self.sqs[at].qid;
@@ -531,6 +520,7 @@ impl Engine {
             .filter_map(|slot| Some((slot, self.record.slot(qid, slot)?)))
             .collect();
         found.sort_by_key(|(_, slot)| slot.seq);
+        let last = found.last().map_or(0, |(_, slot)| slot.seq).max(self.sqs[at].fetched);
         for (slot, saved) in found {
             let sq = &mut self.sqs[at];
             sq.fetched = sq.fetched.max(saved.seq);
@@ -554,14 +544,21 @@ impl Engine {
                 continue;
             }
             sq.free.retain(|free| *free != slot);
-            self.begin(at, slot, Sqe::from_bytes(&saved.sqe));
+            let sqe = Sqe::from_bytes(&saved.sqe);
+            match Fuse::of(&sqe) {
+                Fuse::None => self.begin(at, slot, sqe),
+                // Its second is still in the queue.
+                Fuse::First if saved.seq == last => self.begin(at, slot, sqe),
+                _ => self.begin_lost_half(at, slot, sqe),
+            }
         }
     }
 
     /// Deletes a submission queue as soon as its commands are back: take no more of it now.
     pub fn close_sq(&mut self, qid: u16) {
-        if let Some(sq) = self.sqs.iter_mut().find(|sq| sq.qid == qid) {
-            sq.is_closing = true;
+        if let Some(at) = self.sqs.iter().position(|sq| sq.qid == qid) {
+            self.sqs[at].is_closing = true;
+            self.give_up_held(at, Status::ABORTED_SQ_DELETION);
         }
     }
 
@@ -594,6 +591,9 @@ impl Engine {
     /// The controller is shut down: take nothing more, and complete what was taken.
     pub fn drain(&mut self) {
         self.is_draining = true;
+        for at in 0..self.sqs.len() {
+            self.give_up_held(at, Status::ABORTED_MISSING_FUSED.dnr());
+        }
     }
 
     /// Flushes every volume, for nobody in particular.
@@ -818,28 +818,25 @@ impl Engine {
         has_worked
     }
 
-    /// Writes the event index of a doorbell: the value that the host rings for when it passes it.
-    fn put_event_idx(&self, qid: u16, is_cq: bool, value: u32) {
-        let Some((_, events, address)) = &self.shadow else { return };
-        let _ = events.store_u32(shadow_at(qid, is_cq), value, Relaxed);
-        if let Some(log) = &self.dirty {
-            log.mark(*address, 4096);
+    /// Begins the command in a slot.
+    fn begin(&mut self, at: usize, slot: u16, sqe: Sqe) {
+        self.fill(at, slot, sqe);
+        if let Err(status) = self.start(at, slot, &sqe) {
+            self.complete(at, slot, status, 0);
         }
     }
 
-    /// Begins the command in a slot.
-    fn begin(&mut self, at: usize, slot: u16, sqe: Sqe) {
+    /// Puts a command into a slot.
+    #[inline]
+    fn fill(&mut self, at: usize, slot: u16, sqe: Sqe) {
         let (now, epoch) = (self.now, self.epoch);
         let entry = &mut self.sqs[at].slots[usize::from(slot)];
         (entry.sqe, entry.step, entry.taken_at, entry.epoch) = (sqe, 0, now, epoch);
         (entry.is_used, entry.is_completed, entry.command) = (true, false, None);
-        (entry.measured_from, entry.is_bounced) = (None, false);
+        (entry.measured_from, entry.is_bounced, entry.pair) = (None, false, Pair::Alone);
         if now >= self.measure_at {
             self.measure_at = now + MEASURE_EVERY;
             entry.measured_from = Some(Instant::now());
-        }
-        if let Err(status) = self.start(at, slot, &sqe) {
-            self.complete(at, slot, status, 0);
         }
     }
 
@@ -864,6 +861,10 @@ impl Engine {
             debug_assert!(false, "queues stay until their I/O is back");
             return;
         };
+        if self.sqs[at].slots[usize::from(slot)].pair == Pair::Lost {
+            self.complete(at, slot, Status::COMMAND_ABORT_REQUESTED, 0);
+            return;
+        }
         if let Err(error) = result {
             let mut status = status::of(error, op);
             if matches!(error, IoError::Aborted | IoError::Gone) && self.is_detached(at, slot) {
@@ -877,11 +878,12 @@ impl Engine {
                     }
                     _ => status = INACTIVE,
                 }
-                self.complete(at, slot, status, 0);
+                self.end(at, slot, status, true);
                 return;
             }
             let sqe = &self.sqs[at].slots[usize::from(slot)].sqe;
-            if matches!(error, IoError::Medium | IoError::Gone | IoError::NoSpace) {
+            let is_failure = matches!(error, IoError::Medium | IoError::Gone | IoError::NoSpace);
+            if is_failure {
                 let failure = Failure {
                     sqid: qid,
                     cid: sqe.cid.get(),
@@ -893,7 +895,7 @@ impl Engine {
                 self.counters.media_errors += u64::from(error == IoError::Medium);
                 self.tell(Notice::Failed(failure));
             }
-            self.complete(at, slot, status, 0);
+            self.end(at, slot, status, is_failure || error == IoError::Aborted);
             return;
         }
         if let Err(status) = scattered {
@@ -910,7 +912,7 @@ impl Engine {
                 Ok(())
             }
             _ => {
-                self.complete(at, slot, Status::SUCCESS, 0);
+                self.end(at, slot, Status::SUCCESS, true);
                 Ok(())
             }
         };
@@ -1102,49 +1104,6 @@ impl Engine {
         }
     }
 
-    /// Asks to be told of the next command, by doorbells that are not in guest memory. True: there
-    /// is work already.
-    pub fn arm(&mut self) -> bool {
-        if self.shadow.is_some() {
-            self.tell_event_idx(true);
-            // The event index must be seen before the doorbells are looked at: the host writes the
-            // doorbell, then looks at the index.
-            fence(SeqCst);
-        }
-        self.has_work()
-    }
-
-    /// No need to be told.
-    pub fn disarm(&mut self) {
-        if self.shadow.is_some() {
-            self.tell_event_idx(false);
-        }
-    }
-
-    fn tell_event_idx(&mut self, is_wanted: bool) {
-        let Some((_, events, address)) = &self.shadow else { return };
-        for sq in &mut self.sqs {
-            sq.told = sq.fetched;
-            let value = match is_wanted {
-                true => (sq.fetched % u64::from(sq.entries)) as u32,
-                false => behind(sq.fetched, sq.entries),
-            };
-            let _ = events.store_u32(shadow_at(sq.qid, false), value, Relaxed);
-        }
-        for cq in &mut self.cqs {
-            cq.told = cq.head;
-            // Only a full queue waits for its host.
-            let value = match is_wanted && !cq.backlog.is_empty() {
-                true => (cq.head % u64::from(cq.entries)) as u32,
-                false => behind(cq.head, cq.entries),
-            };
-            let _ = events.store_u32(shadow_at(cq.qid, true), value, Relaxed);
-        }
-        if let Some(log) = &self.dirty {
-            log.mark(*address, 4096);
-        }
-    }
-
     /// Whether a turn would do something.
     pub fn has_work(&self) -> bool {
         if self.is_resetting || !self.is_master {
@@ -1169,25 +1128,6 @@ impl Engine {
         };
         self.sqs.iter().any(can_take) || self.cqs.iter().any(can_post)
     }
-}
-
-#[inline]
-fn shadow_at(qid: u16, is_cq: bool) -> usize {
-    8 * usize::from(qid) + if is_cq { 4 } else { 0 }
-}
-
-/// An event index that was passed just now: "an event if the index is passed", and this one is not
-/// again before the doorbell has gone almost once around.
-#[inline]
-fn behind(position: u64, entries: u32) -> u32 {
-    ((position + u64::from(entries) - 1) % u64::from(entries)) as u32
-}
-
-/// Whether a doorbell has come so far since its event index was written that the index has to
-/// follow, or the host would ring for it in the next lap though nobody sleeps.
-#[inline]
-fn is_far(steps: u64, entries: u32) -> bool {
-    steps > 0 && steps >= u64::from(entries / 4)
 }
 
 #[cfg(test)]

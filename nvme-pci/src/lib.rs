@@ -31,8 +31,7 @@
 //!
 //! # What this crate does not do
 //!
-//! No fused commands, no metadata and protection information, no controller memory buffer, no
-//! SR-IOV. An Abort ends a command that waits, not one that is at a volume. Little-endian machines only.
+//! No metadata and protection information, no controller memory buffer, no SR-IOV. An Abort ends a command that waits, not one that is at a volume. Little-endian machines only.
 //!
 //! Start reading at [`function`], then `device`, then [`engine`].
 
@@ -260,7 +259,7 @@ fn namespace_info(nsid: u32, geometry: &Geometry, identity: &Identity) -> Namesp
         deallocate_granularity_bytes: geometry.deallocate_granularity_bytes,
         optimal_write_bytes: geometry.optimal_io_bytes,
         compare: geometry.compare,
-        compare_and_write: false,
+        compare_and_write: geometry.compare_and_write,
         verify: geometry.verify,
         // The limits that Identify tells are those of the protocol core: a volume that takes less
         // has no Copy.

@@ -25,7 +25,9 @@
 //!   slot can have been posted at the same position: a queue posts one at a time.
 //!
 //! So each command completes exactly once. It may be *carried out* twice, which is what NVMe lets
-//! any host see of a controller that was reset: reads and writes of the same data.
+//! any host see of a controller that was reset: reads and writes of the same data. Fused pairs are
+//! not: done twice, the blocks would differ from what they are compared with. A pair that was not
+//! completed is aborted; a first command whose second was not taken yet goes on waiting for it.
 
 use std::fs::File;
 use std::io;

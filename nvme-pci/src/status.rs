@@ -8,6 +8,10 @@ use nvme::spec::Status;
 pub(crate) fn of(error: IoError, op: Op) -> Status {
     match error {
         IoError::OutOfRange => Status::LBA_OUT_OF_RANGE.dnr(),
+        // As if FUSES were 0.
+        IoError::NotSupported if op == Op::CompareAndWrite => {
+            Status::INVALID_FIELD_IN_COMMAND.dnr()
+        }
         IoError::NotSupported => Status::INVALID_COMMAND_OPCODE.dnr(),
         IoError::TooLarge if op == Op::Copy => Status::COMMAND_SIZE_LIMIT_EXCEEDED.dnr(),
         IoError::Misaligned | IoError::TooLarge => Status::INVALID_FIELD_IN_COMMAND.dnr(),

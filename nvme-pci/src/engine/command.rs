@@ -4,7 +4,22 @@ use super::*;
 
 impl Engine {
     pub(super) fn start(&mut self, at: usize, slot: u16, sqe: &Sqe) -> Result<(), Status> {
-        let command = io::decode(sqe, &self.subsys)?;
+        let decoded = io::decode(sqe, &self.subsys);
+        let fuse = Fuse::of(sqe);
+        if !self.sqs[at].pairing.is_idle(fuse) {
+            return self.start_paired(at, slot, sqe, fuse, decoded);
+        }
+        self.carry_out(at, slot, sqe, decoded?)
+    }
+
+    #[inline]
+    pub(super) fn carry_out(
+        &mut self,
+        at: usize,
+        slot: u16,
+        sqe: &Sqe,
+        command: IoCommand,
+    ) -> Result<(), Status> {
         self.sqs[at].slots[usize::from(slot)].command = Some(command);
         match command {
             IoCommand::Read { nsid, offset, len, fua } => {
@@ -56,7 +71,13 @@ impl Engine {
     }
 
     /// An I/O for a command, and where it goes.
-    fn io(&mut self, at: usize, slot: u16, op: Op, nsid: u32) -> Result<(usize, Box<Io>), Status> {
+    pub(super) fn io(
+        &mut self,
+        at: usize,
+        slot: u16,
+        op: Op,
+        nsid: u32,
+    ) -> Result<(usize, Box<Io>), Status> {
         let space = self.space_of(nsid).ok_or(Status::INTERNAL_ERROR)?;
         // One for each slot; those of a queue that was deleted meanwhile may be missing.
         let mut io = self.ios.pop().unwrap_or_else(|| Box::new(Io::with_capacity(SEGMENTS)));

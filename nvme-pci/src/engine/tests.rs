@@ -14,6 +14,8 @@ use crate::msix::Vectors;
 use crate::record::{Record, crash};
 use crate::testing::{allocations, memfd};
 
+mod fused;
+
 const BLOCKS: u64 = 256;
 const BYTES: usize = 512 * BLOCKS as usize;
 const MEMORY: u64 = 4 << 20;
@@ -95,6 +97,16 @@ impl Disk {
                 let mut other = vec![0; io.len as usize];
                 io.data.copy_to_slice(0, &mut other).unwrap();
                 if self.bytes[range] != other {
+                    io.result = Err(IoError::CompareFailed);
+                }
+            }
+            Op::CompareAndWrite => {
+                let len = io.len as usize;
+                let mut data = vec![0; 2 * len];
+                io.data.copy_to_slice(0, &mut data).unwrap();
+                if self.bytes[range.clone()] == data[..len] {
+                    self.bytes[range].copy_from_slice(&data[len..]);
+                } else {
                     io.result = Err(IoError::CompareFailed);
                 }
             }
@@ -854,6 +866,7 @@ fn one_life_and_another(first: u64, second: u64) -> bool {
 #[derive(Debug, Clone)]
 enum Act {
     Sqe { index: u32, raw: [u8; 64] },
+    Pair { index: u32, slba: u64, fuses: [u8; 2], prps: [u64; 2] },
     Tail(u32),
     Head(u32),
     List { at: u64, entries: Vec<u64> },
@@ -894,6 +907,13 @@ fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         6 => (0u32..8, plausible)
             .prop_map(|(index, raw)| Act::Sqe { index, raw }),
+        3 => (0u32..8, 0u64..3, (0u8..4, 0u8..4), (address(), address())).prop_map(
+            |(index, slba, fuses, prps)| {
+                // Mostly as they should be.
+                let fuses = if fuses.0 < 3 { [1, 2] } else { [fuses.1, fuses.0] };
+                Act::Pair { index, slba, fuses, prps: prps.into() }
+            }
+        ),
         2 => (0u32..8, raw).prop_map(|(index, raw)| Act::Sqe { index, raw }),
         4 => (0u32..10).prop_map(Act::Tail),
         3 => (0u32..10).prop_map(Act::Head),
@@ -919,6 +939,15 @@ proptest! {
         for act in acts {
             match act {
                 Act::Sqe { index, raw } => rig.write(SQ + u64::from(index) * 64, &raw),
+                Act::Pair { index, slba, fuses, prps } => {
+                    let opcodes = [NvmOpcode::COMPARE, NvmOpcode::WRITE];
+                    for (n, opcode) in opcodes.into_iter().enumerate() {
+                        let mut sqe = command(opcode, slba, 1, prps[n] & !3, 0);
+                        sqe.flags = fuses[n];
+                        let index = u64::from(index + n as u32) % 8;
+                        rig.write(SQ + index * 64, &sqe.to_bytes());
+                    }
+                }
                 Act::Tail(value) => rig.record.view().ring(1, false, value),
                 Act::Head(value) => rig.record.view().ring(1, true, value),
                 Act::List { at, entries } => {

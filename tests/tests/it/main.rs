@@ -5,6 +5,7 @@ mod change;
 mod counting;
 mod fairness;
 mod faults;
+mod fused;
 mod ipv6;
 mod junk;
 mod pass_through;
