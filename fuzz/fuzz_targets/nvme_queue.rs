@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Busy, Channel, CopyLimits, Geometry, Io, IoError, check};
-use iobuf::{GuestMemory, GuestRegion};
+use iobuf::{GuestMemory, GuestRegion, Pool};
 use libfuzzer_sys::fuzz_target;
 use nvme::ctrl::Coalescing;
-use nvme::spec::{AsciiField, Nqn, Sqe};
+use nvme::spec::{AsciiField, Nqn, SglDescriptor, Sqe};
 use nvme::subsys::{Limits, NamespaceInfo, SubsystemInfo};
 use nvme::xfer::Transport;
 use nvme_pci::engine::Engine;
@@ -23,6 +23,7 @@ use nvme_pci::msix::{Interrupts, Vectors};
 use nvme_pci::record::{CqRecord, Record, SqRecord};
 use nvme_pci::testing::memfd;
 use penstock_fuzz::Input;
+use zerocopy::IntoBytes as _;
 
 const ENTRIES: u16 = 8;
 const MEMORY_BYTES: u64 = 1 << 20;
@@ -110,6 +111,8 @@ fn subsys() -> SubsystemInfo {
 struct World {
     memory: GuestMemory,
     subsys: Arc<SubsystemInfo>,
+    /// For what the guest does not want of a read.
+    pool: Pool,
 }
 
 thread_local! {
@@ -117,7 +120,7 @@ thread_local! {
     static WORLD: World = {
         let region = GuestRegion::map(memfd(MEMORY_BYTES).as_fd(), 0, MEMORY_BYTES, 0, 0);
         let memory = GuestMemory::new(vec![region.expect("memory")]).expect("one region");
-        World { memory, subsys: Arc::new(subsys()) }
+        World { memory, subsys: Arc::new(subsys()), pool: Pool::new(1 << 20).expect("memory") }
     };
 }
 
@@ -129,6 +132,7 @@ fn engine(world: &World, record: &Record, volume: &Rc<RefCell<Volume>>) -> Engin
     let mut engine = Engine::new(world.memory.view(), record.view(), nothing, interrupts);
     let open = |_| Some(Box::new(Opened(Rc::clone(volume))) as Box<dyn Channel>);
     engine.set_namespaces(Arc::clone(&world.subsys), open);
+    engine.set_pool(world.pool.clone());
     engine
 }
 
@@ -161,6 +165,23 @@ fn address(input: &mut Input<'_>) -> u64 {
         0xf0..0xfe => u64::from(kind & 0xf) * 4096 + low,
         _ => u64::from(kind) * 4096,
     }
+}
+
+fn descriptor(input: &mut Input<'_>) -> SglDescriptor {
+    let kinds = [
+        SglDescriptor::DATA_BLOCK,
+        SglDescriptor::BIT_BUCKET,
+        SglDescriptor::SEGMENT,
+        SglDescriptor::LAST_SEGMENT,
+    ];
+    let kind = input.byte();
+    let mut descriptor = SglDescriptor {
+        identifier: kinds.get(usize::from(kind % 16)).copied().unwrap_or(kind),
+        ..SglDescriptor::default()
+    };
+    descriptor.address.set(address(input));
+    descriptor.length.set(u32::from(input.byte()) * 16);
+    descriptor
 }
 
 fn run(world: &World, data: &[u8]) {
@@ -196,16 +217,25 @@ fn run(world: &World, data: &[u8]) {
                 let (prp1, prp2) = (address(&mut input), address(&mut input));
                 sqe.set_prps(prp1, prp2);
                 sqe.flags = input.byte() & 0xc3;
+                if sqe.flags & 0xc0 == 0x40 {
+                    sqe.dptr = descriptor(&mut input);
+                }
                 let _ = view.write(SQ_AT + index * 64, &sqe.to_bytes());
             }
             3 => doorbells.ring(1, false, u32::from(input.byte() % 10)),
             4 => doorbells.ring(1, true, u32::from(input.byte() % 10)),
-            // Entries of a list, or any bytes.
+            // Entries of a list, or descriptors of a segment.
             5 => {
                 let at = address(&mut input);
-                for entry in 0..u64::from(input.byte() % 16) {
-                    let value = address(&mut input);
-                    let _ = view.write(at.wrapping_add(entry * 8), &value.to_le_bytes());
+                let (kind, count) = (input.byte(), u64::from(input.byte() % 16));
+                for entry in 0..count {
+                    let _ = if kind & 1 == 0 {
+                        let value = address(&mut input);
+                        view.write(at.wrapping_add(entry * 8), &value.to_le_bytes())
+                    } else {
+                        let value = descriptor(&mut input);
+                        view.write(at.wrapping_add(entry * 16), value.as_bytes())
+                    };
                 }
             }
             6 | 7 => {
@@ -254,4 +284,5 @@ fn run(world: &World, data: &[u8]) {
     }
     assert_eq!(engine.at_volume(), 0, "every I/O comes back");
     assert_eq!(engine.in_flight_old(), 0);
+    assert_eq!(world.pool.available(), world.pool.capacity(), "all memory comes back");
 }

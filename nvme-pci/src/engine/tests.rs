@@ -3,11 +3,12 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use iobuf::{GuestMemory, GuestRegion};
-use nvme::spec::{AsciiField, NvmOpcode};
+use nvme::spec::{AsciiField, NvmOpcode, SglDescriptor};
 use nvme::subsys::{Limits, NamespaceInfo};
 use nvme::xfer::Transport;
 use proptest::prelude::*;
-use zerocopy::little_endian::U32;
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U32, U64};
 
 use super::*;
 use crate::msix::Vectors;
@@ -689,18 +690,17 @@ fn commands_to_a_namespace_that_is_detached_end() {
     assert_eq!(Rc::strong_count(&disk), 2, "the old channel is closed: the rig's and this");
 }
 
-#[test]
-fn reads_leave_out_what_the_host_does_not_want() {
-    use nvme::spec::SglDescriptor;
-    use zerocopy::IntoBytes;
-    use zerocopy::little_endian::U64;
-
-    let descriptor = |identifier, address, length| SglDescriptor {
+fn descriptor(identifier: u8, address: u64, length: u32) -> SglDescriptor {
+    SglDescriptor {
         address: U64::new(address),
         length: U32::new(length),
         reserved: [0; 3],
         identifier,
-    };
+    }
+}
+
+#[test]
+fn reads_leave_out_what_the_host_does_not_want() {
     let bucket = |length| descriptor(SglDescriptor::BIT_BUCKET, 0, length);
     let block = |address, length| descriptor(SglDescriptor::DATA_BLOCK, address, length);
     let mut rig = Rig::new(16);
@@ -870,6 +870,7 @@ enum Act {
     Tail(u32),
     Head(u32),
     List { at: u64, entries: Vec<u64> },
+    Segment { at: u64, descriptors: Vec<SglDescriptor> },
     Turn { allowed: usize },
     Unmap,
     Map,
@@ -884,6 +885,30 @@ fn address() -> impl Strategy<Value = u64> {
         1 => any::<u64>(),
         1 => Just(!0xfff),
     ]
+}
+
+/// Descriptors of all kinds that there are for memory, and of one that there is not; most are of
+/// lengths that can be right.
+fn sgl() -> impl Strategy<Value = SglDescriptor> {
+    let kind = prop_oneof![
+        4 => Just(SglDescriptor::DATA_BLOCK),
+        4 => Just(SglDescriptor::BIT_BUCKET),
+        2 => Just(SglDescriptor::SEGMENT),
+        4 => Just(SglDescriptor::LAST_SEGMENT),
+        1 => any::<u8>(),
+    ];
+    let length = prop_oneof![
+        3 => (1u32..9).prop_map(|n| n * 16),
+        3 => (1u32..5).prop_map(|n| n * 512),
+        1 => any::<u32>(),
+    ];
+    let at = prop_oneof![1 => address(), 2 => segment()];
+    (kind, at, length).prop_map(|(kind, at, length)| descriptor(kind, at, length))
+}
+
+/// Where segments are: few places, so that commands and other segments find them.
+fn segment() -> impl Strategy<Value = u64> {
+    (0u64..3).prop_map(|page| 0x8000 + page * 4096)
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -904,8 +929,14 @@ fn act() -> impl Strategy<Value = Act> {
             sqe.to_bytes()
         },
     );
+    let lists = (prop::sample::select(vec![1u8, 2, 5]), sgl(), 0u64..300, 0u32..4).prop_map(
+        |(opcode, dptr, slba, blocks)| {
+            let sqe = command(NvmOpcode(opcode), slba, blocks + 1, 0, 0);
+            Sqe { flags: 0x40, dptr, ..sqe }.to_bytes()
+        },
+    );
     prop_oneof![
-        6 => (0u32..8, plausible)
+        6 => (0u32..8, prop_oneof![3 => plausible, 2 => lists])
             .prop_map(|(index, raw)| Act::Sqe { index, raw }),
         3 => (0u32..8, 0u64..3, (0u8..4, 0u8..4), (address(), address())).prop_map(
             |(index, slba, fuses, prps)| {
@@ -919,6 +950,8 @@ fn act() -> impl Strategy<Value = Act> {
         3 => (0u32..10).prop_map(Act::Head),
         3 => (0..MEMORY / 8 - 64, prop::collection::vec(address(), 1..40))
             .prop_map(|(at, entries)| Act::List { at: at * 8, entries }),
+        3 => (segment(), prop::collection::vec(sgl(), 1..9))
+            .prop_map(|(at, descriptors)| Act::Segment { at, descriptors }),
         6 => (0usize..9).prop_map(|allowed| Act::Turn { allowed }),
         1 => Just(Act::Unmap),
         1 => Just(Act::Map),
@@ -936,6 +969,9 @@ proptest! {
     #[test]
     fn any_guest_is_survived(acts in prop::collection::vec(act(), 1..80)) {
         let mut rig = Rig::new(8);
+        // What goes into bit buckets has to be somewhere.
+        let pool = Pool::new(1 << 20).unwrap();
+        rig.engine.set_pool(pool.clone());
         for act in acts {
             match act {
                 Act::Sqe { index, raw } => rig.write(SQ + u64::from(index) * 64, &raw),
@@ -953,6 +989,11 @@ proptest! {
                 Act::List { at, entries } => {
                     for (at, entry) in (at..).step_by(8).zip(entries) {
                         rig.write(at, &entry.to_le_bytes());
+                    }
+                }
+                Act::Segment { at, descriptors } => {
+                    for (at, descriptor) in (at..).step_by(16).zip(descriptors) {
+                        rig.write(at, descriptor.as_bytes());
                     }
                 }
                 Act::Turn { allowed } => {
@@ -988,5 +1029,6 @@ proptest! {
         prop_assert_eq!(rig.engine.at_volume(), 0);
         prop_assert!(rig.engine.is_quiet());
         prop_assert_eq!(rig.engine.in_flight_old(), 0);
+        prop_assert_eq!(pool.available(), pool.capacity());
     }
 }
