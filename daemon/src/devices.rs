@@ -1,5 +1,6 @@
 //! Emulated devices: each waits for its target, is served, is reported, and goes.
 
+mod by_hand;
 mod namespaces;
 
 use std::os::fd::AsFd;
@@ -7,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use api::{Code, Problem};
@@ -23,7 +24,8 @@ use reactor::unix::Listener;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use self::namespaces::{Opener, Spaces};
+use self::by_hand::ByHand;
+use self::namespaces::{Opener, READY, Spaces};
 use crate::config::{DeviceConfig, DeviceKind};
 use crate::cores::Cores;
 use crate::credentials::{self, Part};
@@ -59,6 +61,8 @@ pub(crate) struct Entry {
     opener: Option<Opener>,
     /// Which there are, if it follows that.
     subsystem: Option<Arc<RemoteSubsystem>>,
+    /// What an operator has changed of them.
+    by_hand: Mutex<ByHand>,
     /// Held while namespaces are attached or detached.
     changing: Mutex<()>,
     /// Its own volume, instead of remote ones.
@@ -121,7 +125,7 @@ impl RunningDevice {
     pub(crate) fn start(
         config: DeviceConfig,
         security: &DeviceSecurity,
-        place: Place,
+        mut place: Place,
         host: &HostIdentity,
         (cores, first): (&Cores, usize),
         book: &Arc<Book>,
@@ -157,12 +161,17 @@ impl RunningDevice {
             },
             core: cores.handles()[first].clone(),
         });
+        let by_hand = match &mut place {
+            Place::Kept(legacy) if config.kind == DeviceKind::Nvme && opener.is_some() => {
+                ByHand::kept(legacy).with_context(of_device)?
+            }
+            _ => ByHand::default(),
+        };
         let mut remotes = Vec::with_capacity(config.nsids.len());
         let mut subsystem = None;
         if let Some(opener) = &opener {
-            for nsid in &config.nsids {
-                remotes
-                    .push((*nsid, opener.open(*nsid, &security.target).with_context(of_device)?));
+            for nsid in by_hand.namespaces(&config.nsids) {
+                remotes.push((nsid, opener.open(nsid, &security.target).with_context(of_device)?));
             }
             if config.follows {
                 subsystem = Some(opener.list().with_context(of_device)?);
@@ -205,6 +214,7 @@ impl RunningDevice {
             spaces: Mutex::new(Spaces { remotes, ..Spaces::default() }),
             opener,
             subsystem,
+            by_hand: Mutex::new(by_hand),
             changing: Mutex::new(()),
             local,
             watch: Mutex::new(watch),
@@ -299,11 +309,18 @@ impl Entry {
         } else {
             // Who asks what the device is doing is not to wait with it.
             let remotes = lock(&self.spaces).remotes.clone();
-            for (_, remote) in remotes {
+            let by_hand_until = Instant::now() + READY;
+            for (nsid, remote) in remotes {
+                // What was attached by hand may be gone; what is configured is waited for.
+                let is_optional = !self.config.nsids.contains(&nsid);
                 // The initiator logs what keeps it from the target; nothing to add here.
                 while remote.wait_ready(LOOK).is_err() {
                     if self.stop.load(Ordering::Relaxed) {
                         return;
+                    }
+                    if is_optional && Instant::now() >= by_hand_until {
+                        self.leave_out(nsid);
+                        break;
                     }
                 }
             }
@@ -342,8 +359,11 @@ impl Entry {
         let own = identity::derive_device(&config.subnqn, &config.name);
         let identity = match volumes.first() {
             _ if config.follows => own,
-            Some((_, volume)) => volume.identity(),
-            None => bail!("no namespace"),
+            first => {
+                let first = first.map(|(_, volume)| volume.identity());
+                let identity = lock(&self.by_hand).identity(first).context("who it is")?;
+                identity.context("no namespace")?
+            }
         };
         let serial = serial_text(&identity.serial);
         if self.opener.is_some() {
@@ -371,7 +391,7 @@ impl Entry {
                 let device = nvme_pci::DeviceConfig {
                     queues: config.queues,
                     serial: serial.trim_end().to_owned(),
-                    uuid: config.follows.then_some(own.uuid),
+                    uuid: Some(identity.uuid),
                     ..nvme_pci::DeviceConfig::new(&config.name, &config.socket)
                 };
                 match place {
@@ -457,7 +477,10 @@ impl Entry {
                 }
             },
             follows: config.follows,
-            withheld: lock(&self.spaces).withheld.iter().copied().collect(),
+            withheld: match config.follows {
+                true => lock(&self.by_hand).detached().iter().copied().collect(),
+                false => Vec::new(),
+            },
             discovery: match &*lock(&self.watch) {
                 Some(watch) => watch.state().iter().map(discovery).collect(),
                 None => Vec::new(),

@@ -1,7 +1,8 @@
 #!/bin/sh
 # fio verify on a device whose target goes away meanwhile:
-#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio [SIZE] | verify-outage.sh pci [SIZE]
-# SIZE is how much is written.
+#   verify-outage.sh nvme ADDRESS PORT NQN | verify-outage.sh virtio [SIZE] | verify-outage.sh pci [SIZE] [NSIDS]
+# SIZE is how much is written, NSIDS which namespaces the
+# controller has in the end, joined by commas.
 # Prints a line "progress: READS WRITES STATE" twice a second, by which the
 # other side chooses its moments.
 . /job/lib.sh
@@ -16,9 +17,14 @@ if [ "$1" = nvme ]; then
     disks=$(ls /sys/block | grep -E '^nvme[0-9]+c[0-9]+n1$') || disks=${dev#/dev/}
 elif [ "$1" = pci ]; then
     modprobe nvme 2>/dev/null
-    wait_for 30 /dev/nvme0n1 test -b /dev/nvme0n1
-    dev=/dev/nvme0n1 state=/sys/class/nvme/nvme0/state disks=nvme0n1
-    [ -e /sys/block/nvme0c0n1 ] && disks=nvme0c0n1
+    # Disks are numbered as they are found, not as the namespaces are.
+    first() { grep -lx 1 /sys/block/nvme0n*/nsid | sed -n 's|^/sys/block/\(.*\)/nsid$|\1|p' | grep .; }
+    wait_for 30 "namespace 1" first
+    disk=$(first)
+    wait_for 30 "/dev/$disk" test -b "/dev/$disk"
+    dev=/dev/$disk state=/sys/class/nvme/nvme0/state disks=$disk
+    path=nvme0c0${disk#nvme0}
+    [ -e "/sys/block/$path" ] && disks=$path
 else
     modprobe virtio_blk || fail modules
     wait_for 30 /dev/vda test -b /dev/vda
@@ -37,6 +43,16 @@ while kill -0 $fio 2>/dev/null; do
 done
 wait $fio || { cat /out/fio-outage.json; fail "fio during outages"; }
 step "fio is done"
+if [ "$1" = pci ] && [ -n "$3" ]; then
+    has_namespaces() {
+        [ "$(nvme list-ns /dev/nvme0 | sed -n 's/.*:0x//p' | tr '\n' ',')" = "$1," ]
+    }
+    wait_for 30 "namespaces $3" has_namespaces "$3"
+    [ "$(ls /sys/block | grep -c '^nvme0n')" = "$(echo "$3" | tr , ' ' | wc -w)" ] || { ls /sys/block; fail disks; }
+    sn=$(nvme id-ctrl /dev/nvme0 | sed -n 's/^sn *: *//p' | tr -d ' ')
+    [ "$sn" = "$(tr -d ' ' </sys/class/nvme/nvme0/serial)" ] || fail "the serial number is $sn now"
+    step "it has namespaces $3"
+fi
 # The device is whole afterwards.
 file_system "$dev"
 kernel_complaints "$IO_COMPLAINTS"

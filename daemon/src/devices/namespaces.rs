@@ -26,7 +26,7 @@ use crate::cores;
 
 /// How long the namespaces that the target has named may take until the device is served without
 /// those that are not ready.
-const READY: Duration = Duration::from_secs(10);
+pub(super) const READY: Duration = Duration::from_secs(10);
 /// How often a device that follows its target looks although nothing was told.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
@@ -68,8 +68,6 @@ impl Opener {
 pub(super) struct Spaces {
     pub(super) remotes: Vec<(u32, Arc<RemoteVolume>)>,
     pub(super) shown: BTreeSet<u32>,
-    /// Detached by an operator, of a device that follows its target otherwise.
-    pub(super) withheld: BTreeSet<u32>,
 }
 
 impl Spaces {
@@ -144,7 +142,9 @@ impl Entry {
         let device = &self.config.name;
         let (wanted, open): (BTreeSet<u32>, BTreeSet<u32>) = {
             let spaces = lock(&self.spaces);
-            let is_wanted = |nsid: &u32| *nsid <= NAMESPACES_MAX && !spaces.withheld.contains(nsid);
+            let by_hand = lock(&self.by_hand);
+            let is_wanted =
+                |nsid: &u32| *nsid <= NAMESPACES_MAX && !by_hand.detached().contains(nsid);
             let wanted = listed.iter().copied().filter(is_wanted).collect();
             (wanted, spaces.remotes.iter().map(|(nsid, _)| *nsid).collect())
         };
@@ -229,6 +229,24 @@ impl Entry {
         Ok(())
     }
 
+    /// Whether a device without changes by hand would have the namespace.
+    fn is_expected(&self, nsid: u32) -> bool {
+        self.subsystem.is_some() || self.config.nsids.contains(&nsid)
+    }
+
+    /// A predecessor had the namespace, attached by hand, and the target does not give it now.
+    #[cold]
+    pub(super) fn leave_out(&self, nsid: u32) {
+        let device = &self.config.name;
+        tracing::warn!(
+            %device,
+            nsid,
+            "the namespace, attached by hand, is not ready; the device is served without"
+        );
+        let _turn = lock(&self.changing);
+        self.close(nsid);
+    }
+
     /// Attaches a namespace of the device's target, when that has answered.
     fn attach(&self, nsid: u32, patience: Duration) -> Result<Done, Problem> {
         self.check_changeable()?;
@@ -264,7 +282,7 @@ impl Entry {
         };
         match shown {
             Ok(()) => {
-                lock(&self.spaces).withheld.remove(&nsid);
+                lock(&self.by_hand).on_attached(nsid, self.is_expected(nsid));
                 Ok(Done::default())
             }
             Err(why) => {
@@ -283,9 +301,7 @@ impl Entry {
             let allowed = "those that `penstock device show` lists";
             return Err(self.refuse(Code::NotFound, &what, allowed));
         }
-        if self.subsystem.is_some() {
-            lock(&self.spaces).withheld.insert(nsid);
-        }
+        lock(&self.by_hand).on_detached(nsid, self.is_expected(nsid));
         self.close(nsid);
         Ok(Done::default())
     }

@@ -82,26 +82,42 @@ pub(super) fn worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
     let start =
         |target: &Target, socket: &Path| emulator_with(scene, socket, target, 1, &["--supervise"]);
     let job = |socket: &Path| Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(socket);
-    workers_die(scene, start, job)
+    workers_die(scene, 1, start, || Ok(()), job)
 }
 
 /// The same with an NVMe controller. Its guest's QEMU does not connect again: the connection stays.
+/// So does what was attached and detached by hand; what is detached is the namespace that the
+/// controller has its serial number from.
 pub(super) fn nvme_worker_dies(scene: &Scene<'_>) -> Result<Outcome> {
+    let api = scene.socket("api");
+    let path = api.to_string_lossy();
     let start = |target: &Target, socket: &Path| {
-        nvme_emulator(scene, socket, target, "1", &["--supervise=auto"])
+        nvme_emulator(scene, socket, target, "3+1", &["--supervise=auto", "--api", &path])
     };
-    let job = |socket: &Path| Job::new(SCRIPT).args(&["pci"]).vfio_user(socket);
-    workers_die(scene, start, job)
+    let change = || {
+        for (what, nsid) in [("detach", "3"), ("attach", "2")] {
+            let mut by_hand = scene.penstock();
+            by_hand.args(["device", what, "nvme0", "--nsid", nsid, "--api", &path]);
+            exec::run(&mut by_hand)?;
+        }
+        Ok(())
+    };
+    let job = |socket: &Path| Job::new(SCRIPT).args(&["pci", "32M", "1,2"]).vfio_user(socket);
+    workers_die(scene, 3, start, change, job)
 }
 
-/// Three times: the worker is killed twice, and replaced at the supervisor's order.
+/// Three times: the worker is killed twice, and replaced at the supervisor's order. Before that
+/// something is changed.
 fn workers_die<'a>(
     scene: &Scene<'_>,
+    volumes: usize,
     start: impl Fn(&Target, &Path) -> Result<Service>,
+    change: impl Fn() -> Result<()>,
     job: impl Fn(&Path) -> Job<'a>,
 ) -> Result<Outcome> {
-    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
-    let target = Target::new(scene, &[volume])?;
+    let (volumes, images): (Vec<String>, Vec<_>) =
+        (1..=volumes).map(|n| file_volume(scene, &format!("disk{n}"), SIZE_MIB)).unzip();
+    let target = Target::new(scene, &volumes)?;
     let mut service = target.start(scene)?;
     let socket = scene.socket("disk.sock");
     let mut device = start(&target, &socket)?;
@@ -112,6 +128,9 @@ fn workers_die<'a>(
         guest.wait_until(&format!("I/O before the {round} death"), |console| {
             last(console).is_some_and(|progress| progress.ios >= goal)
         })?;
+        if round == "first" {
+            change()?;
+        }
         let worker = device.only_child().context("the supervisor has no worker")?;
         if round == LAST {
             // As after an update of the program.
@@ -130,7 +149,9 @@ fn workers_die<'a>(
     device.must_run()?;
     service.must_run()?;
     drop((device, service));
-    std::fs::remove_file(image)?;
+    for image in images {
+        std::fs::remove_file(image)?;
+    }
     Ok(Outcome::Passed)
 }
 

@@ -165,7 +165,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "kill-worker-nvme",
-        shows: "the same under an NVMe disk, whose guest stays connected",
+        shows: "the same under an NVMe disk, whose guest stays connected and keeps what was changed by hand",
         needs_penstock: true,
         run: kill_target::nvme_worker_dies,
     },
