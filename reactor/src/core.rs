@@ -33,9 +33,10 @@ const ZEROS_BYTES: usize = 16 << 10;
 pub struct CoreConfig {
     /// Operations that may be in flight at once: 1 to 16384.
     pub entries: u32,
-    /// How long the core looks for work in user space before it sleeps, at most: 20 to 50 us saves the
-    /// 20 us of a wake-up under load. It looks for less long, or not at all, while pauses are longer
-    /// than that. Zero on a processor that it shares with other busy threads.
+    /// How long the core looks for work in user space before it sleeps, at most: about the 20 us of the
+    /// wake-up that this saves. With more, work that comes every 50 us keeps a processor busy by looking
+    /// alone. It looks for less long, or not at all, while pauses are longer than that. Zero on a
+    /// processor that it shares with other busy threads.
     pub spin: Duration,
     /// Receive buffers, shared by all streams of the core: a power of two, 1 to 32768.
     pub rx_buffers: u16,
@@ -64,7 +65,7 @@ impl Default for CoreConfig {
     fn default() -> Self {
         CoreConfig {
             entries: 1024,
-            spin: Duration::from_micros(50),
+            spin: Duration::from_micros(25),
             rx_buffers: 8,
             rx_buffer_bytes: 256 << 10,
             rx_incremental: false,
