@@ -344,3 +344,50 @@ fn a_capsule_passes_data_that_was_asked_for() {
         }
     }
 }
+
+/// The same where not one host but several of them have asked for all that the pool can give: each
+/// may hold half of what the ones before it have left.
+#[test]
+fn a_capsule_passes_data_that_was_asked_of_other_hosts() {
+    const LARGE: usize = 1 << 20;
+    const FLUSH: u8 = 0x00;
+    // The pool of the core is the only bound.
+    let limits = Limits {
+        in_capsule_bytes: 8192,
+        buffer_bytes_per_connection: 1 << 30,
+        buffer_bytes_per_host: 1 << 30,
+        ..Limits::default()
+    };
+    let rig = rig(limits);
+    let mut hosts = Vec::new();
+    for (n, writes) in [36, 20, 12, 8, 8].into_iter().enumerate() {
+        let connect = Connect { entries: 64, ..Connect::new(SUBNQN, &format!("{HOST}:{n}")) };
+        let (admin, mut io) = associate(&rig, &connect, Init::default());
+        let send = |io: &mut Queue, opcode, cid: u16, len: usize| {
+            let mut sqe = wire::io_sqe(opcode, 1, 0, (len / 512).max(1) as u32, len as u32);
+            wire::put(&mut sqe, 2, &cid.to_le_bytes());
+            io.send(&Pdu::capsule(&sqe, &[], Digests::default(), 4)).expect("room");
+        };
+        for cid in 0..writes {
+            send(&mut io, WRITE, cid, LARGE);
+        }
+        // Needs no memory: when it is answered, all before it has been asked for or waits.
+        send(&mut io, FLUSH, writes, 0);
+        while io.receive().expect("sound PDUs").expect("an answer").kind() == wire::R2T {}
+        hosts.push((admin, io));
+    }
+    for (n, (_, io)) in hosts.iter_mut().enumerate() {
+        let mut sqe = wire::io_sqe(WRITE, 1, 0, 16, 8192);
+        wire::sgl(&mut sqe, 0x01, 0, 8192);
+        wire::put(&mut sqe, 2, &50_u16.to_le_bytes());
+        io.send(&Pdu::capsule(&sqe, &pattern(3, 8192), Digests::default(), 4)).expect("room");
+        let answer = loop {
+            let pdu = io.receive().unwrap_or_else(|error| panic!("host {n}: {error}"));
+            match pdu.expect("an answer") {
+                pdu if pdu.kind() == wire::R2T => {}
+                pdu => break pdu,
+            }
+        };
+        assert_eq!((answer.kind(), answer.status(), answer.cid()), (wire::RESPONSE, 0, 50));
+    }
+}
