@@ -305,6 +305,8 @@ impl Drop for RamChannel {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use iobuf::Pool;
 
     use super::*;
@@ -401,13 +403,23 @@ mod tests {
         drop(guard);
     }
 
+    /// Ends what the threads do that the one with this has started: also if an assertion fails there, as
+    /// they are waited for then.
+    struct OnEnd<'a>(&'a AtomicBool);
+
+    impl Drop for OnEnd<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Counts within the generation of the block, until the last.
-    fn count(volume: &RamVolume, last: u64) -> u64 {
+    fn count(volume: &RamVolume, last: u64, over: &AtomicBool) -> u64 {
         let mut core = Core::of(volume);
         let mut counted = 0;
         loop {
             let [generation, count] = core.read();
-            if generation == last {
+            if generation == last || over.load(Ordering::Relaxed) {
                 return counted;
             }
             let both = pair([generation, count], [generation, count + 1]);
@@ -421,11 +433,12 @@ mod tests {
     #[test]
     fn cores_that_count_in_one_block_lose_and_double_nothing() {
         const LAST: u64 = 100;
-        let volume = &volume();
+        let (volume, over) = (&volume(), &AtomicBool::new(false));
         let mut seen = 0;
         let counted: u64 = std::thread::scope(|scope| {
             let counters: Vec<_> =
-                (0..3).map(|_| scope.spawn(move || count(volume, LAST))).collect();
+                (0..3).map(|_| scope.spawn(move || count(volume, LAST, over))).collect();
+            let _over = OnEnd(over);
             let mut core = Core::of(volume);
             let mut generation = 0;
             while generation < LAST {
@@ -445,11 +458,12 @@ mod tests {
     #[test]
     fn no_pair_undoes_a_write_of_another_core() {
         const LAST: u64 = 2000;
-        let volume = &volume();
+        let (volume, over) = (&volume(), &AtomicBool::new(false));
         std::thread::scope(|scope| {
             for _ in 0..2 {
-                scope.spawn(move || count(volume, LAST));
+                scope.spawn(move || count(volume, LAST, over));
             }
+            let _over = OnEnd(over);
             let mut core = Core::of(volume);
             for generation in 1..=LAST {
                 assert_eq!(core.run(Op::Write, &block([generation, 0])).0, Ok(()));

@@ -10,41 +10,14 @@ use nvme::spec::{
     AdminOpcode, Csts, IdentifyController, LogPage, NSSR_RESET, NvmOpcode, SmartLog,
     critical_warning, event,
 };
-use reactor::{Core, CoreConfig};
 use zerocopy::FromBytes;
 
 use super::function::{Event, Function, Irq, Region, Step};
-use super::testing::{Bus, TestClient, TestHost, transfer};
+use super::testing::{Bus, Cores, TestClient, TestHost, transfer};
 use super::*;
 
 const MEMORY: u64 = 16 << 20;
 const DATA: u64 = 0x40_0000;
-
-struct Cores {
-    handles: Vec<CoreHandle>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Cores {
-    fn start(count: usize) -> Cores {
-        let (mut handles, mut threads) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            let (sender, receiver) = mpsc::channel();
-            threads.push(thread::spawn(move || {
-                let mut core = Core::new(CoreConfig::default()).expect("a ring");
-                sender.send(core.handle()).expect("the test waits");
-                core.run();
-            }));
-            handles.push(receiver.recv().expect("a core"));
-        }
-        Cores { handles, threads }
-    }
-
-    fn stop(self) {
-        self.handles.iter().for_each(CoreHandle::stop);
-        self.threads.into_iter().for_each(|thread| thread.join().expect("a core ends well"));
-    }
-}
 
 fn ram(mib: u64, uuid: u8) -> Arc<dyn Volume> {
     let spec: VolumeSpec = format!("ram:{mib}M").parse().expect("a volume");

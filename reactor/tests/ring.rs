@@ -181,15 +181,21 @@ fn a_restricted_core_serves_what_it_has() {
     assert!(matches!(done.result, Ok(Outcome::Socket(_))), "{done:?}");
 }
 
+/// A listener whose accept queue has no room.
+fn full_listener() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // SAFETY: takes no pointer.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    let addr = listener.local_addr().unwrap();
+    (listener, addr)
+}
+
 #[test]
 fn a_connect_that_nobody_answers_times_out() {
     let mut core = core();
     let mut port = core.local().port();
     // A full accept queue: the kernel drops further handshakes.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // SAFETY: takes no pointer.
-    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
-    let addr: SocketAddr = listener.local_addr().unwrap();
+    let (_listener, addr) = full_listener();
     let timeout = Duration::from_millis(100);
     let mut timed_out = false;
     let mut sockets = Vec::new();
@@ -202,6 +208,42 @@ fn a_connect_that_nobody_answers_times_out() {
         }
     }
     assert!(timed_out);
+}
+
+/// Reads of a turn are submitted in groups; a connect and its time limit among them stay together.
+#[test]
+fn a_connect_keeps_its_time_limit_among_reads() {
+    const CONNECT: u64 = 100;
+    const READS: u64 = 4;
+    let mut core = core();
+    let local = core.local();
+    let mut port = local.port();
+    let (file, fd) = file();
+    file.set_len(4096).unwrap();
+    let back = list(&local, &[0; 512]);
+    let (_listener, addr) = full_listener();
+    let timeout = Duration::from_millis(50);
+    let (mut sockets, mut timed_out) = (Vec::new(), 0);
+    for before in (0..READS).cycle().take(12) {
+        for token in 0..before {
+            port.readv(&fd, 0, &back, token).unwrap();
+        }
+        port.connect(addr, timeout, CONNECT).unwrap();
+        for token in before..READS {
+            port.readv(&fd, 0, &back, token).unwrap();
+        }
+        for _ in 0..=READS {
+            match next(&mut core, &mut port) {
+                done if done.token != CONNECT => assert_eq!(bytes(done).1, 512),
+                done => match done.result {
+                    Ok(Outcome::Socket(socket)) => sockets.push(socket),
+                    Err(Errno::TIMED_OUT) => timed_out += 1,
+                    other => panic!("{before} reads before: {other:?}"),
+                },
+            }
+        }
+    }
+    assert!(timed_out >= READS, "{timed_out}");
 }
 
 #[test]

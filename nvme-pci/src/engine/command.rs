@@ -118,10 +118,7 @@ impl Engine {
                         _ => view.append(data, addr, len),
                     };
                     appended.map_err(|_| TRANSFER)?;
-                    match data.segments().len() <= SEGMENTS_MAX {
-                        true => Ok(()),
-                        false => Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr()),
-                    }
+                    segments_fit(data.segments().len())
                 },
                 discard: |_| {
                     leaves_out = true;
@@ -306,4 +303,13 @@ impl Engine {
 
 fn reservation_type(rtype: ReservationType) -> Result<block::ReservationType, Status> {
     block::ReservationType::from_wire(rtype as u8).ok_or(Status::INVALID_FIELD_IN_COMMAND.dnr())
+}
+
+/// Whether one command may have so many pieces of memory.
+#[inline]
+pub(super) fn segments_fit(count: usize) -> Result<(), Status> {
+    match count <= SEGMENTS_MAX {
+        true => Ok(()),
+        false => Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr()),
+    }
 }

@@ -14,6 +14,7 @@
 
 use nvme::ctrl::io::Paired;
 
+use super::command::segments_fit;
 use super::*;
 
 /// A command's part in a fused pair.
@@ -119,10 +120,7 @@ impl Engine {
                 read: |addr, dst: &mut [u8]| view.read(addr, dst).map_err(|_| TRANSFER),
                 piece: |addr, len| {
                     view.append_source(data, addr, len).map_err(|_| TRANSFER)?;
-                    match data.segments().len() - from <= SEGMENTS_MAX {
-                        true => Ok(()),
-                        false => Err(Status::INVALID_NUMBER_OF_SGL_DESCRIPTORS.dnr()),
-                    }
+                    segments_fit(data.segments().len() - from)
                 },
             },
         )

@@ -3,51 +3,22 @@
 
 use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use block::ram::RamVolume;
 use block::{Identity, Volume};
 use it::rig::{Rig, SUBNQN};
 use nvme::spec::{AdminOpcode, Cqe, Nqn, NvmOpcode, Status};
-use nvme_pci::testing::{TestClient, TestHost, transfer};
+use nvme_pci::testing::{Cores, TestClient, TestHost, transfer};
 use nvme_pci::{DeviceConfig, DeviceHandle};
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
 use nvmf_target::Limits;
-use reactor::{Core, CoreConfig, CoreHandle};
 
 const BLOCK: usize = 512;
 const SLBA: u64 = 40;
 /// Where the guest has a client's data: what it compares with, what it writes, and what it reads.
 const DATA: u64 = 0x40_0000;
 const CLIENT_BYTES: u64 = 0x4000;
-
-/// The cores of an emulator.
-struct Cores {
-    handles: Vec<CoreHandle>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Cores {
-    fn start(count: usize) -> Cores {
-        let (mut handles, mut threads) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            let (sender, receiver) = mpsc::channel();
-            threads.push(std::thread::spawn(move || {
-                let mut core = Core::new(CoreConfig::default()).expect("a ring");
-                sender.send(core.handle()).expect("the test waits");
-                core.run();
-            }));
-            handles.push(receiver.recv().expect("a core"));
-        }
-        Cores { handles, threads }
-    }
-
-    fn stop(self) {
-        self.handles.iter().for_each(CoreHandle::stop);
-        self.threads.into_iter().for_each(|thread| thread.join().expect("a core ends well"));
-    }
-}
 
 /// The target's namespace for an emulator.
 fn remote(rig: &Rig, cores: &Cores, number: u8) -> Arc<RemoteVolume> {
