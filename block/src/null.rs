@@ -102,6 +102,6 @@ impl Channel for NullChannel {
 fn compare_zeros(data: &SgList, len: usize) -> Result<(), IoError> {
     let mut is_zero = true;
     let look = &mut |bytes: &[u8]| is_zero &= bytes.iter().all(|byte| *byte == 0);
-    data.for_each_chunk(0, len, look).map_err(|_| IoError::Misaligned)?;
+    data.for_each_piece(0, len, look).map_err(|_| IoError::Misaligned)?;
     if is_zero { Ok(()) } else { Err(IoError::CompareFailed) }
 }

@@ -18,7 +18,8 @@
 //!   returns to the pool when the last user lets go.
 //! - Nobody zeroes pool memory. Whoever exposes bytes to a peer must have overwritten them.
 //! - Bytes that a guest or the kernel can change at any time are never a `&[u8]`: they are copied,
-//!   or accessed by volatile and atomic operations.
+//!   or accessed by volatile and atomic operations. Pool memory at rest may be looked at in place
+//!   ([`SgList::for_each_piece`]).
 //! - No function panics because of an address, offset or length that a guest chose.
 //!
 //! # What this crate does not do

@@ -133,6 +133,10 @@ impl Hold for Arena {
             state.release(self.page(segment));
         }
     }
+
+    fn is_private(&self) -> bool {
+        true
+    }
 }
 
 /// One block: free, or cut into chunks of `class`. Blocks with some chunks free are linked per

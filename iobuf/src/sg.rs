@@ -67,6 +67,11 @@ pub trait Hold {
     fn retain(&self, segments: &[Segment]);
     /// One user less. Called once by the list that owned the segments, and once per `retain`.
     fn release(&self, segments: &[Segment]);
+    /// Whether the memory is reached through lists of this thread only, and by the kernel for the
+    /// time of an operation on them: no guest and no other thread has it.
+    fn is_private(&self) -> bool {
+        false
+    }
 }
 
 /// An offset and length beyond the end of a list or slice, or an address not aligned for the
@@ -368,6 +373,29 @@ impl SgList {
         if filled > 0 {
             // SAFETY: so much of it has been written.
             f(unsafe { bounce.first(filled) });
+        }
+        Ok(())
+    }
+
+    /// As [`SgList::for_each_chunk`], but without a copy where the memory is private: to go once
+    /// over data at rest, for a digest. `f` can be sent to another thread, and so has no list by
+    /// which it could change what it is shown.
+    ///
+    /// Data at rest: no operation under way writes to the list's memory.
+    pub fn for_each_piece(
+        &self,
+        offset: usize,
+        len: usize,
+        f: &mut (dyn FnMut(&[u8]) + Send),
+    ) -> Result<(), OutOfBounds> {
+        if !self.hold.as_ref().is_some_and(|hold| hold.is_private()) {
+            return self.for_each_chunk(offset, len, f);
+        }
+        self.check(offset, len)?;
+        for segment in self.range(offset, len) {
+            // SAFETY: the segment is mapped (list invariant). It is private, and neither `f`, which
+            // has no list, nor the kernel, as nothing is under way, writes to it meanwhile.
+            f(unsafe { slice::from_raw_parts(segment.base, segment.len) });
         }
         Ok(())
     }

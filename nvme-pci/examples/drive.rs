@@ -1,7 +1,7 @@
 //! Drive a device from this process as a guest would: 4 KiB random reads on one queue.
 //!
 //! ```text
-//! cargo run --release -p nvme-pci --features testing --example serve -- mapped /tmp/nvme.sock null:64M
+//! cargo run --release -p nvme-pci --features testing --example serve_nvme -- mapped /tmp/nvme.sock null:64M
 //! cargo run --release -p nvme-pci --features testing --example drive -- mapped /tmp/nvme.sock [SECONDS]
 //! ```
 //!

@@ -421,7 +421,7 @@ impl Link {
                 let update = &mut |bytes: &[u8]| {
                     crc.update(bytes);
                 };
-                list.for_each_chunk(offset, len, update)
+                list.for_each_piece(offset, len, update)
                     .map_err(|_| Loss::Command("payload outside its buffer".to_owned()))?;
                 Some(crc.finish())
             }

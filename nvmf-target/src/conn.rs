@@ -231,7 +231,7 @@ fn decode(
 fn digest_of(data: &SgList, len: usize) -> [u8; 4] {
     let mut whole = None;
     let mut running: Option<tcp::Crc32c> = None;
-    let read = data.for_each_chunk(0, len, &mut |bytes| {
+    let read = data.for_each_piece(0, len, &mut |bytes| {
         if bytes.len() == len {
             // All in one piece, as small reads are: making a running digest costs as much as this.
             whole = Some(tcp::Crc32c::of(bytes));

@@ -147,6 +147,31 @@ fn lists_cross_adjacent_regions_and_no_holes() {
     assert_eq!(view.users(), 0);
 }
 
+/// What a guest can change is copied before it is looked at; the pool's memory is not.
+#[test]
+fn pieces_of_guest_memory_are_copies() {
+    let pool = Pool::new(1 << 20).unwrap();
+    let (mut own, mut lent) = (SgList::default(), SgList::default());
+    pool.alloc(0x3000, &mut own).unwrap();
+    memory().view().append(&mut lent, 0x1000, 0x3000).unwrap();
+    for (list, is_copied) in [(&own, false), (&lent, true)] {
+        list.fill(0, 0x3000, 7).unwrap();
+        let places: Vec<_> = list
+            .segments()
+            .iter()
+            .map(|s| s.as_ptr().addr()..s.as_ptr().addr() + s.len())
+            .collect();
+        let mut len = 0;
+        let mut look = |bytes: &[u8]| {
+            assert!(bytes.iter().all(|byte| *byte == 7));
+            assert_ne!(places.iter().any(|p| p.contains(&bytes.as_ptr().addr())), is_copied);
+            len += bytes.len();
+        };
+        list.for_each_piece(0x10, 0x2ff0, &mut look).unwrap();
+        assert_eq!(len, 0x2ff0);
+    }
+}
+
 #[test]
 fn a_list_keeps_its_memory_mapped() {
     let memory = memory();

@@ -116,6 +116,10 @@ proptest! {
                     let ok = list.for_each_chunk(o, l, &mut |b| seen.extend_from_slice(b)).is_ok();
                     prop_assert_eq!(ok, o + l <= model.len());
                     if ok { prop_assert_eq!(&seen, &model[o..o + l]); }
+                    seen.clear();
+                    let ok = list.for_each_piece(o, l, &mut |b| seen.extend_from_slice(b)).is_ok();
+                    prop_assert_eq!(ok, o + l <= model.len());
+                    if ok { prop_assert_eq!(&seen, &model[o..o + l]); }
                     let cut = l.min(model.len().saturating_sub(o));
                     let pieces: Vec<Segment> = list.range(o, l).collect();
                     prop_assert_eq!(pieces.iter().map(Segment::len).sum::<usize>(), cut);

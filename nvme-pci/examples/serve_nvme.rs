@@ -1,7 +1,7 @@
 //! Serve local volumes as an NVMe controller, for trying clients and measuring.
 //!
 //! ```text
-//! cargo run --release -p nvme-pci --example serve -- trapped|mapped /tmp/nvme.sock ram:64M [VOLUME..]
+//! cargo run --release -p nvme-pci --example serve_nvme -- trapped|mapped /tmp/nvme.sock ram:64M [VOLUME..]
 //! ```
 //!
 //! Runs on one core until its standard input ends; then it tells what it did. A line `attach NSID

@@ -1,7 +1,7 @@
 //! Serve a local volume as a virtio-blk device, for trying frontends and measuring.
 //!
 //! ```text
-//! cargo run --release -p virtio-blk --example serve -- ram:64M /tmp/disk.sock [QUEUES [CORES]]
+//! cargo run --release -p virtio-blk --example serve_virtio_blk -- ram:64M /tmp/disk.sock [QUEUES [CORES]]
 //! ```
 //!
 //! Runs until its standard input ends.
