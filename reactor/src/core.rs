@@ -33,10 +33,10 @@ const ZEROS_BYTES: usize = 16 << 10;
 pub struct CoreConfig {
     /// Operations that may be in flight at once: 1 to 16384.
     pub entries: u32,
-    /// How long the core looks for work in user space before it sleeps, at most: about the 20 us of the
-    /// wake-up that this saves. With more, work that comes every 50 us keeps a processor busy by looking
-    /// alone. It looks for less long, or not at all, while pauses are longer than that. Zero on a
-    /// processor that it shares with other busy threads.
+    /// How long the core looks for work in user space before it sleeps, at most. It looks for less
+    /// long, or not at all, while pauses are longer than half of this, which should be about the
+    /// 20 us of the wake-up that looking saves; the other half sees the answer of a peer that has to
+    /// wake up first. Zero on a processor that it shares with other busy threads.
     pub spin: Duration,
     /// Receive buffers, shared by all streams of the core: a power of two, 1 to 32768.
     pub rx_buffers: u16,
@@ -65,7 +65,7 @@ impl Default for CoreConfig {
     fn default() -> Self {
         CoreConfig {
             entries: 1024,
-            spin: Duration::from_micros(25),
+            spin: Duration::from_micros(50),
             rx_buffers: 8,
             rx_buffer_bytes: 256 << 10,
             rx_incremental: false,
@@ -254,7 +254,9 @@ impl Core {
         progressed |= self.poll_tasks(now);
         progressed |= self.local.0.enter_and_reap();
         if progressed {
-            self.idle_since = None;
+            if let Some(idle_since) = self.idle_since.take() {
+                self.spin.on_found(now.saturating_sub(idle_since));
+            }
             return true;
         }
         if !may_sleep {

@@ -2,27 +2,46 @@
 //!
 //! Looking saves the wake-up when work comes soon, and wastes the processor when it does not. Which of
 //! the two it will be is guessed from the last pauses, as kernels do for idle virtual processors: after
-//! a pause that the longest look would have bridged it is looked for longer, after a longer one
-//! shorter, down to not at all.
+//! two short pauses the core looks for long, after a long one for half as long as before, down to not at
+//! all. Two, as a late wake-up makes the pause before the next of regular bursts short.
+//!
+//! Two sides that answer each other (one request at a time between an initiator and a target) keep each
+//! other asleep once both have stopped to look: every pause then has a wake-up of either side in it, and
+//! seems long. So the longest look is twice a short pause, long enough to see the answer of a side that
+//! had to wake up, and a core that does not look any more tries it again now and then.
 
 use std::time::Duration;
 
 /// What a wake-up takes, about: a pause that ended by one was shorter than it seems.
 const WAKE_UP: Duration = Duration::from_micros(20);
-/// The shortest look that is worth the clock readings.
+/// The shortest look that is worth the clock readings, and the shortest pause that says something of
+/// the next: shorter ones are within one burst of work.
 const LEAST: Duration = Duration::from_micros(5);
+/// Short pauses in a row that are believed.
+const SHORT: u32 = 2;
+/// Looks in a row that may find work only after a long pause: worth it while the other side wakes up, and
+/// not for ever.
+const LONG_LOOKS: u32 = 4;
+/// Sleeps without a look after which it is tried again.
+const SLEEPS: u32 = 64;
 
 /// The time to look for work, which follows the pauses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spin {
     max: Duration,
     now: Duration,
+    /// Short pauses in a row.
+    short: u32,
+    /// Looks in a row that found work late.
+    late: u32,
+    /// Sleeps without a look before them.
+    blind: u32,
 }
 
 impl Spin {
     /// Starts with the longest, `max`.
     pub(crate) fn new(max: Duration) -> Spin {
-        Spin { max, now: max }
+        Spin { max, now: max, short: 0, late: 0, blind: 0 }
     }
 
     /// How long to look this time.
@@ -31,15 +50,54 @@ impl Spin {
         self.now
     }
 
+    /// A look found work, `pause` after the last.
+    #[inline]
+    pub(crate) fn on_found(&mut self, pause: Duration) {
+        if pause < LEAST {
+            return;
+        }
+        if pause <= self.max / 2 {
+            return self.on_short();
+        }
+        self.short = 0;
+        self.late += 1;
+        if self.late >= LONG_LOOKS {
+            self.shorten();
+        }
+    }
+
     /// The core slept; from its last work until it was awake again it took `pause`.
     pub(crate) fn on_slept(&mut self, pause: Duration) {
-        if pause <= self.max + WAKE_UP {
-            self.now = (self.now * 2).max(LEAST).min(self.max);
-        } else {
-            self.now /= 2;
-            if self.now < LEAST {
-                self.now = Duration::ZERO;
-            }
+        if pause <= self.max / 2 + WAKE_UP {
+            return self.on_short();
+        }
+        self.short = 0;
+        if self.now > Duration::ZERO {
+            self.blind = 0;
+            self.shorten();
+            return;
+        }
+        self.blind += 1;
+        if self.blind >= SLEEPS {
+            self.blind = 0;
+            self.now = self.max;
+        }
+    }
+
+    fn on_short(&mut self) {
+        self.late = 0;
+        self.short += 1;
+        if self.short >= SHORT {
+            self.short = SHORT;
+            self.now = self.max;
+        }
+    }
+
+    fn shorten(&mut self) {
+        self.late = 0;
+        self.now /= 2;
+        if self.now < LEAST {
+            self.now = Duration::ZERO;
         }
     }
 }
@@ -50,21 +108,36 @@ mod tests {
 
     const MAX: Duration = Duration::from_micros(50);
 
+    fn micros(micros: u64) -> Duration {
+        Duration::from_micros(micros)
+    }
+
+    /// A pause of a core: whether it slept, and for how long it looked.
+    fn pause(spin: &mut Spin, pause: Duration) -> (bool, Duration) {
+        let time = spin.time();
+        if pause < time {
+            spin.on_found(pause);
+            return (false, pause);
+        }
+        spin.on_slept(pause + WAKE_UP);
+        (true, time)
+    }
+
     #[test]
     fn long_pauses_end_looking_and_short_ones_bring_it_back() {
         let mut spin = Spin::new(MAX);
         assert_eq!(spin.time(), MAX);
         for _ in 0..4 {
-            spin.on_slept(Duration::from_micros(84));
+            spin.on_slept(micros(84));
         }
         assert_eq!(spin.time(), Duration::ZERO);
-        // A pause of 40 us and the wake-up.
-        let mut times = Vec::new();
-        for _ in 0..5 {
-            spin.on_slept(Duration::from_micros(60));
-            times.push(spin.time().as_micros());
-        }
-        assert_eq!(times, [5, 10, 20, 40, 50]);
+        spin.on_slept(micros(40));
+        assert_eq!(spin.time(), Duration::ZERO);
+        spin.on_slept(micros(84));
+        spin.on_slept(micros(40));
+        assert_eq!(spin.time(), Duration::ZERO, "two in a row");
+        spin.on_slept(micros(40));
+        assert_eq!(spin.time(), MAX);
     }
 
     #[test]
@@ -72,15 +145,58 @@ mod tests {
         let mut spin = Spin::new(MAX);
         spin.on_slept(Duration::from_secs(1));
         assert_eq!(spin.time(), MAX / 2);
-        spin.on_slept(Duration::from_micros(30));
+        spin.on_slept(micros(30));
+        spin.on_found(micros(12));
         assert_eq!(spin.time(), MAX);
+    }
+
+    #[test]
+    fn pauses_within_a_burst_say_nothing() {
+        let mut spin = Spin::new(MAX);
+        for _ in 0..10 {
+            spin.on_slept(micros(90));
+            spin.on_found(micros(1));
+        }
+        assert_eq!(spin.time(), Duration::ZERO);
+    }
+
+    /// Bursts at a distance that a look would bridge only just, or just not, are slept for.
+    #[test]
+    fn little_is_looked_for_bursts() {
+        for gap in [35, 45, 49, 52, 60, 200] {
+            let mut spin = Spin::new(MAX);
+            let looked: Duration = (0..10_000).map(|_| pause(&mut spin, micros(gap)).1).sum();
+            let share = looked.as_secs_f64() / micros(gap * 10_000).as_secs_f64();
+            assert!(share < 0.08, "{share} of the time between bursts at {gap} us");
+        }
+    }
+
+    /// Two cores that answer each other in 6 us each find out of any state in which they sleep.
+    #[test]
+    fn two_sides_that_answer_each_other_wake_each_other_up() {
+        for (a, b) in [(0, 0), (0, 50), (50, 0), (25, 25), (25, 0), (0, 12), (6, 6)] {
+            let side = |now| Spin { now: micros(now), ..Spin::new(MAX) };
+            let mut sides = [side(a), side(b)];
+            // What the side that waits has waited already when the other starts to wait.
+            let mut delay = Duration::ZERO;
+            let mut slept = Vec::new();
+            for step in 0..1000 {
+                let waited = micros(12) + delay;
+                let (has_slept, _) = pause(&mut sides[step % 2], waited);
+                delay = if has_slept { WAKE_UP } else { Duration::ZERO };
+                slept.push(has_slept);
+            }
+            let last = slept.iter().rposition(|slept| *slept).unwrap_or(0);
+            assert!(last < 2 * SLEEPS as usize + 20, "{a} and {b}: asleep at step {last}");
+        }
     }
 
     #[test]
     fn a_core_that_is_not_to_look_never_does() {
         let mut spin = Spin::new(Duration::ZERO);
-        for pause in [0, 10, 1000] {
-            spin.on_slept(Duration::from_micros(pause));
+        for pause in [0, 10, 1000].repeat(100) {
+            spin.on_slept(micros(pause));
+            spin.on_found(micros(pause));
             assert_eq!(spin.time(), Duration::ZERO);
         }
     }
