@@ -857,8 +857,7 @@ impl Path {
             let path = &mut state.paths[index];
             set_namespace(path, namespace, self.shared.config.queue_depth);
             path.wear = info.wear;
-            let compare_and_write = path.compare_and_write;
-            state.geometry = Geometry { compare_and_write, ..geometry };
+            state.geometry = geometry;
         });
     }
 
@@ -922,8 +921,7 @@ impl Path {
             path.transfer_bytes_max = info.transfer_bytes_max;
             set_namespace(path, namespace, self.shared.config.queue_depth);
             path.wear = info.wear;
-            let compare_and_write = path.compare_and_write;
-            state.geometry = Geometry { compare_and_write, ..geometry(namespace) };
+            state.geometry = geometry(namespace);
             state.identity = Identity {
                 uuid: namespace.uuid,
                 nguid: namespace.nguid,

@@ -178,7 +178,11 @@ impl RemoteChannel {
                 _ => (1, usable),
             };
             if among == 0 {
-                self.table.finish_front(Err(IoError::NotSupported));
+                if self.state.takes_pairs() {
+                    self.table.delay_front(now, IoError::Aborted);
+                } else {
+                    self.table.finish_front(Err(IoError::NotSupported));
+                }
                 continue;
             }
             let Some(path) = self.choose(among, self.table.avoid(id), count) else { break };

@@ -200,8 +200,14 @@ impl RemoteState {
         }
     }
 
+    /// Whether a path takes fused pairs, or took them before it was lost.
+    pub(crate) fn takes_pairs(&self) -> bool {
+        self.paths.iter().any(|path| path.is_wanted && path.compare_and_write)
+    }
+
     /// What follows from the paths.
     fn conclude(&mut self) {
+        self.geometry.compare_and_write = self.takes_pairs();
         let sum = |of: fn(&PathState) -> u64| self.paths.iter().map(of).sum();
         self.generation = sum(|path| path.generation);
         self.losses = self.of_gone.0 + sum(|path| path.losses);

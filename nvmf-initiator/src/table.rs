@@ -247,12 +247,7 @@ impl Table {
                 return Settled::Retry;
             }
             Verdict::Retry(_) | Verdict::Doubt(_) => {
-                let factor = 1u32 << request.retries.min(16);
-                request.not_before = now + (RETRY_DELAY * factor).min(RETRY_DELAY_MAX);
-                request.retries += 1;
-                request.avoid = 0;
-                request.start_again(Place::Delayed);
-                self.delayed.push(id);
+                self.delay(id, now);
                 return Settled::Retry;
             }
         }
@@ -340,6 +335,29 @@ impl Table {
             debug_assert_eq!(self.requests[usize::from(id)].commands, 0);
             self.finish(id, result);
         }
+    }
+
+    /// Tries the front, none of which has been sent, again later, as what was refused; fails it with
+    /// `error` when that has been done often enough.
+    pub(crate) fn delay_front(&mut self, now: Duration, error: IoError) {
+        let Some(id) = self.pending.pop_front() else { return };
+        let request = &self.requests[usize::from(id)];
+        debug_assert_eq!(request.commands, 0);
+        if request.retries >= self.retries_max || request.seq < self.abort_below {
+            self.finish(id, Err(error));
+        } else {
+            self.delay(id, now);
+        }
+    }
+
+    fn delay(&mut self, id: u16, now: Duration) {
+        let request = &mut self.requests[usize::from(id)];
+        let factor = 1u32 << request.retries.min(16);
+        request.not_before = now + (RETRY_DELAY * factor).min(RETRY_DELAY_MAX);
+        request.retries += 1;
+        request.avoid = 0;
+        request.start_again(Place::Delayed);
+        self.delayed.push(id);
     }
 
     /// Fails what is held and not quarantined, so has no command out, and was accepted before number `below`.

@@ -225,3 +225,47 @@ fn a_pair_that_was_not_sent_waits_for_the_target() {
     assert!(stored(&rig, 3) == block(2));
     rig.finish();
 }
+
+/// Of two paths only the first takes pairs, and is down: the pair waits for it, and nothing waits
+/// for the pair.
+#[test]
+fn a_pair_waits_for_the_path_that_takes_it() {
+    for comes_back in [true, false] {
+        let second = ([10, 0, 0, 2], 4420).into();
+        let config = move |mut config: RemoteConfig| {
+            config.paths.push(std::net::SocketAddr::into(second));
+            config
+        };
+        let script = Script { fences: false, ..Script::default() };
+        let mut rig = Setup { script, config: Box::new(config), ..Setup::default() }.start();
+        let disk = rig.disk(1, 4);
+        rig.until_live();
+        let able = rig.fake.subsys.borrow().clone();
+        let mut plain = fake::namespace(16 << 10);
+        plain.compare_and_write = false;
+        *rig.fake.subsys.borrow_mut() = fake::subsystem(plain, Limits::default());
+        rig.fake.listen_at(second, &rig.cores[TARGET]);
+        rig.until("both paths", |volume| volume.state().paths.iter().all(|path| path.is_live));
+        rig.fake.stop(&rig.cores[TARGET]);
+        rig.until("the loss", |volume| !volume.state().paths[0].is_live);
+        rig.until("the second path", |volume| volume.state().paths[1].is_live);
+        store(&rig, 3, &block(1));
+        disk.compare_and_write(0, 3 * BLOCK as u64, &block(1), &block(2));
+        disk.op(1, Op::Flush, 0, 0);
+        assert_eq!(rig.wait_ok(&disk, 1)[0].tag, 1);
+        rig.run_for(SECOND);
+        assert_eq!(disk.done(), 0);
+        if comes_back {
+            *rig.fake.subsys.borrow_mut() = able;
+            rig.fake.restart(&rig.cores[TARGET]);
+            rig.wait_ok(&disk, 1);
+            assert!(stored(&rig, 3) == block(2));
+        } else {
+            rig.run_for(60 * SECOND);
+            rig.wait_errors(&disk, 1, IoError::Aborted);
+            assert!(stored(&rig, 3) == block(1));
+            rig.fake.restart(&rig.cores[TARGET]);
+        }
+        rig.finish_all();
+    }
+}
