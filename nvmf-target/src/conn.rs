@@ -600,6 +600,9 @@ impl Conn {
         in_capsule_len: u32,
         env: &mut Env<'_>,
     ) -> Result<(Work, DataPtr), Status> {
+        if !self.pairing.is_idle(Fuse::None) && (sqe.is_fabrics() || self.auth.is_due()) {
+            self.part_pair(slot, env);
+        }
         let (work, takes_data) = match &mut self.role {
             Role::Fresh if sqe.is_fabrics() && sqe.fctype() == FabricsType::CONNECT => {
                 (Work::Connect, true)

@@ -130,6 +130,14 @@ impl Conn {
         }
     }
 
+    /// The command in this slot is none of the volume's, and came between the two of a pair.
+    #[cold]
+    pub(crate) fn part_pair(&mut self, slot: u16, env: &mut Env<'_>) {
+        let none = Err(Status::INVALID_COMMAND_OPCODE);
+        let verdict = self.pair(slot, Fuse::None, none, env);
+        debug_assert_eq!(verdict, none, "it is not paired");
+    }
+
     fn turn(&mut self, slot: u16) -> &mut Turn {
         &mut self.slots[slot as usize].turn
     }

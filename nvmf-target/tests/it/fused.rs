@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use block::fault::FaultPlan;
 use block::{IoError, Op};
+use nvme::host::authentication_receive;
 use nvme::spec::{AdminOpcode, SglDescriptor, Sqe, Status};
 
 use crate::host::{Data, Queue};
@@ -255,6 +256,14 @@ fn halves_and_misfits_are_refused_and_change_nothing() {
         rig.read(io, 0, BLOCK);
         assert_eq!(status(&rig.outcome(io, id)), Err(Status::ABORTED_MISSING_FUSED.dnr()));
     }
+    // Something between the two that is no I/O.
+    let id = io.send(first.0, first.1.clone());
+    let between = io.send(Sqe::from_bytes(&authentication_receive(64)), Data::None);
+    let late = io.send(second.0, second.1.clone());
+    for id in [id, late] {
+        assert_eq!(status(&rig.outcome(io, id)), Err(Status::ABORTED_MISSING_FUSED.dnr()));
+    }
+    assert!(status(&rig.outcome(io, between)).is_err());
     // Ranges that differ.
     let other = pair(9, &old[..BLOCK], &new[..BLOCK], [false; 2])[1].clone();
     let ids = send(io, [first.clone(), other]);
