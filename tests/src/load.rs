@@ -31,6 +31,9 @@ pub struct Workload {
     pub lba_bytes: u64,
     /// Namespaces asked in turn, from 1 on.
     pub namespaces: u32,
+    /// From burst to burst: the next commands are sent so much after the last ones, and all together.
+    /// Zero: each is sent as soon as there is room for it.
+    pub interval: Duration,
 }
 
 /// What came of it.
@@ -69,11 +72,20 @@ pub fn run(links: &mut [Link], work: &Workload, time: Duration) -> io::Result<Fi
     let mut tally = Tally { now: start, latencies: Vec::with_capacity(4 << 20), completed: 0 };
     let mut place = Place { slba: 0, nsid: 1 };
     let mut stopping = false;
+    let mut next_burst = start;
     loop {
         let mut is_done = stopping;
         let mut received = false;
+        let mut issues = !stopping;
+        if issues && !work.interval.is_zero() {
+            let now = Instant::now();
+            issues = now >= next_burst && lanes.iter().all(|lane| lane.state.outstanding == 0);
+            if issues {
+                (tally.now, next_burst) = (now, now.max(next_burst + work.interval));
+            }
+        }
         for lane in &mut lanes {
-            if !stopping {
+            if issues {
                 lane.issue(work, &mut place, tally.now);
             }
             lane.out.flush(lane.link, &payload)?;

@@ -82,6 +82,7 @@ impl Point {
             span_bytes: SPAN_BYTES,
             lba_bytes: 512,
             namespaces: 1,
+            interval: Duration::ZERO,
         }
     }
 }

@@ -173,6 +173,7 @@ fn work(depth: usize, namespaces: u32) -> Workload {
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
         namespaces,
+        interval: Duration::ZERO,
     }
 }
 

@@ -280,6 +280,7 @@ fn run(args: &Args) -> Result<bool> {
         }
     }
     good &= bench.check_idle()?;
+    good &= bench.check_tenth(args)?;
     good &= bench.check_memory()?;
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_string_pretty(&rows)?)
@@ -496,6 +497,33 @@ impl Bench {
         Ok(share < 0.01)
     }
 
+    /// Bursts at a tenth of the rate that they could have: at most 20 % of a core.
+    fn check_tenth(&self, args: &Args) -> Result<bool> {
+        let time = Duration::from_millis(args.millis);
+        let (target, mut good) = (&self.targets[0], true);
+        for depth in [32, 128] {
+            let names = (SUBNQN, &*hostnqn(0));
+            let mut association = associate(target.plain, names, ENTRIES, 1, &Protection::None)?;
+            let point = Point { write: false, block_bytes: 4096, depth };
+            let mut work = workload(&point, self.in_capsule);
+            let full = load::run(&mut association.io, &work, time)?.iops;
+            work.interval = Duration::from_secs_f64(10.0 * depth as f64 / full);
+            // Long enough for a clock that ticks every 10 ms.
+            let (start, busy) = (Instant::now(), process::cpu_time(target.pid())?);
+            let rate = load::run(&mut association.io, &work, Duration::from_secs(2))?.iops;
+            let used = process::cpu_time(target.pid())? - busy;
+            let share = used.as_secs_f64() / start.elapsed().as_secs_f64();
+            println!(
+                "bursts of {depth}, {:.0} of {:.0} kIOPS: {:.1} % of a core (goal 20)",
+                rate / 1e3,
+                full / 1e3,
+                share * 100.0
+            );
+            good &= share * args.at_least < 0.20;
+        }
+        Ok(good)
+    }
+
     fn check_memory(&self) -> Result<bool> {
         let mib = process::resident_bytes(self.targets[0].pid())? as f64 / (1 << 20) as f64;
         println!("resident memory after the runs: {mib:.1} MiB");
@@ -512,6 +540,7 @@ fn workload(point: &Point, in_capsule: usize) -> Workload {
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     }
 }
 

@@ -51,6 +51,7 @@ fn works() -> Vec<Workload> {
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     })
     .to_vec()
 }

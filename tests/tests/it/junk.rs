@@ -137,6 +137,7 @@ fn junk_on_the_port_hurts_nobody_else() {
         span_bytes: SPAN_BYTES,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     };
     load::run(&mut good.io, &work(true), Duration::from_millis(200)).expect("I/O before the junk");
     let before = process::resident_bytes(std::process::id()).expect("our own memory");

@@ -105,6 +105,7 @@ fn iops(addr: SocketAddr, again: bool) -> f64 {
         span_bytes: 1 << 20,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     };
     load::run(&mut association.io, &work, Duration::from_millis(500)).expect("I/O").iops
 }
@@ -324,6 +325,7 @@ fn keep_alives_beside_a_busy_data_path() {
                     span_bytes: 1 << 30,
                     lba_bytes: 512,
                     namespaces: 1,
+                    interval: Duration::ZERO,
                 };
                 let mut association =
                     associate(addr, (SUBNQN, &hostnqn(HOSTS + n)), 128, 1, &Protection::None)

@@ -26,6 +26,7 @@ fn bare_iops(write: bool, block_bytes: usize, depth: usize) -> f64 {
         span_bytes: 1 << 20,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     };
     let figures = load::run(&mut links, &work, Duration::from_millis(50)).expect("a run");
     drop(links);
@@ -62,6 +63,7 @@ fn load_generator_refuses_what_is_no_response() {
         span_bytes: 1 << 20,
         lba_bytes: 512,
         namespaces: 1,
+        interval: Duration::ZERO,
     };
     let error = load::run(&mut links, &work, Duration::from_secs(5)).expect_err("junk");
     assert!(error.to_string().contains("PDU type 0xee"), "{error}");
