@@ -19,6 +19,12 @@ const PAGES_PER_BLOCK: usize = BLOCK_BYTES / PAGE_BYTES;
 /// Chunk sizes. 16 KiB is one TLS record; 128 KiB the size that one send moves best.
 const CLASS_BYTES: [usize; 3] = [PAGE_BYTES, 16 << 10, BLOCK_BYTES];
 const CLASSES: usize = CLASS_BYTES.len();
+/// Logarithms of their pages: divisions by them are on the way of every I/O.
+const CLASS_PAGES_LOG2: [u32; CLASSES] = [
+    (CLASS_BYTES[0] / PAGE_BYTES).ilog2(),
+    (CLASS_BYTES[1] / PAGE_BYTES).ilog2(),
+    (CLASS_BYTES[2] / PAGE_BYTES).ilog2(),
+];
 const NONE: u32 = u32::MAX;
 
 /// The pool has no memory left for a request.
@@ -196,7 +202,7 @@ impl State {
         if block.free == 0 {
             self.unlink(index);
         }
-        let page = index as usize * PAGES_PER_BLOCK + chunk * (CLASS_BYTES[class] / PAGE_BYTES);
+        let page = index as usize * PAGES_PER_BLOCK + (chunk << CLASS_PAGES_LOG2[class]);
         self.users[page] = 1;
         self.available -= CLASS_BYTES[class];
         Some(page)
@@ -205,7 +211,8 @@ impl State {
     /// First page of the chunk that `page` lies in.
     fn chunk_start(&self, page: usize) -> usize {
         let class = usize::from(self.blocks[page / PAGES_PER_BLOCK].class);
-        page - page % (CLASS_BYTES[class] / PAGE_BYTES)
+        let log2 = CLASS_PAGES_LOG2[class];
+        page >> log2 << log2
     }
 
     fn retain(&mut self, page: usize) {
@@ -226,7 +233,7 @@ impl State {
         let index = (start / PAGES_PER_BLOCK) as u32;
         let block = &mut self.blocks[index as usize];
         let class = usize::from(block.class);
-        let chunk = start % PAGES_PER_BLOCK / (CLASS_BYTES[class] / PAGE_BYTES);
+        let chunk = (start % PAGES_PER_BLOCK) >> CLASS_PAGES_LOG2[class];
         let was_full = block.free == 0;
         block.free |= 1 << chunk;
         let is_unused = block.free == full_mask(class);

@@ -125,8 +125,8 @@ struct Queue {
     front_bytes: u64,
     /// Of the taken segments, those that a layer has to seal yet.
     unsealed: Unsealed,
-    /// Where the next head goes in the arena; counted on until the queue is empty.
-    arena_end: u64,
+    /// Where the next head goes in the arena, if it has room for it there.
+    arena_end: usize,
     /// Tokens to report.
     sent: VecDeque<u32>,
 }
@@ -231,7 +231,9 @@ impl Tx {
         let queue = &mut *queue;
         let first = queue.segments.len();
         let tail = tail.as_ref().map_or(&[][..], |tail| &tail[..]);
-        let at = queue.arena_end + self.skip(queue.arena_end, head.len() + tail.len());
+        // In one piece: what has no room at the end of the arena goes to its start.
+        let fits = queue.arena_end + head.len() + tail.len() <= self.arena_len;
+        let at = if fits { queue.arena_end } else { 0 };
         if !head.is_empty() {
             queue.segments.push_back(self.store(at, head));
         }
@@ -247,9 +249,9 @@ impl Tx {
         }
         let payload_end = queue.segments.len();
         if !tail.is_empty() {
-            queue.segments.push_back(self.store(at + head.len() as u64, tail));
+            queue.segments.push_back(self.store(at + head.len(), tail));
         }
-        queue.arena_end = at + (head.len() + tail.len()) as u64;
+        queue.arena_end = at + head.len() + tail.len();
         if let Some(hold) = &hold {
             for segment in queue.segments.range(payload_first..payload_end) {
                 hold.retain(std::slice::from_ref(segment));
@@ -266,22 +268,14 @@ impl Tx {
         Ok(())
     }
 
-    /// Bytes to leave out at arena position `at` so that `len` bytes do not wrap.
-    fn skip(&self, at: u64, len: usize) -> u64 {
-        let size = self.arena_len as u64;
-        let left = size - at % size;
-        if (len as u64) > left { left } else { 0 }
-    }
-
     /// Copies bytes to a free part of the arena.
-    fn store(&self, at: u64, bytes: &[u8]) -> Segment {
-        let at = (at % self.arena_len as u64) as usize;
-        assert!(at + bytes.len() <= self.arena_len, "`skip` keeps heads in one piece");
+    fn store(&self, at: usize, bytes: &[u8]) -> Segment {
+        assert!(at + bytes.len() <= self.arena_len, "`push` looks for room");
         let to = self.arena.base().wrapping_add(at);
         // SAFETY: the bytes are in the arena (just checked), memory that only raw pointers lead to.
         // No entry has them: each has at most ENTRY_BYTES, there are at most `entries_max`, one more is set
-        // aside for the skip at the end, and positions only grow. So the kernel does not read them
-        // now.
+        // aside for what is left out at the end, and places are taken in turn. So the kernel does not
+        // read them now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Segment::new(to, bytes.len())
     }
@@ -502,7 +496,8 @@ impl Drop for Tx {
 impl Queue {
     fn end_front(&mut self) {
         let Some(entry) = self.entries.pop_front() else { return };
-        release(&entry, self.segments.drain(..entry.segments));
+        let segments = &mut self.segments;
+        release(&entry, (0..entry.segments).map_while(|_| segments.pop_front()));
         self.sent.extend(entry.token);
         self.taken_entries = self.taken_entries.saturating_sub(1);
         self.taken_segments = self.taken_segments.saturating_sub(entry.segments);
