@@ -343,7 +343,7 @@ impl Table {
         let Some(id) = self.pending.pop_front() else { return };
         let request = &self.requests[usize::from(id)];
         debug_assert_eq!(request.commands, 0);
-        if request.retries >= self.retries_max || request.seq < self.abort_below {
+        if request.retries >= self.retries_max {
             self.finish(id, Err(error));
         } else {
             self.delay(id, now);
@@ -558,6 +558,25 @@ mod tests {
         let id = send(&mut table);
         assert_eq!(answer(&mut table, id, Verdict::Retry(IoError::Medium)), Settled::Finished);
         assert_eq!(finished(&mut table), [(0, Err(IoError::Medium))]);
+    }
+
+    #[test]
+    fn what_cannot_be_sent_yet_is_delayed_behind_the_others_and_bounded() {
+        let mut table = Table::new(2, 2, true);
+        table.accept(io(0)).unwrap();
+        table.accept(io(1)).unwrap();
+        for retry in 0..2 {
+            assert_eq!(table.front().unwrap().2.tag, 0);
+            table.delay_front(NOW, IoError::Medium);
+            assert_eq!(table.front().unwrap().2.tag, 1);
+            assert_eq!(table.next_wake(), Some(NOW + RETRY_DELAY * (1 << retry)));
+            table.wake(NOW + RETRY_DELAY_MAX);
+        }
+        table.delay_front(NOW, IoError::Medium);
+        assert_eq!(finished(&mut table), [(0, Err(IoError::Medium))]);
+        table.delay_front(NOW, IoError::Medium);
+        table.abort();
+        assert_eq!(finished(&mut table), [(1, Err(IoError::Aborted))]);
     }
 
     #[test]
