@@ -178,11 +178,8 @@ impl RemoteChannel {
                 _ => (1, usable),
             };
             if among == 0 {
-                if self.state.takes_pairs() {
-                    self.table.delay_front(now, IoError::Aborted);
-                } else {
-                    self.table.finish_front(Err(IoError::NotSupported));
-                }
+                // By a path that is lost, as the geometry has it.
+                self.table.delay_front(now, IoError::Aborted);
                 continue;
             }
             let Some(path) = self.choose(among, self.table.avoid(id), count) else { break };

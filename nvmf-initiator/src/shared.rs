@@ -200,14 +200,16 @@ impl RemoteState {
         }
     }
 
-    /// Whether a path takes fused pairs, or took them before it was lost.
-    pub(crate) fn takes_pairs(&self) -> bool {
-        self.paths.iter().any(|path| path.is_wanted && path.compare_and_write)
-    }
-
     /// What follows from the paths.
     fn conclude(&mut self) {
-        self.geometry.compare_and_write = self.takes_pairs();
+        // A path that is lost takes pairs again when it is back. Until one has said what it takes,
+        // what those took counts that are gone.
+        let takes_pairs = |path: &PathState| !path.is_vacant && path.compare_and_write;
+        if self.paths.iter().any(takes_pairs) {
+            self.geometry.compare_and_write = true;
+        } else if self.paths.iter().any(|path| path.is_live) {
+            self.geometry.compare_and_write = false;
+        }
         let sum = |of: fn(&PathState) -> u64| self.paths.iter().map(of).sum();
         self.generation = sum(|path| path.generation);
         self.losses = self.of_gone.0 + sum(|path| path.losses);
