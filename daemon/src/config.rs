@@ -64,6 +64,9 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// Cores the emulated devices run on; `None` lets the daemon choose.
     pub emulator_cores: Option<u16>,
+    /// How long these look for work before they sleep, at most, in microseconds; `None`: as long as
+    /// is good for most.
+    pub emulator_busy_poll_us: Option<u16>,
     /// Unix socket of the management API; `None`: there is none.
     pub api: Option<PathBuf>,
     /// The target's management API on TCP, if it is there, too.
@@ -159,6 +162,8 @@ pub struct TargetConfig {
     pub subsystems: Vec<SubsystemConfig>,
     /// Cores that serve connections; `None` lets the daemon choose.
     pub cores: Option<u16>,
+    /// As [`Config::emulator_busy_poll_us`].
+    pub busy_poll_us: Option<u16>,
     /// Largest queue a host may ask for, in entries.
     pub queue_entries_max: Option<u16>,
     /// Most I/O queues one association may have.
@@ -452,6 +457,8 @@ pub struct Draft {
     subnqn: Option<Setting>,
     cores: Option<Setting>,
     emulator_cores: Option<Setting>,
+    busy_poll_us: Option<Setting>,
+    emulator_busy_poll_us: Option<Setting>,
     containment: Option<Setting>,
     supervise: Option<Setting>,
     /// Of the emulator; that of a target is `user`.
@@ -755,6 +762,16 @@ impl Draft {
         self.emulator_cores = Some(Setting::flag("--cores", cores));
     }
 
+    /// `--busy-poll-us N` of the target.
+    pub fn set_target_busy_poll_us(&mut self, micros: impl Into<String>) {
+        self.busy_poll_us = Some(Setting::flag("--busy-poll-us", micros));
+    }
+
+    /// `--busy-poll-us N` of the emulator.
+    pub fn set_emulator_busy_poll_us(&mut self, micros: impl Into<String>) {
+        self.emulator_busy_poll_us = Some(Setting::flag("--busy-poll-us", micros));
+    }
+
     /// `--api PATH` of an emulator.
     pub fn set_emulator_api(&mut self, path: impl Into<String>) {
         self.emulator_api = Some(Setting::flag("--api", path));
@@ -807,6 +824,7 @@ impl Draft {
         *self = Draft {
             data_dir: self.data_dir.take(),
             emulator_cores: self.emulator_cores.take(),
+            emulator_busy_poll_us: self.emulator_busy_poll_us.take(),
             containment: self.containment.take(),
             supervise: self.supervise.take(),
             user: self.emulator_user.take(),

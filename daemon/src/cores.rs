@@ -2,6 +2,7 @@
 
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use reactor::{Core, CoreConfig, CoreHandle, SetupError, Spawner};
 
@@ -32,18 +33,25 @@ pub fn core_config() -> CoreConfig {
     CoreConfig { entries: RING_ENTRIES, pool_bytes: POOL_BYTES, ..CoreConfig::default() }
 }
 
-/// The configuration of a core that emulates devices, for guests nobody has to trust.
-pub fn emulator_config() -> CoreConfig {
-    CoreConfig { restricted: true, ..core_config() }
+/// The configuration of a core that emulates devices, for guests nobody has to trust. It looks for
+/// work for up to `busy_poll_us` microseconds before it sleeps.
+pub fn emulator_config(busy_poll_us: Option<u16>) -> CoreConfig {
+    CoreConfig { restricted: true, ..looking(busy_poll_us) }
+}
+
+fn looking(busy_poll_us: Option<u16>) -> CoreConfig {
+    let config = core_config();
+    let spin = busy_poll_us.map_or(config.spin, |micros| Duration::from_micros(micros.into()));
+    CoreConfig { spin, ..config }
 }
 
 /// The configuration of a core that serves volumes: files and block devices read and write a little
-/// of its pool at less cost.
-pub fn target_config() -> CoreConfig {
+/// of its pool at less cost. `busy_poll_us` as for [`emulator_config`].
+pub fn target_config(busy_poll_us: Option<u16>) -> CoreConfig {
     CoreConfig {
         entries: TARGET_RING_ENTRIES,
         pool_registered_bytes: POOL_REGISTERED_BYTES,
-        ..core_config()
+        ..looking(busy_poll_us)
     }
 }
 

@@ -88,6 +88,7 @@ pub struct Daemon {
     host: HostIdentity,
     data_dir: Option<PathBuf>,
     emulator_cores: Option<u16>,
+    emulator_busy_poll_us: Option<u16>,
     target: Option<RunningTarget>,
     emulator: Option<RunningEmulator>,
     devices: Arc<Book>,
@@ -172,6 +173,7 @@ impl Daemon {
             host,
             data_dir,
             emulator_cores: config.emulator_cores,
+            emulator_busy_poll_us: config.emulator_busy_poll_us,
             target,
             emulator: None,
             devices: Arc::default(),
@@ -377,7 +379,8 @@ impl Daemon {
             let roles = 1 + usize::from(self.target.is_some());
             let count = self.emulator_cores.unwrap_or_else(|| cores::default_count(roles));
             let ended = ended(self.failed.clone());
-            let cores = Cores::start("emulator", count, &cores::emulator_config(), ended)?;
+            let core_config = cores::emulator_config(self.emulator_busy_poll_us);
+            let cores = Cores::start("emulator", count, &core_config, ended)?;
             self.emulator = Some(RunningEmulator { cores, next_core: 0, devices: Vec::new() });
         }
         let failed = self.failed.clone();

@@ -131,7 +131,8 @@ pub(crate) fn start(parts: Parts<'_>) -> anyhow::Result<RunningTarget> {
     };
 
     let count = settings.cores.unwrap_or_else(|| cores::default_count(roles));
-    let cores = Cores::start("target", count, &cores::target_config(), ended(failed))?;
+    let core_config = cores::target_config(settings.busy_poll_us);
+    let cores = Cores::start("target", count, &core_config, ended(failed))?;
     let target = Target::new(target_config, cores.handles().to_vec())?;
     for index in 0..cores.handles().len() {
         let target = target.clone();

@@ -22,6 +22,8 @@ use crate::identity::{self, HostIdentity, UUID_NQN};
 const NAME_LEN_MAX: usize = 64;
 /// More cores than this serve no block device we know.
 const CORES_MAX: u64 = 256;
+/// Looking for longer than 10 ms is never to sleep.
+const BUSY_POLL_US: std::ops::RangeInclusive<u64> = 0..=10_000;
 /// Smallest and largest queue: NVMe over Fabrics asks for two entries, CAP.MQES is 16 bits wide,
 /// and memory per connection is reserved for what may be in flight.
 const QUEUE_ENTRIES: std::ops::RangeInclusive<u64> = 2..=4096;
@@ -127,6 +129,7 @@ impl Draft {
                 discovery,
                 subsystems,
                 cores: optional(&self.cores, 1..=CORES_MAX)?,
+                busy_poll_us: optional(&self.busy_poll_us, BUSY_POLL_US)?,
                 queue_entries_max: optional(&self.queue_entries_max, QUEUE_ENTRIES)?,
                 io_queues_max: optional(&self.io_queues_max, 1..=IO_QUEUES_MAX)?,
                 limits,
@@ -159,6 +162,7 @@ impl Draft {
             target,
             devices,
             emulator_cores: optional(&self.emulator_cores, 1..=CORES_MAX)?,
+            emulator_busy_poll_us: optional(&self.emulator_busy_poll_us, BUSY_POLL_US)?,
             api,
             api_tls,
             containment: match (&self.containment, self.is_emulator) {

@@ -57,6 +57,7 @@ struct RawTarget {
     subnqn: Option<Spanned<String>>,
     user: Option<Spanned<String>>,
     cores: Option<Spanned<i64>>,
+    busy_poll_us: Option<Spanned<i64>>,
     queue_entries_max: Option<Spanned<i64>>,
     io_queues_max: Option<Spanned<i64>>,
 }
@@ -65,6 +66,7 @@ struct RawTarget {
 #[serde(deny_unknown_fields)]
 struct RawEmulator {
     cores: Option<Spanned<i64>>,
+    busy_poll_us: Option<Spanned<i64>>,
     containment: Option<Spanned<String>>,
     supervise: Option<Spanned<String>>,
     user: Option<Spanned<String>>,
@@ -244,6 +246,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     };
     if let Some(emulator) = raw.emulator {
         draft.emulator_cores = source.optional("emulator.cores", &emulator.cores);
+        draft.emulator_busy_poll_us =
+            source.optional("emulator.busy_poll_us", &emulator.busy_poll_us);
         draft.containment = source.optional("emulator.containment", &emulator.containment);
         draft.emulator_user = source.optional("emulator.user", &emulator.user);
         draft.supervise = source.optional("emulator.supervise", &emulator.supervise);
@@ -258,6 +262,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         draft.subnqn = source.optional("target.subnqn", &target.subnqn);
         draft.user = source.optional("target.user", &target.user);
         draft.cores = source.optional("target.cores", &target.cores);
+        draft.busy_poll_us = source.optional("target.busy_poll_us", &target.busy_poll_us);
         draft.queue_entries_max =
             source.optional("target.queue_entries_max", &target.queue_entries_max);
         draft.io_queues_max = source.optional("target.io_queues_max", &target.io_queues_max);

@@ -32,11 +32,13 @@ listen = ["0.0.0.0:4420,advertise=192.0.2.7:4420", "[::1]:4420"]
 discovery = ["127.0.0.1:8009"]
 subnqn = "nqn.2014-08.org.nvmexpress:uuid:6f5b8d2e-5a0c-4f0e-9d3b-0d5cbb6a4f11"
 cores = 2
+busy_poll_us = 100
 queue_entries_max = 128
 io_queues_max = 8
 
 [emulator]
 cores = 1
+busy_poll_us = 0
 
 [[device]]
 name = "disk0"
@@ -66,6 +68,7 @@ fn a_whole_file() {
     assert_eq!(target.subnqn().map(Nqn::as_str), Some(NQN));
     assert_eq!((target.cores, target.queue_entries_max), (Some(2), Some(128)));
     assert_eq!((target.io_queues_max, config.emulator_cores), (Some(8), Some(1)));
+    assert_eq!((target.busy_poll_us, config.emulator_busy_poll_us), (Some(100), Some(0)));
     let device = &config.devices[0];
     assert_eq!((device.name.as_str(), device.kind), ("disk0", DeviceKind::VirtioBlk));
     assert_eq!(device.socket, Path::new("/run/disk0.sock"));
@@ -84,9 +87,11 @@ fn flags_give_the_same() {
     draft.set_discovery(&["127.0.0.1:8009".to_owned()]);
     draft.set_subnqn(NQN);
     draft.set_target_cores("2");
+    draft.set_target_busy_poll_us("100");
     draft.set_queue_entries_max("128");
     draft.set_io_queues_max("8");
     draft.set_emulator_cores("1");
+    draft.set_emulator_busy_poll_us("0");
     draft
         .add_device(&format!(
             "disk0=virtio-blk,socket=/run/disk0.sock,connect=192.0.2.7:4420,subnqn={NQN},nsid=3,\
@@ -126,6 +131,7 @@ fn each_command_takes_its_part() {
     let devices = devices.check().unwrap();
     assert!(devices.volumes.is_empty() && devices.target.is_none());
     assert_eq!((devices.devices.len(), devices.emulator_cores), (1, Some(1)));
+    assert_eq!(devices.emulator_busy_poll_us, Some(0));
     assert!(devices.data_dir.is_some());
 }
 
@@ -193,37 +199,42 @@ fn values_in_the_file() {
             "penstock.toml:18: target.cores = \"-1\": allowed: a whole number from 1 to 256",
         ),
         (
+            "busy_poll_us = 100",
+            "busy_poll_us = 10001",
+            "penstock.toml:19: target.busy_poll_us = \"10001\": allowed: a whole number from 0 to 10000",
+        ),
+        (
             "queue_entries_max = 128",
             "queue_entries_max = 1",
-            "penstock.toml:19: target.queue_entries_max = \"1\": allowed: a whole number from 2 to \
+            "penstock.toml:20: target.queue_entries_max = \"1\": allowed: a whole number from 2 to \
              4096",
         ),
         (
             "io_queues_max = 8",
             "io_queues_max = 129",
-            "penstock.toml:20: target.io_queues_max = \"129\": allowed: a whole number from 1 to \
+            "penstock.toml:21: target.io_queues_max = \"129\": allowed: a whole number from 1 to \
              128",
         ),
         (
             "type = \"virtio-blk\"",
             "type = \"scsi\"",
-            "penstock.toml:27: device.type = \"scsi\": is no device type; allowed: virtio-blk, nvme",
+            "penstock.toml:29: device.type = \"scsi\": is no device type; allowed: virtio-blk, nvme",
         ),
         (
             "connect = \"192.0.2.7:4420\"",
             "connect = \"0.0.0.0:4420\"",
-            "penstock.toml:29: device.connect = \"0.0.0.0:4420\": is no address to connect to; \
+            "penstock.toml:31: device.connect = \"0.0.0.0:4420\": is no address to connect to; \
              allowed: ADDR:PORT of a target, such as 192.0.2.7:4420",
         ),
         (
             "queues = 4",
             "queues = 0",
-            "penstock.toml:32: device.queues = \"0\": allowed: a whole number from 1 to 64",
+            "penstock.toml:34: device.queues = \"0\": allowed: a whole number from 1 to 64",
         ),
         (
             "socket = \"/run/disk0.sock\"\n",
             "",
-            "penstock.toml:26: device.name = \"disk0\": this device has no socket; needed: \
+            "penstock.toml:28: device.name = \"disk0\": this device has no socket; needed: \
              socket=PATH",
         ),
     ];
@@ -242,10 +253,10 @@ fn the_shape_of_the_file() {
             "cores = \"2\"",
             "penstock.toml:18: in `cores = \"2\"`: invalid type: string",
         ),
-        ("[emulator]", "[emulater]", "penstock.toml:22: in `[emulater]`: unknown field `emulater`"),
-        ("[emulator]", "[emulator", "penstock.toml:22: "),
+        ("[emulator]", "[emulater]", "penstock.toml:23: in `[emulater]`: unknown field `emulater`"),
+        ("[emulator]", "[emulator", "penstock.toml:23: "),
         ("spec = \"null:1TiB\"", "", "missing field `spec`"),
-        ("read_only = true", "read_only = 1", "penstock.toml:33: in `read_only = 1`: invalid type"),
+        ("read_only = true", "read_only = 1", "penstock.toml:35: in `read_only = 1`: invalid type"),
     ];
     for (from, to, expected) in cases {
         let message = refusal(&WHOLE.replacen(from, to, 1));

@@ -155,6 +155,10 @@ pub(crate) struct TargetArgs {
     /// Threads that serve connections [default: one for each CPU, up to 4]
     #[arg(long, value_name = "N")]
     pub(crate) cores: Option<String>,
+    /// How long these look for work before they sleep, at most: 0 to 10000. More answers requests
+    /// that come one at a time sooner and takes more of a processor [default: 50]
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(crate) busy_poll_us: Option<String>,
     /// Largest I/O queue a host may ask for, in entries [default: 128]
     #[arg(long, value_name = "N")]
     pub(crate) queue_entries_max: Option<String>,
@@ -259,6 +263,10 @@ pub(crate) struct EmulateArgs {
     /// Threads the devices run on [default: one for each CPU, up to 4]
     #[arg(long, value_name = "N")]
     pub(crate) cores: Option<String>,
+    /// How long these look for work before they sleep, at most: 0 to 10000. More answers requests
+    /// that come one at a time sooner and takes more of a processor [default: 50]
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(crate) busy_poll_us: Option<String>,
     /// What the process gives up after its start, so that a guest that breaks out of its device
     /// finds nothing: on (as far as the kernel has the means), require (or do not start), off
     /// [default: on]

@@ -24,6 +24,9 @@ pub(crate) fn target(args: &TargetArgs) -> anyhow::Result<ExitCode> {
     if let Some(cores) = &args.cores {
         draft.set_target_cores(cores);
     }
+    if let Some(micros) = &args.busy_poll_us {
+        draft.set_target_busy_poll_us(micros);
+    }
     if let Some(entries) = &args.queue_entries_max {
         draft.set_queue_entries_max(entries);
     }
@@ -91,6 +94,9 @@ pub(crate) fn emulate(args: &EmulateArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(cores) = &args.cores {
         draft.set_emulator_cores(cores);
+    }
+    if let Some(micros) = &args.busy_poll_us {
+        draft.set_emulator_busy_poll_us(micros);
     }
     if let Some(mode) = &args.containment {
         draft.set_containment(mode);
