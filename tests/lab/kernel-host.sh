@@ -36,6 +36,17 @@ kernel_host() {
     step "nvme disconnect"
     nvme disconnect -n "$nqn" || fail disconnect
     ! ns_device "$nqn" 1 || fail "the namespace is still there"
+
+    step "header and data digests"
+    io_port=$(sed -n 's/.*"trsvcid": *"\([0-9]*\)".*/\1/p' /out/discover.json | grep -vx "$port" | head -n 1)
+    nvme connect -t tcp -a "$addr" -s "$io_port" -n "$nqn" --hdr-digest --data-digest ||
+        fail "connect with digests"
+    wait_for 30 "namespace 1 of $nqn" ns_device "$nqn" 1
+    dev=$(ns_device "$nqn" 1)
+    for bs in 4k 64k; do
+        fio_verify "$dev" $bs 12 4M
+    done
+    nvme disconnect -n "$nqn" || fail "disconnect with digests"
     kernel_complaints "$NVME_COMPLAINTS"
 }
 [ -n "${NO_RUN-}" ] || kernel_host "$@"
