@@ -197,3 +197,20 @@ impl Drop for Cores {
         self.finish();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_roles_look_for_work_as_long_as_they_are_told() {
+        let usual = CoreConfig::default().spin;
+        for (told, spin) in
+            [(None, usual), (Some(0), Duration::ZERO), (Some(10_000), Duration::from_millis(10))]
+        {
+            assert_eq!(target_config(told).spin, spin);
+            let emulator = emulator_config(told);
+            assert_eq!((emulator.spin, emulator.restricted), (spin, true));
+        }
+    }
+}

@@ -600,7 +600,7 @@ impl Conn {
         in_capsule_len: u32,
         env: &mut Env<'_>,
     ) -> Result<(Work, DataPtr), Status> {
-        if !self.pairing.is_idle(Fuse::None) && (sqe.is_fabrics() || self.auth.is_due()) {
+        if sqe.is_fabrics() && !self.pairing.is_idle(Fuse::None) {
             self.part_pair(slot, env);
         }
         let (work, takes_data) = match &mut self.role {

@@ -98,6 +98,21 @@ fn refusals_are_one_line_with_their_exit_code() {
     let text = refusal(&["target", "--volume", "a=tape:1", "--listen", "127.0.0.1:0"], 2);
     assert!(text.contains("--volume \"tape:1\""), "{text}");
 
+    // Both would end with 1, and not run, if the value were not looked at.
+    let nowhere = scratch.path().join("nowhere");
+    let volume = format!("a=file:{}", nowhere.display());
+    let device = format!("d=virtio-blk,socket={}/d.sock,volume=null:1M", nowhere.display());
+    for role in [
+        &["target", "--volume", &volume, "--listen", "127.0.0.1:0"][..],
+        &["emulate", "--device", &device],
+    ] {
+        let text = refusal(&[role, &["--busy-poll-us", "10001"]].concat(), 2);
+        assert!(
+            text.contains("--busy-poll-us \"10001\": allowed: a whole number from 0"),
+            "{text}"
+        );
+    }
+
     let file = scratch.path().join("penstock.toml");
     std::fs::write(&file, "[target]\nlisten = [\"127.0.0.1:0\"]\ncolour = 1\n").unwrap();
     let text = refusal(&["target", "--config", file.to_str().unwrap()], 2);
