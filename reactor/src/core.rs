@@ -320,8 +320,10 @@ impl Core {
         self.local.0.reap()
     }
 
-    /// Arms all tasks. `true`: one of them has work.
+    /// Prepares for sleep: the ring makes all receives, and all tasks are armed. `true`: one of them
+    /// has work.
     pub(crate) fn arm(&mut self) -> bool {
+        self.local.0.ops.borrow_mut().give_up_look(true);
         let mut has_work = false;
         for task in &mut self.tasks {
             has_work |= task.arm();
@@ -422,6 +424,7 @@ impl Shared {
             let mut ops = self.ops.borrow_mut();
             ops.retry(&self.rx);
             ops.kernel.enter();
+            ops.look(&self.rx);
         }
         self.reap()
     }

@@ -12,8 +12,10 @@ use iobuf::Pool;
 
 use crate::error::Errno;
 use crate::fd::{Fd, SharedFd, Socket, Source};
+use crate::look::Look;
 use crate::net::Tx;
 use crate::ops::Slot;
+use crate::rx::{SPARE_BYTES, Spare};
 use crate::sim::SimKernel;
 use crate::sys;
 use crate::uring::Uring;
@@ -117,6 +119,28 @@ impl Kernel {
             (Kernel::Sim(sim), Source::Socket(socket)) => sim.send_now(socket.end(), tx),
             // The ring says what is wrong with such a descriptor.
             _ => Err(Errno(libc::EAGAIN)),
+        }
+    }
+
+    /// Receives into a spare buffer what the socket has, without waiting; `EAGAIN`: nothing now.
+    pub(crate) fn recv_now(&mut self, fd: &Fd, spare: &Spare) -> Result<usize, Errno> {
+        match (self, fd.source()) {
+            (Kernel::Uring(_), Source::Os(fd)) => {
+                // SAFETY: the buffer has that many bytes, and is nobody else's until it is lent.
+                let received = unsafe { sys::recv_now(fd.as_fd(), spare.as_ptr(), SPARE_BYTES) };
+                received.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
+            }
+            (Kernel::Sim(sim), Source::Socket(socket)) => sim.recv_now(socket.end(), spare),
+            // The ring says what is wrong with such a descriptor.
+            _ => Err(Errno(libc::EAGAIN)),
+        }
+    }
+
+    /// What decides when the core receives by itself. Simulated ones do it soon and often.
+    pub(crate) fn look(&self) -> Look {
+        match self {
+            Kernel::Uring(_) => Look::real(),
+            Kernel::Sim(_) => Look::new(3),
         }
     }
 

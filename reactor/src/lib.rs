@@ -27,6 +27,8 @@
 //!   ([`net::StreamConfig::tx_entries_max`]).
 //! - A turn's submissions go to the kernel in one enter, but for reads and writes of files: several of
 //!   a turn go in groups that double, so that the device begins with the first.
+//! - Streams receive by the ring, but for one that is busy alone: a core that is awake calls the kernel for
+//!   it in each turn, which is cheaper, and gives it back to the ring before it sleeps.
 //! - Time is a [`Duration`](std::time::Duration) since an arbitrary monotonic origin, the same for
 //!   all cores, read once a turn.
 //! - Dropping a [`Port`] or a [`net::Stream`] with work in flight is safe: the core keeps the
@@ -44,6 +46,7 @@ mod core;
 mod error;
 mod fd;
 mod kernel;
+mod look;
 mod mailbox;
 pub mod net;
 mod ops;

@@ -19,10 +19,11 @@ use iobuf::{Hold, Segment};
 use crate::error::{Busy, Errno};
 use crate::fd::{Fd, Socket};
 use crate::kernel::{Cqe, Kernel, PushError};
+use crate::look::Look;
 use crate::net::Tx;
 use crate::port::{Completion, Outcome};
 use crate::ready::Ready;
-use crate::rx::{RxChunk, RxPool, Spare};
+use crate::rx::{RxChunk, RxPool, SPARE_BYTES, Spare};
 use crate::sys::RawAddr;
 
 /// What a slot asks of the kernel.
@@ -74,6 +75,8 @@ enum State {
     Starved,
     /// A watch whose signal nobody has taken yet: armed again when it is.
     Parked,
+    /// A receive that the core makes itself, in each turn: see [`Look`].
+    Looked,
     /// With the kernel.
     Flying,
 }
@@ -103,7 +106,7 @@ impl OpId {
         u64::from(self.generation) << 32 | u64::from(self.index)
     }
 
-    fn from_user_data(user_data: u64) -> OpId {
+    pub(crate) fn from_user_data(user_data: u64) -> OpId {
         OpId { index: user_data as u32, generation: (user_data >> 32) as u32 }
     }
 }
@@ -174,6 +177,8 @@ pub(crate) struct Ops {
     /// Finished slots, to be freed outside the borrow of `Ops`: a hold runs foreign code.
     finished: Vec<u32>,
     flying: usize,
+    /// Which receive the core makes itself.
+    look: Look,
     /// Something was recorded since `take_recorded`.
     recorded: bool,
     closed: bool,
@@ -193,6 +198,7 @@ impl Ops {
             hold: None,
         });
         let room = count as usize;
+        let look = kernel.look();
         Ops {
             kernel,
             slots: slots.collect(),
@@ -204,6 +210,7 @@ impl Ops {
             cancels: VecDeque::with_capacity(room),
             finished: Vec::with_capacity(room),
             flying: 0,
+            look,
             recorded: false,
             closed: false,
         }
@@ -295,6 +302,9 @@ impl Ops {
         self.recorded = true;
         let slot = &mut self.slots[index as usize];
         slot.state = State::Held;
+        if self.look.op() == Some(OpId { index, generation: slot.generation }) {
+            self.look.give_up(true);
+        }
         if let Some(queue) = slot.queue.take() {
             queue.in_flight.set(queue.in_flight.get() - 1);
             queue.record(event);
@@ -311,7 +321,7 @@ impl Ops {
         slot.cancelled = true;
         match slot.state {
             State::Free | State::Held => {}
-            State::Queued | State::Starved | State::Parked => {
+            State::Queued | State::Starved | State::Parked | State::Looked => {
                 self.fail(op.index, Errno::CANCELED);
             }
             // A device that is polled finishes what it has; there is no way to take it back.
@@ -441,6 +451,7 @@ impl Ops {
                     && let (Some(chunk), Some(queue)) = (chunk, &slot.queue)
                 {
                     queue.record(Event::Chunk(chunk));
+                    self.on_received(op, cqe.res as usize);
                 }
                 if more {
                     return;
@@ -448,10 +459,13 @@ impl Ops {
                 match cqe.res {
                     0 => self.finish(op.index, Event::RecvEnd(Ok(()))),
                     _ if cancelled => self.fail(op.index, Errno::CANCELED),
-                    // The kernel may end a multishot receive at any time; so does a spare buffer.
-                    res if res > 0 || is_transient(-res) => self.push(op),
+                    // The kernel may end a multishot receive at any time; so does a spare buffer, and
+                    // the core that wants to receive by itself.
+                    res if res > 0 || is_transient(-res) || res == -libc::ECANCELED => {
+                        self.receive_on(op);
+                    }
                     res if res == -libc::ENOBUFS => {
-                        slot.state = State::Starved;
+                        self.slots[op.index as usize].state = State::Starved;
                         self.starved.push_back(op);
                     }
                     res => self.fail(op.index, Errno(-res)),
@@ -501,6 +515,76 @@ impl Ops {
                 self.finish(op.index, Event::Done(Completion { token, result }));
             }
         }
+    }
+
+    /// `op` has received `len` bytes: who makes its next receive, and that of others?
+    fn on_received(&mut self, op: OpId, len: usize) {
+        let large = len >= SPARE_BYTES;
+        if self.look.op().is_some_and(|own| own != op || large) {
+            self.give_up_look(false);
+        }
+        if self.look.on_received(op, large)
+            && self.slot(op).is_some_and(|slot| slot.state == State::Flying)
+            && self.kernel.cancel(op.user_data()).is_err()
+        {
+            self.give_up_look(true);
+        }
+    }
+
+    /// A receive is back from the kernel, and goes on.
+    fn receive_on(&mut self, op: OpId) {
+        if self.look.op() == Some(op) {
+            self.slots[op.index as usize].state = State::Looked;
+        } else {
+            self.push(op);
+        }
+    }
+
+    /// Makes the receive that is the core's own, if there is one.
+    #[inline]
+    pub(crate) fn look(&mut self, rx: &Rc<RxPool>) {
+        if let Some(op) = self.look.op() {
+            self.look_at(op, rx);
+        }
+    }
+
+    fn look_at(&mut self, op: OpId, rx: &Rc<RxPool>) {
+        let slot = &mut self.slots[op.index as usize];
+        let (State::Looked, Request::Recv { lent, spare }, Some(fd)) =
+            (slot.state, &mut slot.request, &slot.fd)
+        else {
+            return;
+        };
+        if spare.is_none() && lent.get() {
+            // Its owner sits on bytes, perhaps until more arrive.
+            return self.give_up_look(false);
+        }
+        let buffer = spare.get_or_insert_with(|| rx.spare());
+        match self.kernel.recv_now(fd, buffer) {
+            Ok(0) => self.finish(op.index, Event::RecvEnd(Ok(()))),
+            Ok(len) => {
+                if let (Some(spare), Some(queue)) = (spare.take(), &slot.queue) {
+                    queue.record(Event::Chunk(spare.lend(lent).into_chunk(len)));
+                }
+                self.recorded = true;
+                self.on_received(op, len);
+            }
+            Err(Errno(errno)) if is_transient(errno) => {}
+            Err(errno) => self.fail(op.index, errno),
+        }
+    }
+
+    /// The ring makes all receives: the core `sleeps`, or its own did not pay.
+    pub(crate) fn give_up_look(&mut self, sleeps: bool) {
+        let Some(op) = self.look.give_up(sleeps) else { return };
+        let Some(slot) = self.slot(op) else { return };
+        if slot.state != State::Looked {
+            return; // on its way back from the kernel, which gets it again
+        }
+        if let Request::Recv { spare, .. } = &mut slot.request {
+            *spare = None;
+        }
+        self.push(op);
     }
 
     /// Takes one finished slot apart; `recycle` gets it back without what it held.

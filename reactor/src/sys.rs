@@ -43,6 +43,17 @@ pub(crate) unsafe fn send_now(
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
+/// Receives what a socket has, without waiting: up to `len` bytes to `to`.
+///
+/// # Safety
+///
+/// `to` is good for writes of `len` bytes, and nobody reads them during the call.
+pub(crate) unsafe fn recv_now(fd: BorrowedFd<'_>, to: *mut u8, len: usize) -> io::Result<usize> {
+    // SAFETY: the caller promises the memory.
+    let received = unsafe { libc::recv(fd.as_raw_fd(), to.cast(), len, libc::MSG_DONTWAIT) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
 /// Binds the calling thread to one processor.
 pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
     if cpu >= 8 * mem::size_of::<libc::cpu_set_t>() {

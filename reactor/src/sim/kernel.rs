@@ -17,7 +17,7 @@ use crate::fd::{Socket, SocketKind, Source};
 use crate::kernel::{Cqe, PushError};
 use crate::net::Tx;
 use crate::ops::{Request, Slot};
-use crate::rx::{RxPool, SPARE_BYTES};
+use crate::rx::{RxPool, SPARE_BYTES, Spare};
 use crate::sim::file::SECTOR_BYTES;
 use crate::sim::net::{Accepted, End, EndId};
 use crate::sim::{SimSocket, State, WorldState};
@@ -314,6 +314,26 @@ impl SimKernel {
             }
             self.cqes.push_back(Cqe { user_data, res, flags: flags | CQE_MORE });
         }
+    }
+
+    /// A receive that does not wait.
+    pub(crate) fn recv_now(&mut self, end: EndId, spare: &Spare) -> Result<usize, Errno> {
+        let mut state = self.world.lock();
+        let state = &mut *state;
+        let now = state.now;
+        if !state.net.is_readable(end, now) {
+            return match state.net.end(end, now) {
+                None => Err(Errno(libc::EAGAIN)),
+                Some(End::Fin) => Ok(0),
+                Some(End::Reset) => Err(Errno(libc::ECONNRESET)),
+            };
+        }
+        let scratch = &mut self.scratch;
+        state.net.receive(end, SPARE_BYTES, now, &mut state.rng, scratch);
+        // SAFETY: the buffer has SPARE_BYTES, is nobody else's, and lies apart from `scratch`.
+        unsafe { std::ptr::copy_nonoverlapping(scratch.as_ptr(), spare.as_ptr(), scratch.len()) };
+        state.note(scratch.len() as u64);
+        Ok(scratch.len())
     }
 
     /// A send that does not wait. On a network that splits it takes something half of the time, so
