@@ -9,7 +9,13 @@
 //! other asleep once both have stopped to look: every pause then has a wake-up of either side in it, and
 //! seems long. So the longest look is twice a short pause, long enough to see the answer of a side that
 //! had to wake up, and a core that does not look any more tries it again now and then, and after each
-//! pause that was so long that the last work says nothing of the next.
+//! pause that was so long that the last work says nothing of the next. A try that finds nothing makes the
+//! next one rarer.
+//!
+//! Work that comes at a fixed distance, just longer than a short pause, seems to come sooner after a
+//! wake-up than after a look: a core that goes by what it sees after sleeping then looks for ever, in vain.
+//! So when looks have found work late, pauses that ended by a wake-up are not taken for shorter than they
+//! seemed, until looking is tried anew.
 
 use std::time::Duration;
 
@@ -25,8 +31,9 @@ const SHORT: u32 = 2;
 const LONG_LOOKS: u32 = 4;
 /// A pause after which another kind of work may begin: one long look in such a time is no load.
 const FRESH: Duration = Duration::from_millis(10);
-/// Sleeps without a look after which it is tried again.
+/// Sleeps without a look after which it is tried again, at first and when that has failed often.
 const SLEEPS: u32 = 64;
+const SLEEPS_MAX: u32 = 512;
 
 /// The time to look for work, which follows the pauses.
 #[derive(Clone, Copy, Debug)]
@@ -37,14 +44,18 @@ pub(crate) struct Spin {
     short: u32,
     /// Looks in a row that found work late.
     late: u32,
-    /// Sleeps without a look before them.
+    /// Sleeps without a look before them, and how many it takes until a look is tried.
     blind: u32,
+    patience: u32,
+    /// Looks found work late: a pause is as long as it seems.
+    is_regular: bool,
 }
 
 impl Spin {
     /// Starts with the longest, `max`.
     pub(crate) fn new(max: Duration) -> Spin {
-        Spin { max, now: max, short: 0, late: 0, blind: 0 }
+        let (patience, is_regular) = (SLEEPS, false);
+        Spin { max, now: max, short: 0, late: 0, blind: 0, patience, is_regular }
     }
 
     /// How long to look this time.
@@ -60,23 +71,26 @@ impl Spin {
             return;
         }
         if pause <= self.max / 2 {
+            (self.patience, self.is_regular) = (SLEEPS, false);
             return self.on_short();
         }
         self.short = 0;
         self.late += 1;
         if self.late >= LONG_LOOKS {
+            self.is_regular = true;
             self.shorten();
         }
     }
 
     /// The core slept; from its last work until it was awake again it took `pause`.
     pub(crate) fn on_slept(&mut self, pause: Duration) {
-        if pause <= self.max / 2 + WAKE_UP {
+        let wake_up = if self.is_regular { Duration::ZERO } else { WAKE_UP };
+        if pause <= self.max / 2 + wake_up {
             return self.on_short();
         }
         self.short = 0;
         if pause >= FRESH {
-            (self.now, self.late, self.blind) = (self.max, 0, 0);
+            *self = Spin::new(self.max);
             return;
         }
         if self.now > Duration::ZERO {
@@ -85,8 +99,10 @@ impl Spin {
             return;
         }
         self.blind += 1;
-        if self.blind >= SLEEPS {
+        if self.blind >= self.patience {
             self.blind = 0;
+            self.patience = (2 * self.patience).min(SLEEPS_MAX);
+            self.is_regular = false;
             self.now = self.max;
         }
     }
@@ -183,12 +199,36 @@ mod tests {
     /// some are taken up late, so that the next is close.
     #[test]
     fn little_is_looked_for_bursts() {
-        for gaps in [&[35][..], &[45], &[49], &[52], &[60], &[200], &[52, 52, 52, 22]] {
+        for gaps in
+            [&[27][..], &[30], &[35], &[40], &[45], &[49], &[52], &[60], &[200], &[52, 52, 52, 22]]
+        {
             let mut spin = Spin::new(MAX);
             let all = || gaps.repeat(10_000).into_iter().map(micros);
             let looked: Duration = all().map(|gap| pause(&mut spin, gap).1).sum();
             let share = looked.as_secs_f64() / all().sum::<Duration>().as_secs_f64();
             assert!(share < 0.08, "{share} of the time between bursts at {gaps:?} us");
+        }
+    }
+
+    /// Bursts on a clock, whatever becomes of the ones before: what is late makes the next pause short.
+    #[test]
+    fn little_is_looked_for_bursts_on_a_clock() {
+        let work = micros(6);
+        for period in (39..200).map(micros) {
+            let mut spin = Spin::new(MAX);
+            let mut looked = Duration::ZERO;
+            let mut arrival = Duration::ZERO;
+            let mut idle_since = work;
+            for _ in 0..10_000 {
+                arrival += period;
+                let gap = arrival.saturating_sub(idle_since);
+                let (has_slept, look) = pause(&mut spin, gap);
+                looked += look;
+                let begun = if has_slept { arrival + WAKE_UP } else { arrival.max(idle_since) };
+                idle_since = begun + work;
+            }
+            let share = looked.as_secs_f64() / arrival.as_secs_f64();
+            assert!(share < 0.08, "{share} of the time looked, at a burst each {period:?}");
         }
     }
 
