@@ -29,6 +29,9 @@ use crate::rx::{RxPool, SPARE_BYTES};
 const POOL: u16 = 0;
 /// The only buffer group.
 const GROUP: u16 = 0;
+/// Turns for which entries are put off that matter only to a core that sleeps: reads of the event
+/// descriptors that wake it. Going to sleep submits them; a core that is always busy does it so often.
+const PUT_OFF_MAX: u32 = 256;
 /// User data of the read that wakes the core. No slot has the index `u32::MAX`.
 const WAKE: u64 = u64::MAX;
 /// User data of cancels and linked timeouts, whose results say nothing new.
@@ -79,6 +82,10 @@ pub(crate) struct Uring {
     transfers: u32,
     /// Linked entries are in the queue: they have to be submitted together.
     has_links: bool,
+    /// Entries in the queue that are no reason to enter: see [`PUT_OFF_MAX`].
+    lazy: u32,
+    /// Turns in which only such entries were in the queue.
+    put_off: u32,
 }
 
 /// The ring for devices that are polled. It takes reads and writes only, and entering it asks the
@@ -154,6 +161,8 @@ impl Uring {
             restricted: config.restricted,
             arena: None,
             transfers: 0,
+            lazy: 0,
+            put_off: 0,
             has_links: false,
         })
     }
@@ -276,6 +285,7 @@ impl Uring {
         self.submit(&[entry])?;
         let is_transfer = matches!(slot.request, Request::Read { .. } | Request::Write { .. });
         self.transfers += u32::from(is_transfer);
+        self.lazy += u32::from(matches!(slot.request, Request::Watch));
         Ok(())
     }
 
@@ -324,9 +334,11 @@ impl Uring {
             self.arm_wake();
         }
         let queue = self.ring.submission();
-        let wanted = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
+        let waiting = queue.len() as u32; // no more than the ring has entries, a u32
+        let wanted = waiting > self.lazy || queue.taskrun() || queue.cq_overflow();
         drop(queue);
-        if wanted {
+        self.put_off += u32::from(waiting > 0);
+        if wanted || self.put_off >= PUT_OFF_MAX {
             self.enter_now();
         }
         if let Some(polled) = &mut self.polled {
@@ -352,6 +364,7 @@ impl Uring {
         let result =
             unsafe { self.ring.submitter().enter::<libc::sigset_t>(pending, 0, flags, None) };
         check_enter(result);
+        (self.lazy, self.put_off) = (0, 0);
     }
 
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) {
@@ -362,6 +375,7 @@ impl Uring {
         };
         check_enter(self.ring.submitter().submit_with_args(1, &args));
         (self.transfers, self.has_links) = (0, false);
+        (self.lazy, self.put_off) = (0, 0);
     }
 
     fn arm_wake(&mut self) {
@@ -369,6 +383,7 @@ impl Uring {
         let value = self.wake_value.as_ptr().cast();
         let read = opcode::Read::new(types::Fd(eventfd), value, 8).build().user_data(WAKE);
         self.wake_armed = self.submit(&[read]).is_ok();
+        self.lazy += u32::from(self.wake_armed);
     }
 
     pub(crate) fn reap(&mut self, into: &mut Vec<Cqe>) -> bool {
