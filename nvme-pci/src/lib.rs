@@ -60,6 +60,7 @@ pub mod dirty;
 pub mod engine;
 pub mod function;
 pub mod msix;
+mod nap;
 pub mod pci;
 pub mod queue;
 pub mod record;

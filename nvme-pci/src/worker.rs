@@ -18,6 +18,7 @@ use reactor::{Local, Progress, Receiver, Task};
 use crate::Doorbells;
 use crate::dirty::DirtyLog;
 use crate::engine::{Counters, Engine, Notice, Refused};
+use crate::nap::Nap;
 use crate::record::{CqRecord, RecordView, SqRecord};
 
 /// I/Os that one core has at one volume at most; the rest waits in the device.
@@ -196,6 +197,7 @@ pub(crate) struct Running {
     /// When to look at doorbells again.
     look_at: Duration,
     look_every: Duration,
+    nap: Nap,
 }
 
 impl Task for CoreTask {
@@ -219,6 +221,9 @@ impl Task for CoreTask {
             self.look_at_volumes();
         }
         has_worked |= self.settle(now);
+        if has_worked {
+            self.running.nap.on_work();
+        }
         if self.doorbells == Doorbells::Mapped {
             let running = &mut self.running;
             let [first, last] = LOOK;
@@ -238,11 +243,19 @@ impl Task for CoreTask {
     }
 
     fn arm(&mut self) -> bool {
+        let can_nap = self.engine.is_fed_by_memory();
+        if can_nap && self.running.nap.begin(self.local.now()) {
+            return self.engine.has_work();
+        }
         self.engine.arm()
     }
 
     fn disarm(&mut self) {
-        self.engine.disarm();
+        let has_napped = self.running.nap.until().is_some();
+        self.running.nap.end();
+        if !has_napped {
+            self.engine.disarm();
+        }
     }
 
     fn deadline(&self) -> Option<Duration> {
@@ -251,8 +264,16 @@ impl Task for CoreTask {
             (self.doorbells == Doorbells::Mapped && has_queues).then_some(self.running.look_at);
         let waiting = self.running.waiting.iter().map(|waiting| waiting.abort_at);
         let running = &self.running;
+        let nap = running.nap.until();
         let volumes = (!running.volumes.is_empty()).then_some(running.volumes_at);
-        self.engine.deadline().into_iter().chain(look).chain(volumes).chain(waiting).min()
+        self.engine
+            .deadline()
+            .into_iter()
+            .chain(look)
+            .chain(nap)
+            .chain(volumes)
+            .chain(waiting)
+            .min()
     }
 }
 

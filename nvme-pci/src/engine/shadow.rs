@@ -50,6 +50,12 @@ impl Engine {
         }
     }
 
+    /// Whether all that a guest has to say of its queues is in its memory: whoever looks there now and
+    /// then need not be told.
+    pub fn is_fed_by_memory(&self) -> bool {
+        self.shadow.is_some() && !self.sqs.is_empty()
+    }
+
     /// Asks to be told of the next command, by doorbells that are not in guest memory. True: there
     /// is work already.
     pub fn arm(&mut self) -> bool {
