@@ -1,7 +1,8 @@
 //! Something dies without a word while fio verifies, and comes back: no host notices.
 //!
-//! The target, twice, under a kernel host and under a virtio disk; the emulator, twice, under a
-//! virtio disk with either kind of ring; the guest itself, whose disk the next one has.
+//! The target, twice, under a kernel host, under a virtio disk and under an NVMe disk; the emulator,
+//! twice, under a virtio disk with either kind of ring; the guest itself, whose disk the next one
+//! has.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -52,6 +53,22 @@ pub(super) fn virtio(scene: &Scene<'_>) -> Result<Outcome> {
     let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk(&socket);
     let guest = scene.boot("guest", Kernel::Stable, &job)?;
     // The guest's disk has no state that would tell; that its I/O stands still has to do.
+    outages(service, || target.start(scene), guest, |_| true)?;
+    device.must_run()?;
+    drop(device);
+    std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// The guest's NVMe controller says nothing of it: its commands take as long as the outage does.
+pub(super) fn nvme(scene: &Scene<'_>) -> Result<Outcome> {
+    let (volume, image) = file_volume(scene, "disk", SIZE_MIB);
+    let target = Target::new(scene, &[volume])?;
+    let service = target.start(scene)?;
+    let socket = scene.socket("disk.sock");
+    let mut device = nvme_emulator(scene, &socket, &target, "1", &[])?;
+    let job = Job::new(SCRIPT).args(&["pci"]).vfio_user(&socket);
+    let guest = scene.boot("guest", Kernel::Stable, &job)?;
     outages(service, || target.start(scene), guest, |_| true)?;
     device.must_run()?;
     drop(device);

@@ -152,6 +152,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: kill_target::virtio,
     },
     Scenario {
+        name: "kill-target-nvme",
+        shows: "the target is killed twice during fio verify on an emulated NVMe disk",
+        needs_penstock: true,
+        run: kill_target::nvme,
+    },
+    Scenario {
         name: "kill-emulator",
         shows: "the emulator is killed twice during fio verify, with split and with packed rings",
         needs_penstock: true,
