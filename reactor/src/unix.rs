@@ -198,6 +198,11 @@ impl Waker {
 
 /// Takes an eventfd of a peer, to signal it: checks that it is one, and makes it non-blocking, so
 /// that a full counter does not hold us up.
+///
+/// This binds a peer that plays by the rules, not a hostile one: the flag belongs to the open file,
+/// which the peer has as well. It can clear the flag later and fill the counter, and then a write
+/// waits until somebody reads. Nothing better is known: an eventfd cannot be opened anew, takes no
+/// write with RWF_NOWAIT, and to look before each write would cost a system call and still race.
 pub fn adopt_eventfd(fd: OwnedFd) -> io::Result<OwnedFd> {
     // Without /proc there is nothing to tell them apart by.
     if let Ok(found) = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
@@ -227,7 +232,7 @@ pub fn peek_offset(socket: impl AsFd) -> io::Result<i32> {
 }
 
 /// Signals an eventfd that does not block. A full counter means that whoever waits has been told
-/// already.
+/// already. Of a peer's eventfd the peer decides whether it blocks ([`adopt_eventfd`]).
 pub fn signal(eventfd: impl AsFd) {
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
 }
