@@ -136,6 +136,8 @@ pub(crate) struct AdminTask {
     group: Group,
     requests_seen: u64,
     started: Duration,
+    /// Some path could be used once.
+    was_usable: bool,
     /// What the paths are to be, as long as there is no place for all of them.
     unplaced: Option<Vec<PathConfig>>,
 }
@@ -148,6 +150,7 @@ impl AdminTask {
             local: local.clone(),
             paths: paths.collect(),
             started: local.now(),
+            was_usable: false,
             unplaced: None,
             group: Group { known: None, is_stopping: false },
             requests_seen: 0,
@@ -315,11 +318,16 @@ impl AdminTask {
 
     fn gone_at(&self) -> Option<Duration> {
         let timeout = self.shared.config.ctrl_loss_timeout?;
+        // What has never been there has not gone: the first association takes its time.
+        if timeout.is_zero() && !self.was_usable {
+            return None;
+        }
         self.down_since()?.checked_add(timeout)
     }
 
     /// Fails held I/O when there has been no path for too long, or there will be none.
     fn check_gone(&mut self, now: Duration) {
+        self.was_usable |= self.paths.iter().any(|path| path.down_since().is_none());
         let mut is_lost_for_good = self.down_since().is_some();
         let mut present = self.paths.iter().filter(|path| path.stage != Stage::Vacant).peekable();
         is_lost_for_good &= present.peek().is_some();

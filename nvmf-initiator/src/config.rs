@@ -112,7 +112,8 @@ pub struct RemoteConfig {
     pub reconnect_delay: Duration,
     /// Longest delay between attempts.
     pub reconnect_delay_max: Duration,
-    /// How long I/O is held without a path before it fails. `None`: for ever.
+    /// How long I/O is held without a path before it fails. `None`: for ever. Zero: not at all, once
+    /// there has been a path. Attempts to set up an association go on after it.
     pub ctrl_loss_timeout: Option<Duration>,
     /// How often an I/O is sent again when the controller answers that it may be.
     pub retries_max: u8,

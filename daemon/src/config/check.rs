@@ -440,7 +440,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
     let host = host(draft)?;
     let ctrl_loss_timeout = match draft.keys.get("ctrl_loss_tmo") {
         Some(setting) if setting.text == "off" => None,
-        Some(setting) => Some(Duration::from_secs(number(setting, 1..=CTRL_LOSS_S_MAX)?)),
+        Some(setting) => Some(Duration::from_secs(number(setting, 0..=CTRL_LOSS_S_MAX)?)),
         None => None,
     };
     let credentials = credentials(draft, has_data)?;

@@ -371,13 +371,15 @@ fn devices_have_hosts_of_their_own_and_a_process_of_devices_is_contained() {
     let host = own.devices[0].host.as_ref().unwrap();
     assert_eq!(uuid::Uuid::from_bytes(host.id).to_string(), uuid);
     assert_eq!(own.devices[0].ctrl_loss_timeout, Some(Duration::from_secs(30)));
+    let fast = check(",ctrl_loss_tmo=0").unwrap();
+    assert_eq!(fast.devices[0].ctrl_loss_timeout, Some(Duration::ZERO));
 
     let named = format!(",hostnqn=nqn.2014-08.com.example:h,hostid={uuid}");
     assert!(check(&named).unwrap().devices[0].host.is_some());
     for (more, expected) in [
         (",hostnqn=nqn.2014-08.com.example:h", "holds no UUID to identify the host by"),
         (",hostid=00000000-0000-0000-0000-000000000001", "belongs to a host NQN"),
-        (",ctrl_loss_tmo=0", "allowed: a whole number from 1 to 86400"),
+        (",ctrl_loss_tmo=86401", "allowed: a whole number from 0 to 86400"),
     ] {
         let message = check(more).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");

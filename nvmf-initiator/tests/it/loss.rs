@@ -345,6 +345,41 @@ fn the_controller_loss_timeout_fails_what_is_held_until_the_target_is_back() {
     rig.finish();
 }
 
+/// With a time-out of nothing I/O fails as soon as no path is left, but not while the first one is
+/// set up; the way back is looked for all the same.
+#[test]
+fn without_a_controller_loss_timeout_io_fails_at_once() {
+    let script = Script { refuse: Some(ConnectReject::UNKNOWN_SUBSYSTEM), ..Script::default() };
+    let config = |config| RemoteConfig { ctrl_loss_timeout: Some(Duration::ZERO), ..config };
+    let mut rig = Setup { script, config: Box::new(config), ..Setup::default() }.start();
+    rig.run_for(10 * SECOND);
+    assert_eq!(rig.state().phase, Phase::Connecting, "nothing has gone yet");
+    rig.fake.script.borrow_mut().refuse = None;
+    rig.until_live();
+    let disk = rig.disk(1, 8);
+    disk.write(0, 0, &[1; 4096]);
+    rig.wait_ok(&disk, 1);
+    for round in 2..4 {
+        // One that is out, and one that comes later.
+        rig.fake.script.borrow_mut().on_io = Box::new(|_| Answer::Silence);
+        disk.write(0, 0, &[9; 4096]);
+        rig.run_for(SECOND / 10);
+        rig.fake.stop(&rig.cores[TARGET]);
+        let start = rig.world.now();
+        rig.wait_errors(&disk, 1, IoError::Gone);
+        disk.read(1, 0, 512);
+        rig.wait_errors(&disk, 1, IoError::Gone);
+        assert!(rig.world.now() - start < SECOND / 10);
+        assert_eq!(rig.state().phase, Phase::Gone);
+        rig.fake.script.borrow_mut().on_io = Box::new(|_| Answer::Good);
+        rig.fake.restart(&rig.cores[TARGET]);
+        rig.until_live();
+        disk.write(0, 0, &[round; 4096]);
+        rig.wait_ok(&disk, 1);
+    }
+    rig.finish();
+}
+
 /// The admin queue comes up each time, the I/O queue never: that is no association worth its name.
 #[test]
 fn an_io_queue_that_is_always_refused_counts_as_loss() {

@@ -239,7 +239,8 @@ needs the configuration file):
   read_only=true      refuse writes [default: false]
   hostnqn=NQN         who the device is to the target [default: this machine]
   hostid=UUID         host identifier that goes with it [default: the UUID in hostnqn]
-  ctrl_loss_tmo=S     fail I/O after S seconds without the target [default: off, it is held]
+  ctrl_loss_tmo=S     fail I/O after S seconds without the target, 0: at once [default: off, it is
+                      held]
 
 Examples:
   penstock emulate --device db0=virtio-blk,socket=/run/db0.sock,connect=192.0.2.7:4420,\\
