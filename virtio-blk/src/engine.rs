@@ -289,7 +289,9 @@ impl Engine {
     }
 
     /// From now on a request whose I/O was aborted is not answered, if the ring records what is in
-    /// flight: whoever serves the ring next does it again, and the driver sees no error.
+    /// flight: whoever serves the ring next does it again, and the driver sees no error. No write is
+    /// lost by that or lands late: what is aborted cannot be done any more ([`Channel::abort`]), or
+    /// not after what the same volume is given next, and the driver does not have it back.
     pub fn leave_aborted(&mut self) {
         self.leaves_aborted = self.ring.has_record();
     }
@@ -434,13 +436,13 @@ impl Engine {
             Action::Read { offset, len } => match self.build(Op::Read, offset, len, false)? {
                 Built::Ready => (Op::Read, len),
                 Built::Starved => return Ok(false),
-                Built::Refused => return self.answer(&request, Status::IOERR),
+                Built::Refused => return self.answer(&request, Status::IOERR, budget),
             },
             Action::Write { offset, len } => {
                 match self.build(Op::Write, offset, len, write_through)? {
                     Built::Ready => (Op::Write, len),
                     Built::Starved => return Ok(false),
-                    Built::Refused => return self.answer(&request, Status::IOERR),
+                    Built::Refused => return self.answer(&request, Status::IOERR, budget),
                 }
             }
             Action::Flush => {
@@ -457,17 +459,14 @@ impl Engine {
                 self.ranges.retain(|range| range.len > 0);
                 self.ranges.reverse();
                 let Some(first) = self.ranges.pop() else {
-                    return self.answer(&request, Status::OK);
+                    return self.answer(&request, Status::OK, budget);
                 };
                 let Some(mut io) = self.free_ios.pop() else { return Ok(false) };
                 prepare_range(&mut io, op, &first, write_through);
                 self.parts.push(io);
                 (op, 0)
             }
-            Action::Done(status) => {
-                budget.spend(0);
-                return self.answer(&request, status);
-            }
+            Action::Done(status) => return self.answer(&request, status, budget),
         };
 
         let Some(index) = self.free_slots.pop() else {
@@ -538,8 +537,15 @@ impl Engine {
         Ok(Built::Ready)
     }
 
-    /// Answer a request that needs no I/O.
-    fn answer(&mut self, request: &Request, status: Status) -> Result<bool, Broken> {
+    /// Answer a request that needs no I/O. It counts in the turn like any other: a driver that adds
+    /// such requests as fast as they are answered would keep the core for ever.
+    fn answer(
+        &mut self,
+        request: &Request,
+        status: Status,
+        budget: &mut Budget,
+    ) -> Result<bool, Broken> {
+        budget.spend(0);
         put_status(&request.status, status, &self.log)?;
         let written = match status {
             Status::OK => request.written,

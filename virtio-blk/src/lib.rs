@@ -112,7 +112,9 @@ pub struct DeviceConfig {
     /// Refuse everything that changes the volume.
     pub read_only: bool,
     /// When a queue stops: how long its requests may take to come back by themselves. Then those
-    /// that can be are aborted, so that a lost path to storage does not hang the frontend.
+    /// that can be are aborted, so that a lost path to storage does not hang the frontend: they stay
+    /// in the frontend's record of requests in flight for when the queue starts again, and fail where
+    /// there is none.
     pub drain_grace: Duration,
 }
 

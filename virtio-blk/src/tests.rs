@@ -513,6 +513,86 @@ fn stops_with_requests_in_flight(options: DiskOptions) {
     }
 }
 
+/// A machine that is paused while the path to storage is lost, and goes on later: its driver sees
+/// no error, and each request is done once.
+#[test]
+fn requests_of_a_paused_machine_are_done_when_it_goes_on() {
+    for without in [Features::RING_PACKED, Features::default()] {
+        let rig = Rig::new(2, 2);
+        let mut disk = rig.connect(DiskOptions { queues: 2, inflight: true, without, ..options() });
+        disk.write(0, 8, &pattern(4096, 1));
+        for round in 0..3u64 {
+            rig.fault.hold();
+            let first = pattern(4096, 2 + round);
+            for i in 0..20u64 {
+                assert!(disk.submit(i as usize % 2, i, 1, 100 + i * 8, &first, 0));
+                assert!(disk.submit(i as usize % 2, 100 + i, 0, 8, &[], 4096));
+            }
+            disk.kick();
+            let in_flight =
+                |state: &DeviceState| state.queues.iter().map(|q| q.in_flight).sum::<usize>();
+            rig.until("taken", |state| in_flight(state) == 40);
+            let bases = [disk.frontend.stop_ring(0), disk.frontend.stop_ring(1)];
+            assert!(disk.completed().is_empty(), "nothing is answered with an error");
+            assert_eq!(in_flight(&rig.state()), 0);
+
+            // What is left is done when the machine goes on, not before.
+            rig.fault.release();
+            let writes = rig.fault.counters().submitted[Op::Write.index()];
+            assert_eq!(writes, rig.fault.counters().completed[Op::Write.index()]);
+            disk.resume(&bases);
+            let mut tokens = std::collections::HashSet::new();
+            while tokens.len() < 40 {
+                for Completed { token, status, data, .. } in disk.wait() {
+                    assert_eq!(status, 0);
+                    assert!(tokens.insert(token), "request {token} came twice");
+                    assert!(token < 100 || data == pattern(4096, 1));
+                }
+            }
+            assert!(disk.completed().is_empty());
+            assert_eq!(rig.fault.counters().submitted[Op::Write.index()], writes + 20);
+            for i in 0..20 {
+                assert!(disk.read(0, 100 + i * 8, 4096) == first);
+            }
+        }
+    }
+}
+
+/// A machine that moves leaves the record behind, and one whose driver has reset the device has
+/// forgotten its requests: nothing may stay there.
+#[test]
+fn requests_of_a_machine_that_moves_or_resets_are_answered() {
+    for without in [Features::RING_PACKED, Features::default()] {
+        for is_reset in [false, true] {
+            let rig = Rig::new(1, 1);
+            let without = without | Features::LOG_ALL;
+            let mut disk = rig.connect(DiskOptions { inflight: true, without, ..options() });
+            rig.fault.hold();
+            for i in 0..3 {
+                assert!(disk.submit(0, i, 1, i, &[1; 512], 0));
+            }
+            disk.kick();
+            rig.until("taken", |state| state.queues[0].in_flight == 3);
+            if is_reset {
+                disk.frontend.tell(Request::RESET_DEVICE, &[], &[]);
+            } else {
+                let bitmap = TestMemory::new(1 << 20);
+                let base = LogDescription { mmap_size: bitmap.len(), mmap_offset: 0 };
+                let fd = bitmap.fd().as_fd();
+                disk.frontend.send(Request::SET_LOG_BASE, false, base.as_bytes(), &[fd]);
+                disk.frontend.reply(Request::SET_LOG_BASE);
+                let features = disk.frontend.features | Features::LOG_ALL;
+                disk.frontend.tell(Request::SET_FEATURES, features.0.as_bytes(), &[]);
+                disk.frontend.stop_ring(0);
+            }
+            let completed = disk.completed();
+            assert_eq!(completed.len(), 3);
+            assert!(completed.iter().all(|request| request.status == 1));
+            rig.fault.release();
+        }
+    }
+}
+
 /// Not a test by itself: serves a file until it is killed.
 #[test]
 #[ignore = "run in a child process by the test below"]

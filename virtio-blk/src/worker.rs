@@ -252,10 +252,10 @@ impl CoreTask {
                     None
                 }));
             }
-            Action::Stop { index } => {
+            Action::Stop { index, is_kept } => {
                 let abort_at = now + self.grace;
                 if let Some(queue) = self.queue(index) {
-                    queue.stop(Some(op), abort_at);
+                    queue.stop(Some(op), is_kept, abort_at);
                     return None;
                 }
             }
@@ -315,7 +315,8 @@ impl CoreTask {
     fn stop_all(&mut self, now: Duration) {
         let abort_at = now + self.grace;
         for queue in &mut self.running.queues {
-            queue.stop(None, abort_at);
+            // Its client has gone, or we go: it may come back and find the rest recorded.
+            queue.stop(None, true, abort_at);
         }
     }
 
@@ -450,14 +451,14 @@ impl Queue {
         self.engine.set_enabled(is_enabled && self.stop.is_none());
     }
 
-    fn stop(&mut self, op: Option<u64>, abort_at: Duration) {
+    /// `is_kept`: the record of what is in flight stays, so what does not come back is left there.
+    fn stop(&mut self, op: Option<u64>, is_kept: bool, abort_at: Duration) {
         let stop = Stop { op, abort_at, is_aborted: false };
         match &mut self.stop {
             Some(stop) => stop.op = op.or(stop.op),
             None => self.stop = Some(stop),
         }
-        if op.is_none() {
-            // Its client has gone, or we go: it may come back and find the rest recorded.
+        if is_kept {
             self.engine.leave_aborted();
         }
         self.engine.set_enabled(false);

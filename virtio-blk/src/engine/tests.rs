@@ -150,6 +150,22 @@ impl Rig {
         Rig { memory, driver, engine, disk, at }
     }
 
+    /// Another engine takes the ring over, at that base.
+    fn restart(&mut self, base: u32, record: Option<&TestMemory>) {
+        let ring = RingConfig {
+            size: self.engine.ring.size(),
+            address: self.driver.address(),
+            base,
+            event_idx: true,
+            indirect: true,
+            packed: self.driver.is_packed(),
+        };
+        let record = record.map(|memory| memory.view().slice(memory.base(), memory.len()).unwrap());
+        let ring = Ring::new(self.memory.view(), &ring, record).unwrap();
+        self.engine = Engine::new(ring, Rc::clone(self.memory.view()), self.engine.config);
+        self.engine.set_enabled(true);
+    }
+
     fn room(&mut self, len: u64) -> u64 {
         if self.at + len > self.memory.base() + (4 << 20) {
             self.at = self.memory.base() + (64 << 10);
@@ -303,6 +319,49 @@ fn queues_of_a_device_share_what_a_turn_may_take() {
     small.turn();
     let done = std::iter::from_fn(|| small.driver.pop_used()).count();
     assert_eq!(done, 128);
+}
+
+/// A guest's other processor may add requests while a turn takes them, so a kind that costs nothing
+/// would keep the core for ever.
+#[test]
+fn every_kind_of_request_counts_in_a_turn() {
+    for packed in [false, true] {
+        let kinds: [(&str, u32, Vec<u8>, u32); 9] = [
+            ("a range of nothing to discard", 11, ranges(&[(0, 0, 0)]), 0),
+            ("ranges of nothing to zero", 13, ranges(&[(0, 0, 0), (1, 0, 1)]), 0),
+            ("a read of more parts than there may be", 0, vec![], 129 * 512),
+            ("a write of as many", 1, vec![0; 129 * 512], 0),
+            ("a read of nothing", 0, vec![], 0),
+            ("an ID", 8, vec![], 20),
+            ("what is not known", 99, vec![], 0),
+            ("a read of no whole sectors", 0, vec![], 9),
+            ("a range that is cut off", 11, vec![0; 9], 0),
+        ];
+        for (what, kind, sent, room) in kinds {
+            // 512 bytes in a part, so that the volume takes no transfer of 129 sectors.
+            let mut rig = Rig::of(1024, 512, options(), packed);
+            let added = (0..200).filter(|_| rig.add(kind, 0, &sent, room).is_some()).count();
+            assert_eq!(added, 200, "{what}");
+            let mut budget = Budget::default();
+            rig.engine.poll_within(&mut rig.disk, Duration::ZERO, &mut budget);
+            assert!(budget.is_spent(), "{what}");
+            assert_eq!(rig.engine.counters().others, 128, "{what}");
+            rig.turn();
+            assert_eq!(rig.engine.counters().others, 200, "{what}");
+        }
+        // A read into memory that is not there.
+        let mut rig = Rig::of(1024, 512, options(), packed);
+        let (header, status) = (rig.room(16), rig.room(1));
+        rig.memory.write(header, &[0; 16]);
+        for _ in 0..200 {
+            let nowhere = Buffer::writable(1 << 40, 512);
+            let buffers = [Buffer::readable(header, 16), nowhere, Buffer::writable(status, 1)];
+            rig.driver.add(&buffers).unwrap();
+        }
+        rig.driver.publish();
+        rig.turn();
+        assert_eq!((rig.engine.counters().others, rig.engine.broken()), (128, None));
+    }
 }
 
 #[test]
@@ -473,6 +532,65 @@ fn what_never_reached_the_channel_is_aborted() {
     rig.turn();
     assert_eq!(rig.driver.pop_used(), Some((sent.head, 1)));
     assert_eq!((rig.status(&sent), rig.engine.in_flight()), (1, 0));
+}
+
+/// What was left in a record is done by who has the record. Who has not knows only where to go on: it
+/// must not take what the driver has back, and serves what comes.
+#[test]
+fn a_ring_goes_on_with_its_record_or_without() {
+    #[derive(PartialEq, Debug)]
+    enum Record {
+        Kept,
+        Lost,
+        None,
+    }
+    for (packed, then) in [false, true]
+        .into_iter()
+        .flat_map(|packed| [Record::Kept, Record::Lost, Record::None].map(|then| (packed, then)))
+    {
+        let layout = crate::queue::inflight::InflightLayout { queues: 1, queue_size: 16 };
+        let records = [(); 2].map(|()| TestMemory::new(layout.bytes(packed)));
+        let mut rig = Rig::of(16, 1 << 20, options(), packed);
+        rig.restart(rig.driver.base_at_start(), Some(&records[0]));
+        rig.disk.allowed = Some(0);
+        let left = rig.add(1, 0, &[1; 512], 0).unwrap();
+        let done = rig.add(1, 1, &[2; 512], 0).unwrap();
+        rig.turn();
+        // The newer one is done, the older one is given up.
+        (rig.disk.newest_first, rig.disk.allowed) = (true, Some(1));
+        rig.turn();
+        assert_eq!(rig.driver.pop_used().map(|(head, _)| head), Some(done.head));
+        rig.engine.set_enabled(false);
+        rig.engine.leave_aborted();
+        (rig.disk.fail, rig.disk.allowed) = (Some(IoError::Aborted), None);
+        rig.turn();
+        assert_eq!((rig.engine.in_flight(), rig.driver.pop_used()), (0, None));
+        assert_eq!(rig.status(&left), 0xff, "nobody has answered it");
+
+        rig.disk.fail = None;
+        rig.disk.log.clear();
+        let base = rig.engine.base();
+        rig.restart(
+            base,
+            match then {
+                Record::Kept => Some(&records[0]),
+                Record::Lost => Some(&records[1]),
+                Record::None => None,
+            },
+        );
+        rig.turn();
+        let is_kept = then == Record::Kept;
+        let expected = is_kept.then_some((left.head, 1));
+        assert_eq!(rig.driver.pop_used(), expected, "{packed} {then:?}");
+        assert_eq!(rig.disk.log.len(), usize::from(is_kept), "{packed} {then:?}");
+        assert_eq!(rig.disk.bytes[..512] == [1; 512], is_kept);
+        // More than fit into the ring once.
+        for round in 0..20 {
+            let (status, _, data) = rig.run(0, 1, &[], 512);
+            assert_eq!((status, data), (0, vec![2; 512]), "{packed} {then:?} {round}");
+        }
+        assert_eq!(rig.engine.broken(), None);
+    }
 }
 
 #[test]

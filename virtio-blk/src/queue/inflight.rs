@@ -100,6 +100,8 @@ pub(crate) struct SplitInflight {
     /// Heads given back and not yet published.
     batch: Vec<u16>,
     used_idx: u16,
+    /// Nobody wrote to it before.
+    is_new: bool,
 }
 
 impl SplitInflight {
@@ -116,6 +118,7 @@ impl SplitInflight {
             resubmit: VecDeque::with_capacity(usize::from(size)),
             batch: Vec::with_capacity(usize::from(size)),
             used_idx,
+            is_new: false,
         };
         match inflight.shared.load_u16(VERSION_AT, Ordering::Acquire)? {
             0 => inflight.begin_record(room as u16)?,
@@ -126,6 +129,7 @@ impl SplitInflight {
     }
 
     fn begin_record(&mut self, room: u16) -> Result<(), Broken> {
+        self.is_new = true;
         let shared = &self.shared;
         shared.store_u64(FEATURES, 0, Ordering::Relaxed)?;
         shared.store_u16(DESC_NUM, room.min(QUEUE_SIZE_MAX), Ordering::Relaxed)?;
@@ -171,6 +175,11 @@ impl SplitInflight {
         }
         self.resubmit.extend(heads.into_iter().map(|(_, head)| head));
         Ok(())
+    }
+
+    /// Whether it tells of nothing before, also not of what may have been in flight.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// Chains to be taken again before any other.
@@ -241,6 +250,8 @@ pub(crate) struct PackedInflight {
     batch: Vec<u16>,
     free_head: u16,
     used: Position,
+    /// Nobody wrote to it before.
+    is_new: bool,
     /// Descriptors of all chains in flight, when the record was taken over.
     descriptors: u16,
     /// First entry of the chain that is being taken.
@@ -270,6 +281,7 @@ impl PackedInflight {
             batch: Vec::with_capacity(usize::from(size)),
             free_head: 0,
             used: start,
+            is_new: false,
             descriptors: 0,
             head: 0,
         };
@@ -282,6 +294,7 @@ impl PackedInflight {
     }
 
     fn begin_record(&mut self) -> Result<(), Broken> {
+        self.is_new = true;
         let shared = &self.shared;
         shared.store_u64(FEATURES, 0, Ordering::Relaxed)?;
         for entry in 0..self.room {
@@ -357,6 +370,11 @@ impl PackedInflight {
         }
         self.resubmit.extend(chains.into_iter().map(|(_, entry, count)| (entry, count)));
         Ok(())
+    }
+
+    /// Whether it tells of nothing before, also not of what may have been in flight.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// Where the next used descriptor goes.

@@ -76,6 +76,12 @@ impl Position {
         if self.wrap { AVAIL } else { USED }
     }
 
+    /// Descriptors from here on up to `end`, if there are no more than there can be.
+    fn distance(self, end: Position, size: u16) -> Option<u16> {
+        let laps = if self.wrap == end.wrap { 0 } else { size };
+        (end.index + laps).checked_sub(self.index).filter(|count| *count <= size)
+    }
+
     fn used_flags(self) -> u16 {
         if self.wrap { AVAIL | USED } else { 0 }
     }
@@ -171,14 +177,18 @@ impl PackedQueue {
         }
         let parts = Parts::new(view, config.size, &config.address)?;
         let size = config.size;
-        // A ring that was stopped had given back all that it took, so the used position is the
-        // available one: some frontends leave the upper half of the base empty.
         let mut next_avail = Position::from_bits(config.base as u16);
         if config.base == 0 && parts.is_new(size)? {
             next_avail = Position::START;
         }
-        let mut next_used = next_avail;
-        let mut taken = 0;
+        // A ring that was stopped has given back all that it took, so the used position is the
+        // available one: some frontends leave the upper half of the base empty. If it says something
+        // else, what lies between was left in a record.
+        let mut next_used = Position::from_bits((config.base >> 16) as u16);
+        let mut taken = next_used.distance(next_avail, size).unwrap_or(0);
+        if config.base >> 16 == 0 || taken == 0 || next_used.index >= size {
+            (next_used, taken) = (next_avail, 0);
+        }
         let inflight = match inflight {
             Some(slice) => {
                 let is_used = |position: Position| {
@@ -187,18 +197,26 @@ impl PackedQueue {
                     Ok(!is_available(flags, position))
                 };
                 let inflight = PackedInflight::new(slice, size, next_used, is_used)?;
-                // Whatever was taken is used or in flight.
-                next_used = inflight.used();
-                taken = inflight.descriptors();
-                next_avail = next_used;
-                // Of a batch the flags of the first descriptor come last. If the device before us
-                // died in between, the driver would find the others' as soon as it passes ours.
-                for _ in 0..taken {
-                    let at = usize::from(next_avail.index) * DESC_BYTES + FLAGS;
-                    if !is_available(parts.desc.load_u16(at, Ordering::Relaxed)?, next_avail) {
-                        parts.desc.store_u16(at, next_avail.avail_flags(), Ordering::Release)?;
+                // Whatever was taken is used or in flight. A record that is new does not know of
+                // what was: that is lost, and the ring goes on behind it.
+                if !inflight.is_new() {
+                    next_used = inflight.used();
+                    taken = inflight.descriptors();
+                    next_avail = next_used;
+                    // Of a batch the flags of the first descriptor come last. If the device before
+                    // us died in between, the driver would find the others' as soon as it passes
+                    // ours.
+                    for _ in 0..taken {
+                        let at = usize::from(next_avail.index) * DESC_BYTES + FLAGS;
+                        if !is_available(parts.desc.load_u16(at, Ordering::Relaxed)?, next_avail) {
+                            parts.desc.store_u16(
+                                at,
+                                next_avail.avail_flags(),
+                                Ordering::Release,
+                            )?;
+                        }
+                        next_avail.advance(1, size);
                     }
-                    next_avail.advance(1, size);
                 }
                 Some(inflight)
             }

@@ -139,7 +139,9 @@ impl SplitQueue {
     ///
     /// `inflight` is the memory in which requests in flight are recorded, if they are. What it has
     /// comes first, and the available entries go on behind it: whatever was taken is used or in
-    /// flight.
+    /// flight. Without a record, or with one that is new, the ring goes on where it is said to: if
+    /// chains were in flight that nobody knows, those are lost, but none is taken that the driver
+    /// has back.
     pub fn new(
         view: &Rc<GuestView>,
         config: &RingConfig,
@@ -155,8 +157,10 @@ impl SplitQueue {
             None => None,
         };
         let next_avail = match &mut inflight {
-            Some(inflight) => used.wrapping_add(inflight.resubmit().len() as u16),
-            None => config.base as u16,
+            Some(inflight) if !inflight.is_new() => {
+                used.wrapping_add(inflight.resubmit().len() as u16)
+            }
+            _ => config.base as u16,
         };
         let mut queue = SplitQueue {
             parts,

@@ -158,6 +158,16 @@ impl TestDisk {
         }
     }
 
+    /// The rings were stopped: go on with them, as QEMU does when a paused machine continues.
+    pub fn resume(&mut self, bases: &[u32]) {
+        if let Some((description, fd)) = &self.inflight {
+            self.frontend.set_inflight(description, fd.as_fd());
+        }
+        for (index, base) in bases.iter().enumerate() {
+            self.start(index, *base);
+        }
+    }
+
     /// Have writes to a queue's device area marked as dirty, or no longer.
     pub fn log_ring(&self, index: usize, is_logged: bool) {
         let ring = self.queues[index].ring.address();

@@ -49,7 +49,7 @@ impl Judge {
                     started.push(start.index);
                     self.starts += 1;
                 }
-                Action::Stop { index } => {
+                Action::Stop { index, .. } => {
                     let is_running = &mut self.running[usize::from(index)];
                     assert!(*is_running, "ring {index} is stopped twice");
                     *is_running = false;

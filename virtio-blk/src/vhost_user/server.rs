@@ -352,7 +352,7 @@ impl Server {
                 let core = self.core_of(start.index);
                 self.command_core(core, action, outstanding);
             }
-            Action::Stop { index }
+            Action::Stop { index, .. }
             | Action::SetEnabled { index, .. }
             | Action::SetLogging { index, .. }
             | Action::SetKick { index, .. }

@@ -81,6 +81,9 @@ pub enum Action {
     Stop {
         /// Ring number.
         index: u16,
+        /// Whoever serves the ring next has its record of requests in flight, if it has one: a
+        /// request that does not come back may be left there. If not, it has to be answered.
+        is_kept: bool,
     },
     /// Use another memory table for all running rings.
     SetMemory {
@@ -613,7 +616,7 @@ impl Session {
                     for (index, ring) in (0..).zip(&mut self.rings) {
                         ring.kick = Kick::Unset;
                         if std::mem::take(&mut ring.is_running) {
-                            actions.push(Action::Stop { index });
+                            actions.push(Action::Stop { index, is_kept: false });
                         }
                     }
                 }
@@ -657,11 +660,15 @@ impl Session {
                 Ok(Reply::Ack)
             }
             Command::GetVringBase { index } => {
+                // A machine that is paused goes on with the record, one that moves elsewhere leaves it
+                // behind: while it moves, dirty pages are marked.
+                let is_moving = self.log.is_some()
+                    && self.features.is_some_and(|features| features.has(Features::LOG_ALL));
                 let (index, ring) = self.ring(index)?;
                 // It starts again with the next kick eventfd.
                 ring.kick = Kick::Unset;
                 if std::mem::take(&mut ring.is_running) {
-                    actions.push(Action::Stop { index });
+                    actions.push(Action::Stop { index, is_kept: !is_moving });
                 }
                 Ok(Reply::VringBase(index))
             }
@@ -785,7 +792,8 @@ impl Session {
                 self.status = 0;
                 for (index, ring) in (0..).zip(&mut self.rings) {
                     if ring.is_running {
-                        actions.push(Action::Stop { index });
+                        // The driver has forgotten its requests.
+                        actions.push(Action::Stop { index, is_kept: false });
                     }
                     // The frontend goes on with the eventfds it gave, as with the memory table.
                     let (call, err) = (ring.call.take(), ring.err.take());
@@ -989,7 +997,7 @@ fn inflight_file(bytes: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Another kind of file could block or wake us for ever.
+/// Another kind of file could block or wake us for ever, whatever its flags are.
 fn check_eventfd(fd: &OwnedFd, request: Request, index: u16) -> Result<(), Refusal> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     match std::fs::read_link(link) {
@@ -1003,7 +1011,8 @@ fn check_eventfd(fd: &OwnedFd, request: Request, index: u16) -> Result<(), Refus
     }
 }
 
-/// An eventfd that we signal. It must not block us when its counter is full.
+/// An eventfd that we signal. It is not to block us when its counter is full; a hostile frontend can
+/// see to it that it does, as [`reactor::unix::adopt_eventfd`] explains.
 fn signal_fd(
     fd: Option<OwnedFd>,
     request: Request,

@@ -161,7 +161,7 @@ fn a_ring_starts_when_it_is_complete() {
     // Stopping it tells where it was; it starts again with a new kick eventfd only.
     let state = VringState { index: 2, num: 0 };
     let step = rig.send(Request::GET_VRING_BASE, false, state.as_bytes(), vec![]);
-    assert!(matches!(step.actions[..], [Action::Stop { index: 2 }]) && step.reply.is_none());
+    assert!(matches!(step.actions[..], [Action::Stop { index: 2, .. }]) && step.reply.is_none());
     let reply = rig.session.on_done(Ok(Some(4711))).unwrap().unwrap();
     assert_eq!(reply[12..], [2, 0, 0, 0, 0x67, 0x12, 0, 0]);
     assert_eq!(rig.ask(Request::GET_VRING_BASE, state.as_bytes())[4..6], [0x67, 0x12]);
@@ -421,7 +421,7 @@ fn device_status() {
     assert_eq!(rig.acked(Request::SET_STATUS, 256u64.as_bytes(), vec![]), (1, 0));
     rig.start_ring(1);
     let step = rig.send(Request::SET_STATUS, true, 0u64.as_bytes(), vec![]);
-    assert!(matches!(step.actions[..], [Action::Stop { index: 1 }]));
+    assert!(matches!(step.actions[..], [Action::Stop { index: 1, .. }]));
     rig.session.on_done(Ok(Some(3))).unwrap();
     assert!(rig.session.features().is_some(), "only RESET_DEVICE forgets what a driver chose");
     assert_eq!(rig.acked(Request::SET_STATUS, 4u64.as_bytes(), vec![]), (0, 0));
@@ -503,7 +503,10 @@ fn reset_forgets_the_driver_but_not_the_frontend() {
     rig.start_ring(0);
     rig.start_ring(3);
     let step = rig.send(Request::RESET_DEVICE, true, &[], vec![]);
-    assert!(matches!(step.actions[..], [Action::Stop { index: 0 }, Action::Stop { index: 3 }]));
+    assert!(matches!(
+        step.actions[..],
+        [Action::Stop { index: 0, .. }, Action::Stop { index: 3, .. }]
+    ));
     assert!(rig.session.on_done(Ok(Some(9))).unwrap().is_some());
     assert_eq!(rig.session.features(), None);
     // Memory and call eventfds are still there; all else has to be set again.
