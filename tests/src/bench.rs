@@ -37,11 +37,17 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Of at least one round.
+    /// Of at least one round. The median of an even number is between the two in the middle.
     pub fn of(mut rounds: Vec<Figures>) -> Summary {
         rounds.sort_by(|a, b| a.iops.total_cmp(&b.iops));
         let (first, last) = (rounds[0].iops, rounds[rounds.len() - 1].iops);
-        Summary { median: rounds[rounds.len() / 2], low: first, high: last }
+        let (below, above) = (rounds[(rounds.len() - 1) / 2], rounds[rounds.len() / 2]);
+        let median = Figures {
+            iops: (below.iops + above.iops) / 2.0,
+            p50_us: (below.p50_us + above.p50_us) / 2.0,
+            p99_us: (below.p99_us + above.p99_us) / 2.0,
+        };
+        Summary { median, low: first, high: last }
     }
 
     /// For `--json`.
@@ -223,5 +229,23 @@ impl Drop for Target {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_in_the_middle_of_even_counts_too() {
+        let of = |iops: &[f64]| {
+            let figures = |iops: &f64| Figures { iops: *iops, p50_us: 1e3 / iops, p99_us: 9.0 };
+            Summary::of(iops.iter().map(figures).collect())
+        };
+        assert_eq!(of(&[5.0]).median.iops, 5.0);
+        let odd = of(&[30.0, 10.0, 20.0]);
+        assert_eq!((odd.low, odd.median.iops, odd.high), (10.0, 20.0, 30.0));
+        let even = of(&[40.0, 10.0, 20.0, 10.0]).median;
+        assert_eq!((even.iops, even.p50_us, even.p99_us), (15.0, 75.0, 9.0));
     }
 }

@@ -52,6 +52,15 @@ pub fn cpu_time(pid: u32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 10))
 }
 
+/// Processes that the first thread of `pid` has started and that are not over.
+///
+/// # Errors
+/// The process is gone.
+pub fn children(pid: u32) -> Result<Vec<u32>> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    Ok(list.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
+}
+
 /// Resident memory of process `pid` in bytes.
 ///
 /// # Errors

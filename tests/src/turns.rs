@@ -61,6 +61,12 @@ impl Ratio {
         Ratio { value: median(&ratios).exp(), noise: beyond_zero(&own).exp() - 1.0 }
     }
 
+    /// Whether the side is known to be on one side of `goal`: the noise is not larger than the
+    /// `margin` that is judged, or the goal is farther away than the noise.
+    pub fn is_decided(&self, goal: f64, margin: f64) -> bool {
+        self.noise <= margin || (self.value - goal).abs() > self.noise
+    }
+
     /// Whether the side is slower than the base by more than the noise and by at least `least`.
     pub fn is_loss(&self, least: f64) -> bool {
         1.0 - self.value > self.noise.max(least)
@@ -77,7 +83,8 @@ fn beyond_zero(values: &[f64]) -> f64 {
     middle.abs() + 3.0 * error
 }
 
-fn median(values: &[f64]) -> f64 {
+/// The value in the middle, or between the two there; 0 of none.
+pub fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     let half = values.len() / 2;
@@ -127,6 +134,14 @@ mod tests {
         assert!((slower.value - 0.95).abs() < 0.01, "{slower:?}");
         assert!(slower.is_loss(0.0) && slower.is_loss(0.02) && !slower.is_loss(0.06));
         assert!(!Ratio::of(&side(1.1, 2), &base, &again).is_loss(0.0), "a gain is none");
+    }
+
+    #[test]
+    fn what_is_closer_to_the_goal_than_the_noise_is_undecided() {
+        let is_decided = |value, noise| Ratio { value, noise }.is_decided(0.98, 0.02);
+        assert!(is_decided(0.97, 0.01) && is_decided(0.99, 0.02), "quiet enough");
+        assert!(!is_decided(0.97, 0.03) && !is_decided(1.0, 0.03));
+        assert!(is_decided(0.90, 0.03) && is_decided(1.05, 0.03), "far enough");
     }
 
     #[test]

@@ -425,10 +425,13 @@ impl Bench {
 
     /// Adds `args.rounds` rounds to all sides, which take turns.
     fn measure(&self, point: &Point, args: &Args, rounds: &mut [Vec<Figures>]) -> Result<()> {
-        // One discarded round warms caches, socket buffers and the pool.
+        // One discarded round warms caches, socket buffers and the pool. Each round begins with
+        // another side, so that none always follows the same one.
+        let count = self.sides.len();
         for round in 0..=args.rounds {
             let time = Duration::from_millis(if round == 0 { 100 } else { args.millis });
-            for ((build, side), rounds) in self.sides.iter().zip(&mut *rounds) {
+            for at in (0..count).map(|turn| (round + turn) % count) {
+                let (build, side) = &self.sides[at];
                 let figures = match side {
                     Side::Bare => measure_bare(point, time),
                     Side::Peer | Side::PeerTls => {
@@ -440,7 +443,7 @@ impl Bench {
                 let figures =
                     figures.with_context(|| format!("{} ({})", point.name(), side.name()))?;
                 if round > 0 {
-                    rounds.push(figures);
+                    rounds[at].push(figures);
                 }
             }
         }
