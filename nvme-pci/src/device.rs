@@ -367,10 +367,13 @@ impl Device {
             Purpose::Queue { slot, change } if is_current => {
                 if done.outcome.is_ok() {
                     self.controller.queue_changed(&change);
-                } else if let QueueChange::CreateCq(cq) = change
-                    && let Some(core) = self.cq_cores.remove(&cq.qid)
-                {
-                    self.cores[core].queues -= 1;
+                } else {
+                    self.controller.queue_unchanged(&change);
+                    if let QueueChange::CreateCq(cq) = change
+                        && let Some(core) = self.cq_cores.remove(&cq.qid)
+                    {
+                        self.cores[core].queues -= 1;
+                    }
                 }
                 self.complete(slot, done.outcome.err().unwrap_or(Status::SUCCESS), 0);
                 self.run_admin();

@@ -68,6 +68,8 @@ const TAG_SHIFT: u32 = 16;
 const NO_QUEUE: u16 = u16::MAX;
 
 const TRANSFER: Status = Status::DATA_TRANSFER_ERROR.dnr();
+/// Of a queue with the identifier of another. Who sends the commands knows, and does not ask.
+const TAKEN: Status = Status::INVALID_QUEUE_IDENTIFIER.dnr();
 /// Of a command to a namespace that there could be and is not.
 const INACTIVE: Status = Status::INVALID_FIELD_IN_COMMAND.dnr();
 
@@ -434,6 +436,9 @@ impl Engine {
         coalescing: Coalescing,
         is_recovered: bool,
     ) -> Result<(), Refused> {
+        if self.cq_at.get(qid).is_some() {
+            return Err(Refused(TAKEN));
+        }
         let entries = u32::from(cq.entries);
         let place =
             Place::new(&self.view, cq.address, cq.is_contiguous, entries, 16).map_err(Refused)?;
@@ -477,6 +482,9 @@ impl Engine {
         sq: &SqRecord,
         is_recovered: bool,
     ) -> Result<(), Refused> {
+        if self.sq_at.get(qid).is_some() {
+            return Err(Refused(TAKEN));
+        }
         let entries = u32::from(sq.entries);
         let place =
             Place::new(&self.view, sq.address, sq.is_contiguous, entries, 64).map_err(Refused)?;

@@ -61,7 +61,8 @@ pub enum AdminOutcome {
         result: u64,
     },
     /// Create or delete a queue of a PCI function. If it was done, call
-    /// [`Controller::queue_changed`]; then complete: with success, or with what it failed of.
+    /// [`Controller::queue_changed`], else [`Controller::queue_unchanged`]; then complete: with
+    /// success, or with what it failed of. Other commands may come before that.
     Queue(QueueChange),
     /// Doorbell Buffer Config: from now on the doorbells are in host memory, except those of the
     /// admin queues. Complete with success, or with Invalid Field in Command if there is no memory.

@@ -3,8 +3,12 @@
 //!
 //! ```text
 //!   BAR0 write ─► register_write ─► RegisterEffect ─► the driver sets up or closes queues
-//!   Create, Delete ─► AdminOutcome::Queue(change) ─► driver ─► queue_changed (if it was done)
+//!   Create, Delete ─► AdminOutcome::Queue(change) ─► driver ─► queue_changed, or queue_unchanged
 //! ```
+//!
+//! A driver takes time, and a host need not wait for it. So a queue is in the list as soon as its
+//! Create is given to the driver, and until its Delete is done: what is on its way counts for every
+//! command that comes meanwhile.
 
 use core::time::Duration;
 
@@ -99,17 +103,35 @@ pub enum RegisterEffect {
     InterruptMask,
 }
 
+/// Where a queue is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// The driver has been told to create it. The identifier is taken.
+    Coming,
+    /// It exists.
+    There,
+    /// The driver has been told to delete it. The identifier is still taken.
+    Going,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Sq {
     qid: u16,
     cqid: u16,
+    life: Life,
 }
 
-/// Queues that exist, and settings of interrupts.
+#[derive(Clone, Copy, Debug)]
+struct Cq {
+    qid: u16,
+    life: Life,
+}
+
+/// Queues that exist or are on their way, and settings of interrupts.
 #[derive(Debug, Default)]
 pub(crate) struct Queues {
     sqs: Vec<Sq>,
-    cqs: Vec<u16>,
+    cqs: Vec<Cq>,
     /// Vectors whose interrupts are not coalesced (Interrupt Vector Configuration, CD).
     pub(crate) not_coalesced: Vec<u16>,
     /// Interrupt Coalescing: TIME 15:8 in units of 100 us, THR 7:0 zero-based.
@@ -119,6 +141,30 @@ pub(crate) struct Queues {
 impl Queues {
     pub(crate) fn is_empty(&self) -> bool {
         self.sqs.is_empty() && self.cqs.is_empty()
+    }
+
+    fn sq(&mut self, qid: u16) -> Option<&mut Sq> {
+        self.sqs.iter_mut().find(|sq| sq.qid == qid)
+    }
+
+    fn cq(&mut self, qid: u16) -> Option<&mut Cq> {
+        self.cqs.iter_mut().find(|cq| cq.qid == qid)
+    }
+
+    /// The driver is told of a change, which a command may ask for.
+    fn begin(&mut self, change: &QueueChange) {
+        match *change {
+            QueueChange::CreateCq(cq) => self.cqs.push(Cq { qid: cq.qid, life: Life::Coming }),
+            QueueChange::CreateSq(sq) => {
+                self.sqs.push(Sq { qid: sq.qid, cqid: sq.cqid, life: Life::Coming });
+            }
+            QueueChange::DeleteCq(qid) => {
+                self.cq(qid).into_iter().for_each(|cq| cq.life = Life::Going);
+            }
+            QueueChange::DeleteSq(qid) => {
+                self.sq(qid).into_iter().for_each(|sq| sq.life = Life::Going);
+            }
+        }
     }
 }
 
@@ -217,25 +263,58 @@ impl Controller {
         self.aer.raise(kind);
     }
 
-    /// An [`AdminOutcome::Queue`] was carried out.
+    /// An [`AdminOutcome::Queue`] was carried out; or the driver has queues of a predecessor.
     pub fn queue_changed(&mut self, change: &QueueChange) {
+        let queues = &mut self.pcie;
         match *change {
-            QueueChange::CreateCq(cq) => self.pcie.cqs.push(cq.qid),
-            QueueChange::CreateSq(sq) => self.pcie.sqs.push(Sq { qid: sq.qid, cqid: sq.cqid }),
-            QueueChange::DeleteCq(qid) => self.pcie.cqs.retain(|cq| *cq != qid),
-            QueueChange::DeleteSq(qid) => self.pcie.sqs.retain(|sq| sq.qid != qid),
+            QueueChange::CreateCq(cq) => match queues.cq(cq.qid) {
+                Some(known) => known.life = Life::There,
+                None => queues.cqs.push(Cq { qid: cq.qid, life: Life::There }),
+            },
+            QueueChange::CreateSq(sq) => match queues.sq(sq.qid) {
+                Some(known) => known.life = Life::There,
+                None => queues.sqs.push(Sq { qid: sq.qid, cqid: sq.cqid, life: Life::There }),
+            },
+            QueueChange::DeleteCq(qid) => queues.cqs.retain(|cq| cq.qid != qid),
+            QueueChange::DeleteSq(qid) => queues.sqs.retain(|sq| sq.qid != qid),
         }
     }
 
+    /// An [`AdminOutcome::Queue`] was not carried out: everything is as before its command.
+    pub fn queue_unchanged(&mut self, change: &QueueChange) {
+        let queues = &mut self.pcie;
+        match *change {
+            QueueChange::CreateCq(cq) => queues.cqs.retain(|known| known.qid != cq.qid),
+            QueueChange::CreateSq(sq) => queues.sqs.retain(|known| known.qid != sq.qid),
+            QueueChange::DeleteCq(qid) => {
+                queues.cq(qid).into_iter().for_each(|cq| cq.life = Life::There);
+            }
+            QueueChange::DeleteSq(qid) => {
+                queues.sq(qid).into_iter().for_each(|sq| sq.life = Life::There);
+            }
+        }
+    }
+
+    /// Identifiers of the submission and of the completion queues, those on their way included, in
+    /// ascending order.
+    #[must_use]
+    pub fn queue_ids(&self) -> (Vec<u16>, Vec<u16>) {
+        let mut sqs: Vec<u16> = self.pcie.sqs.iter().map(|sq| sq.qid).collect();
+        let mut cqs: Vec<u16> = self.pcie.cqs.iter().map(|cq| cq.qid).collect();
+        sqs.sort_unstable();
+        cqs.sort_unstable();
+        (sqs, cqs)
+    }
+
     /// Create and Delete of queues, and Doorbell Buffer Config.
-    pub(crate) fn queue_command(&self, sqe: &Sqe) -> Result<Reply, Status> {
+    pub(crate) fn queue_command(&mut self, sqe: &Sqe) -> Result<Reply, Status> {
         let change = match AdminOpcode(sqe.opcode) {
             AdminOpcode::CREATE_IO_CQ => QueueChange::CreateCq(self.create_cq(sqe)?),
             AdminOpcode::CREATE_IO_SQ => QueueChange::CreateSq(self.create_sq(sqe)?),
             AdminOpcode::DELETE_IO_CQ => QueueChange::DeleteCq(self.delete_cq(sqe)?),
             AdminOpcode::DELETE_IO_SQ => {
                 let qid = sqe.cdw10.get() as u16;
-                if !self.pcie.sqs.iter().any(|sq| sq.qid == qid) {
+                if self.pcie.sq(qid).is_none_or(|sq| sq.life != Life::There) {
                     return Err(INVALID_QUEUE);
                 }
                 QueueChange::DeleteSq(qid)
@@ -249,6 +328,7 @@ impl Controller {
                 return Ok(Reply::Driver(AdminOutcome::DoorbellBuffer { shadow, event_idx }));
             }
         };
+        self.pcie.begin(&change);
         Ok(Reply::Driver(AdminOutcome::Queue(change)))
     }
 
@@ -278,7 +358,8 @@ impl Controller {
     }
 
     fn create_cq(&self, sqe: &Sqe) -> Result<CqConfig, Status> {
-        let (qid, entries, address) = self.new_queue(sqe, |qid| self.pcie.cqs.contains(&qid))?;
+        let (qid, entries, address) =
+            self.new_queue(sqe, |qid| self.pcie.cqs.iter().any(|cq| cq.qid == qid))?;
         let cdw11 = sqe.cdw11.get();
         let vector = (cdw11 & 2 != 0).then_some((cdw11 >> 16) as u16);
         if vector.is_some_and(|vector| vector > self.io_queues_max()) {
@@ -295,7 +376,8 @@ impl Controller {
         if cqid == 0 || cqid > self.io_queues_granted() {
             return Err(INVALID_QUEUE);
         }
-        if !self.pcie.cqs.contains(&cqid) {
+        // One that is still to be created does not exist until its command has completed.
+        if !self.has_cq(cqid) {
             return Err(Status::COMPLETION_QUEUE_INVALID.dnr());
         }
         // QPRIO is for weighted round robin, which CAP.AMS does not offer.
@@ -304,13 +386,17 @@ impl Controller {
 
     fn delete_cq(&self, sqe: &Sqe) -> Result<u16, Status> {
         let qid = sqe.cdw10.get() as u16;
-        if !self.pcie.cqs.contains(&qid) {
+        if !self.has_cq(qid) {
             return Err(INVALID_QUEUE);
         }
         if self.pcie.sqs.iter().any(|sq| sq.cqid == qid) {
             return Err(Status::INVALID_QUEUE_DELETION.dnr());
         }
         Ok(qid)
+    }
+
+    fn has_cq(&self, qid: u16) -> bool {
+        self.pcie.cqs.iter().any(|cq| cq.qid == qid && cq.life == Life::There)
     }
 
     /// Most I/O queues, and so the number of the last interrupt vector: the admin queue has one.

@@ -175,6 +175,65 @@ fn queues_are_created_and_deleted_in_order() {
     assert_eq!(status(&mut c, &cq(3, 1, 1)), size);
 }
 
+/// A host need not wait for one command before it sends the next.
+#[test]
+fn queues_on_their_way_count() {
+    use AdminOpcode as Op;
+    let mut c = enabled();
+    let cq = |qid: u32| admin(Op::CREATE_IO_CQ, qid | 1 << 16, 1);
+    let sq = |qid: u32, cqid: u32| admin(Op::CREATE_IO_SQ, qid | 1 << 16, 1 | cqid << 16);
+    let (no_cq, in_use) =
+        (Status::COMPLETION_QUEUE_INVALID.dnr(), Status::INVALID_QUEUE_DELETION.dnr());
+    let begin = |c: &mut Controller, sqe: Sqe| match run(c, &sqe, &[]).0 {
+        AdminOutcome::Queue(change) => change,
+        outcome => panic!("{outcome:?}"),
+    };
+    let cq_1 = begin(&mut c, cq(1));
+    for (sqe, want) in [
+        (cq(1), INVALID_QUEUE),
+        (sq(1, 1), no_cq),
+        (admin(Op::DELETE_IO_CQ, 1, 0), INVALID_QUEUE),
+        (admin(Op::SET_FEATURES, 7, 0), Status::COMMAND_SEQUENCE_ERROR.dnr()),
+    ] {
+        assert_eq!(status(&mut c, &sqe), want, "{sqe:?}");
+    }
+    c.queue_changed(&cq_1);
+    let sq_1 = begin(&mut c, sq(1, 1));
+    for (sqe, want) in [
+        (sq(1, 1), INVALID_QUEUE),
+        (admin(Op::DELETE_IO_SQ, 1, 0), INVALID_QUEUE),
+        (admin(Op::DELETE_IO_CQ, 1, 0), in_use),
+    ] {
+        assert_eq!(status(&mut c, &sqe), want, "{sqe:?}");
+    }
+    c.queue_unchanged(&sq_1);
+    assert_eq!(c.queue_ids(), (vec![], vec![1]));
+    assert_eq!(status(&mut c, &sq(1, 1)), Status::SUCCESS);
+
+    let delete = begin(&mut c, admin(Op::DELETE_IO_SQ, 1, 0));
+    for (sqe, want) in [
+        (sq(1, 1), INVALID_QUEUE),
+        (admin(Op::DELETE_IO_SQ, 1, 0), INVALID_QUEUE),
+        (admin(Op::DELETE_IO_CQ, 1, 0), in_use),
+    ] {
+        assert_eq!(status(&mut c, &sqe), want, "{sqe:?}");
+    }
+    c.queue_unchanged(&delete);
+    let delete = begin(&mut c, admin(Op::DELETE_IO_SQ, 1, 0));
+    c.queue_changed(&delete);
+    let delete = begin(&mut c, admin(Op::DELETE_IO_CQ, 1, 0));
+    for (sqe, want) in [
+        (cq(1), INVALID_QUEUE),
+        (sq(1, 1), no_cq),
+        (admin(Op::DELETE_IO_CQ, 1, 0), INVALID_QUEUE),
+    ] {
+        assert_eq!(status(&mut c, &sqe), want, "{sqe:?}");
+    }
+    c.queue_changed(&delete);
+    assert_eq!(c.queue_ids(), (vec![], vec![]));
+    assert_eq!(status(&mut c, &cq(1)), Status::SUCCESS);
+}
+
 #[test]
 fn what_a_queue_command_says_reaches_the_driver() {
     let mut c = enabled();
