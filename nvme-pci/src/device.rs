@@ -11,6 +11,8 @@
 //! counted and nothing more.
 
 mod function;
+mod namespaces;
+mod rebuild;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -91,20 +93,30 @@ enum Purpose {
     /// An operator waits for what was begun before.
     Told(mpsc::Sender<Result<(), AttachError>>),
     /// Other namespaces are in use: tell the controller.
-    Namespaces(Arc<SubsystemInfo>),
+    Namespaces(Taking),
 }
 
-/// What a reset was for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Namespaces that the cores are taking up.
+#[derive(Clone, Debug)]
+struct Taking {
+    subsys: Arc<SubsystemInfo>,
+    /// Volumes that could not be opened: the core, the namespace and why.
+    failed: Vec<(usize, u32, String)>,
+    /// Operators who wait for it.
+    told: Vec<mpsc::Sender<Result<(), AttachError>>>,
+}
+
+/// What a reset was for, in the order in which one includes another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum After {
     /// CC.EN.
     Controller,
     /// NSSR.
     Subsystem,
-    /// Conventional reset; the transport waits.
-    Function,
     /// Function-level reset; the transport waits.
     FunctionLevel,
+    /// Conventional reset; the transport waits.
+    Function,
     /// The client is gone; the transport waits.
     Detach,
 }
@@ -125,6 +137,8 @@ struct Core {
     is_gone: bool,
     /// Completion queues placed there.
     queues: usize,
+    /// Namespaces whose volumes cannot be opened there.
+    missing: Vec<u32>,
 }
 
 /// What a device is made of.
@@ -160,6 +174,8 @@ pub struct Device {
     outstanding: BTreeMap<u64, Outstanding>,
     next_op: u64,
     epoch: u64,
+    /// The reset that is under way.
+    resetting: Option<u64>,
     /// Core of each completion queue.
     cq_cores: BTreeMap<u16, usize>,
     /// What the transport is to hear.
@@ -194,6 +210,7 @@ impl Device {
             outbox: VecDeque::new(),
             is_gone: false,
             queues: 0,
+            missing: Vec::new(),
         });
         let mut device = Device {
             name: parts.name,
@@ -214,6 +231,7 @@ impl Device {
             outstanding: BTreeMap::new(),
             next_op: 0,
             epoch: 0,
+            resetting: None,
             cq_cores: BTreeMap::new(),
             said: VecDeque::new(),
             is_running: true,
@@ -234,6 +252,20 @@ impl Device {
             device.controller.namespaces_may_have_changed();
         }
         device
+    }
+
+    /// What was begun and not finished: for tests.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    /// Identifiers of the submission and completion queues that the host was told of, while it can
+    /// use them; `None` while it cannot, or they change: for tests.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn settled_queues(&self) -> Option<(Vec<u16>, Vec<u16>)> {
+        let is_settled = self.outstanding.is_empty() && self.controller.is_ready();
+        is_settled.then(|| self.controller.queue_ids())
     }
 
     fn now(&self) -> Duration {
@@ -307,17 +339,36 @@ impl Device {
                     lba: failure.offset / block_bytes,
                 });
             }
-            Event::Gone { core } => {
-                self.cores[core].is_gone = true;
-                let ops: Vec<u64> = self.outstanding.keys().copied().collect();
-                for op in ops {
-                    if let Some(one) = self.outstanding.get_mut(&op) {
-                        one.cores.retain(|other| *other != core);
-                    }
-                    self.settle(op);
+            Event::CannotOpen { core, op, nsid, error } => {
+                if let Some(one) = self.outstanding.get_mut(&op)
+                    && let Purpose::Namespaces(taking) = &mut one.purpose
+                {
+                    taking.failed.push((core, nsid, error));
                 }
             }
+            Event::Gone { core } => self.on_gone(core),
         }
+    }
+
+    /// A core answers no more, and what was in flight there does not come back. The host is told
+    /// by CSTS.CFS and its client by an interrupt. After a reset it goes on with the other cores.
+    fn on_gone(&mut self, core: usize) {
+        tracing::error!(device = %self.name, core, "a core of the device has ended");
+        self.cores[core].is_gone = true;
+        let ops: Vec<u64> = self.outstanding.keys().copied().collect();
+        for op in ops {
+            if let Some(one) = self.outstanding.get_mut(&op)
+                && one.cores.contains(&core)
+            {
+                one.cores.retain(|other| *other != core);
+                if matches!(one.purpose, Purpose::Queue { .. }) {
+                    one.outcome = Err(Status::INTERNAL_ERROR);
+                }
+            }
+            self.settle(op);
+        }
+        self.controller.fail();
+        self.said.push_back(Said::Failed);
     }
 
     fn answered(
@@ -348,13 +399,11 @@ impl Device {
             Purpose::Told(sender) => {
                 let _ = sender.send(Ok(()));
             }
-            Purpose::Namespaces(subsys) => {
-                self.controller.update_subsys(subsys);
-                let warning = self.wear().map_or(0, |wear| wear.critical_warning);
-                self.controller.health_warning(warning);
-                self.run_admin();
+            Purpose::Namespaces(taking) => self.namespaces_taken(taking),
+            Purpose::Reset(after) => {
+                self.resetting = None;
+                self.after_reset(after);
             }
-            Purpose::Reset(after) if is_current => self.after_reset(after),
             // The host did not wait for the end of the shutdown.
             Purpose::Shutdown if is_current && !self.is_enabled() => {
                 self.reset_queues(After::Controller);
@@ -452,6 +501,10 @@ impl Device {
                     in_flight,
                 })
                 .collect(),
+            completion_queues: states
+                .iter()
+                .flat_map(|state| state.completion_queues.clone())
+                .collect(),
             namespaces: self
                 .subsys
                 .namespaces()
@@ -486,6 +539,10 @@ impl Device {
     }
 
     fn enable(&mut self, queues: AdminQueues) {
+        if self.cores.iter().all(|core| core.is_gone) {
+            self.controller.fail();
+            return;
+        }
         let view = self.memory.view();
         let sq = view.slice(queues.sq_address, u64::from(queues.sq_entries) * 64);
         let cq = view.slice(queues.cq_address, u64::from(queues.cq_entries) * 16);
@@ -521,10 +578,36 @@ impl Device {
 
     /// Closes all queues. Everything of before is pointless from now on.
     fn reset_queues(&mut self, after: After) {
-        self.epoch += 1;
         self.admin = Admin::default();
+        self.is_to_be_rebuilt = false;
+        if let Some(one) = self.resetting.and_then(|op| self.outstanding.get_mut(&op))
+            && let Purpose::Reset(begun) = &mut one.purpose
+        {
+            // The cores are at it, and there are no queues until they have answered: however often
+            // it is asked for, there is one reset at a time.
+            *begun = after.max(*begun);
+            return;
+        }
+        self.epoch += 1;
+        self.resetting = Some(self.next_op);
         let all = self.all();
         self.begin(Purpose::Reset(after), all, || Action::Reset);
+    }
+
+    /// The registers are about to be as after power-on: what is written to them till then is lost.
+    fn is_being_remade(&self) -> bool {
+        let reset = self.resetting.and_then(|op| self.outstanding.get(&op));
+        reset.is_some_and(|one| !matches!(one.purpose, Purpose::Reset(After::Controller)))
+    }
+
+    /// There are queues, or there may be.
+    fn is_in_use(&self) -> bool {
+        self.resetting.is_some()
+            || self.admin.queues.is_some()
+            || self.controller.is_ending()
+            || self.controller.queue_ids() != (Vec::new(), Vec::new())
+            // A state that was taken up and not gone on with can be replaced.
+            || self.is_enabled() && !self.is_to_be_rebuilt
     }
 
     fn after_reset(&mut self, after: After) {
@@ -580,10 +663,10 @@ impl Device {
         }
     }
 
-    /// Follows bus master enable: without it the function leaves the guest's memory alone, and
+    /// Follows bus master enable and the power state: without power or leave the function leaves the guest's memory alone, and
     /// raises no MSI-X vector, which would be a write to memory.
     fn follow_master(&mut self) {
-        let is_master = self.pci.is_bus_master();
+        let is_master = self.pci.is_bus_master() && self.pci.is_powered();
         if self.is_master == is_master {
             return;
         }
@@ -593,16 +676,16 @@ impl Device {
         self.run_admin();
     }
 
-    /// Follows MSI-X enable, interrupt disable and the interrupt mask.
+    /// Follows MSI-X enable, interrupt disable, the interrupt mask and the power state.
     fn route_interrupts(&mut self) {
         self.follow_master();
         let (is_msix, is_disabled) = (self.pci.is_msix_enabled(), self.pci.is_intx_disabled());
         let is_masked = self.controller.interrupt_mask() & 1 != 0;
-        let is_master = self.is_master;
+        let (is_master, is_powered) = (self.is_master, self.pci.is_powered());
         self.vectors.change(|setup| {
             // A client that only sets eventfds means them, too.
             setup.is_msix = is_msix || setup.msix.iter().any(Option::is_some);
-            setup.intx_disabled = is_disabled || is_masked;
+            setup.intx_disabled = is_disabled || is_masked || !is_powered;
             setup.is_master = is_master;
         });
         self.wake_cores();
@@ -611,6 +694,30 @@ impl Device {
 
     fn set_intx(&mut self) {
         self.route_interrupts();
+    }
+
+    /// Whether INTx is asserted, or would be if it were not disabled: some completion queue has
+    /// entries that the host has not taken.
+    fn is_intx_pending(&self) -> bool {
+        if self.pci.is_msix_enabled() || self.controller.interrupt_mask() & 1 != 0 {
+            return false;
+        }
+        let (record, view) = (self.record.view(), self.memory.view());
+        let head = |qid: u16| match record.shadow() {
+            Some((doorbells, _)) if qid > 0 => {
+                let mut bytes = [0; 4];
+                let at = doorbells.checked_add(8 * u64::from(qid) + 4)?;
+                view.read(at, &mut bytes).ok()?;
+                Some(u32::from_le_bytes(bytes))
+            }
+            _ => Some(record.doorbell(qid, true)),
+        };
+        (0..QUEUES_MAX).any(|qid| {
+            record.cq(qid).is_some_and(|cq| {
+                let tail = (cq.tail % u64::from(cq.entries)) as u32;
+                cq.vector.is_some() && head(qid).is_some_and(|head| head != tail)
+            })
+        })
     }
 
     fn doorbell_write(&mut self, offset: u64, value: u32) {
@@ -817,7 +924,13 @@ impl Device {
 
     fn change_queue(&mut self, slot: u16, change: QueueChange) {
         let core = match change {
-            QueueChange::CreateCq(cq) => self.place(cq.qid),
+            QueueChange::CreateCq(cq) => match self.place(cq.qid) {
+                Some(core) => core,
+                None => {
+                    self.controller.queue_unchanged(&change);
+                    return self.complete(slot, Status::INTERNAL_ERROR, 0);
+                }
+            },
             QueueChange::DeleteCq(qid) => {
                 let core = self.cq_cores.remove(&qid).unwrap_or(0);
                 self.cores[core].queues = self.cores[core].queues.saturating_sub(1);
@@ -862,12 +975,16 @@ impl Device {
         });
     }
 
-    /// The core of a completion queue that is to be created: one with the fewest.
-    fn place(&mut self, qid: u16) -> usize {
-        let core = (0..self.cores.len()).min_by_key(|core| self.cores[*core].queues).unwrap_or(0);
+    /// The core of a completion queue that is to be created: one with the fewest, of those that
+    /// have every volume. `None`: no core is left.
+    fn place(&mut self, qid: u16) -> Option<usize> {
+        let is_possible = |core: &usize| self.cores[*core].can_have_queues();
+        let core = (0..self.cores.len())
+            .filter(is_possible)
+            .min_by_key(|core| self.cores[*core].queues)?;
         self.cores[core].queues += 1;
         self.cq_cores.insert(qid, core);
-        core
+        Some(core)
     }
 
     fn complete(&mut self, slot: u16, status: Status, result: u64) {
@@ -927,176 +1044,16 @@ impl Device {
         }
     }
 
-    // A predecessor's state.
-
-    /// Takes up a saved controller; its queues follow when there is memory.
-    fn take_up(&mut self, saved: &[u8]) -> Result<(), BadState> {
-        let now = self.now();
-        let (pci, controller) = saved.split_first_chunk().ok_or(BadState::Damaged)?;
-        if !self.pci.restore(pci) {
-            return Err(BadState::Mismatch);
-        }
-        self.controller.restore(controller, now).ok_or(BadState::Damaged)?;
-        self.is_to_be_rebuilt = true;
-        self.rebuild();
-        Ok(())
-    }
-
-    /// Serves the queues of the record, once their memory is there.
-    fn rebuild(&mut self) {
-        if !self.is_to_be_rebuilt {
-            return;
-        }
-        let Some(queues) = self.controller.admin_queues() else {
-            // Nothing was enabled.
-            self.is_to_be_rebuilt = false;
-            return;
-        };
-        let view = self.memory.view();
-        let sq = view.slice(queues.sq_address, u64::from(queues.sq_entries) * 64);
-        let cq = view.slice(queues.cq_address, u64::from(queues.cq_entries) * 16);
-        if sq.is_err() || cq.is_err() || !self.is_running {
-            return;
-        }
-        self.is_to_be_rebuilt = false;
-        let record = self.record.view();
-        if self.controller.is_ending() {
-            // It was in the middle of a reset or shutdown: nothing of the queues matters, or they
-            // have to be drained as the predecessor would have.
-            if !self.is_enabled() {
-                self.reset_queues(After::Controller);
-                return;
-            }
-        }
-        self.admin = Admin::new(queues);
-        let saved = record.cq(0).map_or(0, |cq| cq.tail);
-        self.admin.tail = saved;
-        self.admin.head = saved.saturating_sub(u64::from(queues.cq_entries) - 1);
-        self.admin.fetched = record.sq(0).map_or(0, |sq| sq.fetched);
-        for qid in 1..QUEUES_MAX {
-            let Some(cq) = record.cq(qid) else { continue };
-            let core = self.place(qid);
-            let coalescing = cq.vector.map(|v| self.controller.coalescing(v)).unwrap_or_default();
-            self.controller.queue_changed(&QueueChange::CreateCq(nvme::ctrl::CqConfig {
-                qid,
-                entries: u32::from(cq.entries),
-                address: cq.address,
-                is_contiguous: cq.is_contiguous,
-                vector: cq.vector,
-            }));
-            self.begin(Purpose::None, vec![core], || Action::CreateCq {
-                qid,
-                cq,
-                coalescing,
-                is_recovered: true,
-            });
-        }
-        for qid in 1..QUEUES_MAX {
-            let Some(sq) = record.sq(qid) else { continue };
-            let core = self.cq_cores.get(&sq.cqid).copied().unwrap_or(0);
-            self.controller.queue_changed(&QueueChange::CreateSq(nvme::ctrl::SqConfig {
-                qid,
-                entries: u32::from(sq.entries),
-                address: sq.address,
-                is_contiguous: sq.is_contiguous,
-                cqid: sq.cqid,
-            }));
-            self.begin(Purpose::None, vec![core], || Action::CreateSq {
-                qid,
-                sq,
-                is_recovered: true,
-            });
-        }
-        let mut found: Vec<_> =
-            (0..ADMIN_SLOTS).filter_map(|slot| Some((slot, record.slot(0, slot)?))).collect();
-        found.sort_by_key(|(_, slot)| slot.seq);
-        for (slot, saved) in found {
-            self.admin.fetched = self.admin.fetched.max(saved.seq);
-            if saved.post != 0 {
-                let position = saved.post - 1;
-                if position >= self.admin.tail {
-                    if !has_cqe(&view, &queues, position) {
-                        write_cqe(&view, &queues, position, &saved.cqe);
-                    }
-                    self.admin.tail = position + 1;
-                    let oldest = self.admin.tail.saturating_sub(u64::from(queues.cq_entries) - 1);
-                    self.admin.head = self.admin.head.max(oldest);
-                    record.set_tail(0, self.admin.tail);
-                }
-                record.free(0, slot);
-                continue;
-            }
-            self.start_command(slot, &Sqe::from_bytes(&saved.sqe), true);
-        }
-        if self.controller.is_ending() {
-            let all = self.all();
-            self.begin(Purpose::Shutdown, all, || Action::Shutdown);
-        }
-        self.admin.is_pending = true;
-        self.route_interrupts();
-        self.run_admin();
-    }
-
-    // Namespaces.
-
-    fn set_namespaces(&mut self, attached: Vec<Attached>) -> Result<(), AttachError> {
-        let subsys = crate::namespaces(&self.subsys, &attached)?;
-        let subsys = Arc::new(subsys);
-        self.attached = attached;
-        self.subsys = Arc::clone(&subsys);
-        let (attached, all) = (self.attached.clone(), self.all());
-        let told = Arc::clone(&subsys);
-        self.begin(Purpose::Namespaces(told), all, || Action::SetNamespaces {
-            subsys: Arc::clone(&subsys),
-            attached: attached.clone(),
-        });
-        Ok(())
-    }
-
-    /// Tells `sender` when the cores have taken up all they have been told, in the order of that.
-    pub(crate) fn tell_when_done(&mut self, sender: mpsc::Sender<Result<(), AttachError>>) {
-        let all = self.all();
-        self.begin(Purpose::Told(sender), all, || Action::Snapshot);
-    }
-
-    /// What the device is doing, to `sender` when the cores have answered.
-    pub(crate) fn ask_state(&mut self, client: ClientState, sender: mpsc::Sender<DeviceState>) {
-        let (all, is_connected) = (self.all(), client.is_connected);
-        self.begin(Purpose::State { sender, is_connected }, all, || Action::Snapshot);
-    }
-
-    pub(crate) fn attach_namespace(
-        &mut self,
-        nsid: u32,
-        volume: Arc<dyn Volume>,
-    ) -> Result<(), AttachError> {
-        if self.attached.iter().any(|one| one.nsid == nsid) {
-            return Err(AttachError::InUse(nsid));
-        }
-        let mut attached = self.attached.clone();
-        attached.push(Attached { nsid, volume });
-        self.set_namespaces(attached)
-    }
-
-    pub(crate) fn detach_namespace(&mut self, nsid: u32) -> Result<(), AttachError> {
-        let mut attached = self.attached.clone();
-        attached.retain(|one| one.nsid != nsid);
-        if attached.len() == self.attached.len() {
-            return Err(AttachError::NotAttached(nsid));
-        }
-        self.set_namespaces(attached)
-    }
-
-    pub(crate) fn refresh(&mut self) -> Result<(), AttachError> {
-        self.set_namespaces(self.attached.clone())
-    }
-
     pub(crate) fn record(&self) -> &Record {
         &self.record
     }
 }
 
 impl Core {
+    fn can_have_queues(&self) -> bool {
+        !self.is_gone && self.missing.is_empty()
+    }
+
     fn flush(&mut self) {
         while let Some(command) = self.outbox.pop_front() {
             if let Err(command) = self.commands.send(command) {

@@ -640,7 +640,13 @@ impl Engine {
     /// Whether a core that does not take commands has come to rest: nothing is at the volumes, and
     /// nothing can be posted.
     pub fn is_quiet(&self) -> bool {
-        let is_stuck = |cq: &Cq| cq.backlog.is_empty() || cq.is_full() || !self.is_master;
+        let is_stuck = |cq: &Cq| {
+            cq.backlog.is_empty()
+                || cq.is_full()
+                || !self.is_master
+                || cq.ring.is_none()
+                || self.doorbell(cq.qid, true).is_none()
+        };
         self.at_volume == 0 && self.cqs.iter().all(is_stuck)
     }
 
@@ -657,6 +663,11 @@ impl Engine {
     /// Queues, entries and commands in flight of each submission queue.
     pub fn submission_queues(&self) -> impl Iterator<Item = (u16, u16, u32, usize)> + '_ {
         self.sqs.iter().map(|sq| (sq.qid, sq.cqid, sq.entries, sq.in_flight()))
+    }
+
+    /// Identifiers of the completion queues.
+    pub fn completion_queues(&self) -> impl Iterator<Item = u16> + '_ {
+        self.cqs.iter().map(|cq| cq.qid)
     }
 
     /// Counters since the start.

@@ -118,6 +118,9 @@ pub enum BadState {
     /// Of a device with other namespaces, queues or identity.
     #[error("the state is that of a device with other properties")]
     Mismatch,
+    /// The guest is using the device, which has to be reset before.
+    #[error("the device is in use and has to be reset before")]
+    InUse,
 }
 
 /// A PCI function, to the transport that connects it. See the [module](self) for the contract.
@@ -173,7 +176,7 @@ pub trait Function: Send {
     fn save(&mut self) -> Vec<u8>;
 
     /// Take up a saved state. The device is stopped, and its memory and eventfds may be set before
-    /// or after. On an error the state is as after a reset.
+    /// or after. On an error the state is as after a reset; one that is in use is left as it is.
     fn restore(&mut self, state: &[u8]) -> Result<(), BadState>;
 
     /// The client is gone, and with it memory and eventfds. Done when nothing touches them any

@@ -196,6 +196,16 @@ pub enum AttachError {
     /// A controller cannot have such a namespace.
     #[error(transparent)]
     Invalid(#[from] nvme::subsys::InvalidSubsystem),
+    /// The volume cannot be opened where the device has queues, or on any of its cores.
+    #[error("namespace {nsid} cannot be opened on core {core}: {reason}")]
+    Open {
+        /// Its identifier.
+        nsid: u32,
+        /// Position of the core in the list given to [`serve`].
+        core: usize,
+        /// What the volume said.
+        reason: String,
+    },
     /// The device has stopped, or does not answer.
     #[error("the device does not answer")]
     NoAnswer,
@@ -234,6 +244,8 @@ pub struct DeviceState {
     pub is_enabled: bool,
     /// Queues of the guest.
     pub queues: Vec<QueueState>,
+    /// Identifiers of the completion queues.
+    pub completion_queues: Vec<u16>,
     /// Namespaces.
     pub namespaces: Vec<NamespaceState>,
     /// Since the device was started, over all clients.

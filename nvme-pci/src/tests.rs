@@ -3,83 +3,32 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
 use block::{Volume, VolumeSpec, Wear};
 use nvme::spec::{
-    AdminOpcode, Cqe, Csts, IdentifyController, LogPage, NSSR_RESET, NvmOpcode, SmartLog, Sqe,
-    Status, critical_warning, event,
+    AdminOpcode, Csts, IdentifyController, LogPage, NSSR_RESET, NvmOpcode, SmartLog,
+    critical_warning, event,
 };
 use zerocopy::FromBytes;
 
-use super::function::{Event, Function, Irq, Region, Step};
-use super::testing::{Bus, Cores, TestClient, TestHost, transfer};
+use super::function::{Function, Region};
+use super::testing::{Bus, Cores, Direct, TestClient, TestHost, TestVolume, transfer};
 use super::*;
+
+mod guests;
 
 const MEMORY: u64 = 16 << 20;
 const DATA: u64 = 0x40_0000;
 
-fn ram(mib: u64, uuid: u8) -> Arc<dyn Volume> {
-    let spec: VolumeSpec = format!("ram:{mib}M").parse().expect("a volume");
-    spec.open(Identity::from_uuid([uuid; 16])).expect("memory for a volume")
-}
-
-/// A device in this process: the host calls the function itself.
-struct Direct {
-    device: Device,
-    waits: bool,
-}
-
-impl Direct {
-    fn pump(&mut self) {
-        while let Some(said) = self.device.poll() {
-            assert_eq!(said, Event::Done);
-            self.waits = false;
-        }
-    }
-
-    fn finish(&mut self, step: Step) {
-        self.waits = step == Step::Pending;
-        while self.waits {
-            self.pump();
-            thread::yield_now();
-        }
-    }
-}
-
-impl Bus for Direct {
-    fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
-        self.pump();
-        self.device.read(region, offset, data);
-    }
-
-    fn write(&mut self, region: Region, offset: u64, data: &[u8]) {
-        self.pump();
-        let step = self.device.write(region, offset, data);
-        self.finish(step);
-    }
-
-    fn idle(&mut self) {
-        self.pump();
-    }
-}
-
 fn direct(cores: &Cores, volumes: Vec<(u32, Arc<dyn Volume>)>, files: Option<Files>) -> Direct {
     let config = DeviceConfig::new("test", "");
     let (device, _) = build(&config, volumes, &cores.handles, files).expect("a device");
-    Direct { device, waits: false }
+    Direct::new(device)
 }
 
-impl TestHost<Direct> {
-    fn plug_in(&mut self) {
-        let step = self.bus.device.set_memory(&self.memory, false);
-        self.bus.finish(step);
-        for (vector, eventfd) in (0..).zip(&self.vectors) {
-            let eventfd = eventfd.try_clone().expect("a file descriptor");
-            self.bus.device.set_trigger(Irq::Msix, vector, Some(Arc::new(eventfd)));
-        }
-        self.enable_function();
-    }
+fn ram(mib: u64, uuid: u8) -> Arc<dyn Volume> {
+    let spec: VolumeSpec = format!("ram:{mib}M").parse().expect("a volume");
+    spec.open(Identity::from_uuid([uuid; 16])).expect("memory for a volume")
 }
 
 type Host = TestHost<TestClient>;
@@ -412,94 +361,6 @@ fn a_saved_device_goes_on_elsewhere() {
     host.bus.finish(step);
     assert_eq!(host.complete(1).cid.get(), cid);
     exchange(&mut host, 2, 30);
-    drop(host);
-    cores.stop();
-}
-
-/// A command that creates or deletes a queue. The memory of each is a place of its own.
-fn queue_sqe(opcode: AdminOpcode, qid: u32, entries: u32, cqid: u32) -> Sqe {
-    let is_cq = opcode == AdminOpcode::CREATE_IO_CQ;
-    let cdw11 = if is_cq { 1 } else { 1 | cqid << 16 };
-    let size = if entries == 0 { qid } else { qid | (entries - 1) << 16 };
-    let mut sqe = TestHost::<Direct>::admin_sqe(opcode, size, cdw11);
-    sqe.set_prps(0x80_0000 + u64::from(qid) * 0x2_0000 + if is_cq { 0x1_0000 } else { 0 }, 0);
-    sqe
-}
-
-/// Puts commands into the admin queue, rings once, and gives their statuses in the order of the
-/// commands.
-fn batch(host: &mut TestHost<Direct>, commands: &[Sqe]) -> Vec<Status> {
-    let cids: Vec<u16> = commands.iter().map(|sqe| host.push(0, sqe)).collect();
-    host.kick(0);
-    let found: Vec<Cqe> = commands.iter().map(|_| host.complete(0)).collect();
-    let status = |cid: &u16| found.iter().find(|cqe| cqe.cid.get() == *cid).map(Cqe::status);
-    cids.iter().map(|cid| status(cid).expect("a completion of each")).collect()
-}
-
-/// Queues as the cores have them: submission queue, completion queue and core.
-fn on_cores(host: &mut TestHost<Direct>) -> Vec<(u16, u16, usize)> {
-    let (sender, receiver) = mpsc::channel();
-    host.bus.device.ask_state(ClientState::default(), sender);
-    let mut state = None;
-    host.wait("state", |host| {
-        host.bus.pump();
-        state = receiver.try_recv().ok();
-        state.is_some()
-    });
-    let queues = state.into_iter().flat_map(|state| state.queues);
-    queues.map(|queue| (queue.qid, queue.cqid, queue.core)).collect()
-}
-
-/// A host need not wait for a completion before it rings for more.
-#[test]
-fn queue_commands_in_one_batch_see_one_another() {
-    use AdminOpcode as Op;
-    let cores = Cores::start(2);
-    let mut host = TestHost::new(direct(&cores, vec![(1, ram(8, 1))], None), MEMORY, 4);
-    host.plug_in();
-    host.enable(128);
-    let (ok, taken) = (Status::SUCCESS, Status::INVALID_QUEUE_IDENTIFIER.dnr());
-    let in_use = Status::INVALID_QUEUE_DELETION.dnr();
-    let cq = |qid, entries| queue_sqe(Op::CREATE_IO_CQ, qid, entries, 0);
-    let sq = |qid, entries, cqid| queue_sqe(Op::CREATE_IO_SQ, qid, entries, cqid);
-    let delete_sq = |qid| queue_sqe(Op::DELETE_IO_SQ, qid, 0, 0);
-    let delete_cq = |qid| queue_sqe(Op::DELETE_IO_CQ, qid, 0, 0);
-
-    // Each on a core of its own, if there were two.
-    assert_eq!(batch(&mut host, &[cq(1, 64), cq(1, 2)]), [ok, taken]);
-    // Slots of the one do not exist in the other.
-    assert_eq!(batch(&mut host, &[sq(1, 64, 1), sq(1, 2, 1)]), [ok, taken]);
-    let read = transfer(NvmOpcode::READ, 1, 0, 8, DATA);
-    for at in 0..3u64 {
-        host.write(0x82_0000 + at * 64, &read.to_bytes());
-    }
-    host.ring(1, false, 3);
-    host.wait("completions", |host| {
-        (0..3).all(|at| host.read(0x83_0000 + at * 16 + 14, 1)[0] & 1 == 1)
-    });
-    host.ring(1, true, 3);
-    let many: Vec<Sqe> = (0..63).map(|_| sq(2, 1024, 1)).collect();
-    let statuses = batch(&mut host, &many);
-    assert_eq!(statuses[0], ok);
-    assert!(statuses[1..].iter().all(|status| *status == taken));
-    assert_eq!(on_cores(&mut host), [(1, 1, 0), (2, 1, 0)]);
-
-    // Going, a queue has its identifier still.
-    assert_eq!(
-        batch(&mut host, &[delete_sq(2), delete_sq(2), sq(2, 2, 1), delete_cq(1)]),
-        [ok, taken, taken, in_use]
-    );
-    assert_eq!(batch(&mut host, &[delete_sq(1), delete_cq(1)]), [ok, in_use]);
-    assert_eq!(batch(&mut host, &[sq(1, 2, 1), delete_cq(1)]), [ok, in_use]);
-    assert_eq!(batch(&mut host, &[delete_sq(1)]), [ok]);
-    assert_eq!(batch(&mut host, &[delete_cq(1), delete_cq(1), cq(1, 2)]), [ok, taken, taken]);
-    assert_eq!(on_cores(&mut host), []);
-
-    // One that cannot be created leaves its identifier to the next.
-    let mut nowhere = cq(1, 64);
-    nowhere.set_prps(1 << 40, 0);
-    assert!(!batch(&mut host, &[nowhere])[0].is_success());
-    assert_eq!(batch(&mut host, &[cq(1, 64)]), [ok]);
     drop(host);
     cores.stop();
 }

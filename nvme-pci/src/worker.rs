@@ -3,6 +3,7 @@
 //! The control thread sends [`Command`]s and gets an [`Event`] for each when it is done. Between
 //! commands nothing is shared but the doorbells, the record and the table of vectors.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -96,6 +97,7 @@ pub(crate) enum Command {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CoreState {
     pub(crate) queues: Vec<(u16, u16, u32, usize)>,
+    pub(crate) completion_queues: Vec<u16>,
     pub(crate) counters: Counters,
 }
 
@@ -116,6 +118,13 @@ pub(crate) enum Event {
     /// A volume has another geometry.
     Changed,
     Notice(Notice),
+    /// The volume of a namespace cannot be opened on the core. Before the answer to `op`.
+    CannotOpen {
+        core: usize,
+        op: u64,
+        nsid: u32,
+        error: String,
+    },
     /// The task has ended; nothing more comes from it.
     Gone {
         core: usize,
@@ -283,11 +292,12 @@ impl CoreTask {
             Command::Do { op, action: Action::Snapshot } => {
                 let state = Box::new(CoreState {
                     queues: self.engine.submission_queues().collect(),
+                    completion_queues: self.engine.completion_queues().collect(),
                     counters: *self.engine.counters(),
                 });
                 self.events.send(Event::State { core: self.events.core, op, state });
             }
-            Command::Do { op, action } => match self.on_action(action) {
+            Command::Do { op, action } => match self.on_action(op, action) {
                 Ok(Some(until)) => {
                     let abort_at = now + self.grace;
                     self.running.waiting.push(Waiting { op, until, abort_at });
@@ -299,7 +309,7 @@ impl CoreTask {
         }
     }
 
-    fn on_action(&mut self, action: Action) -> Result<Option<Until>, Status> {
+    fn on_action(&mut self, op: u64, action: Action) -> Result<Option<Until>, Status> {
         let engine = &mut self.engine;
         match action {
             Action::CreateCq { qid, cq, coalescing, is_recovered } => {
@@ -346,17 +356,15 @@ impl CoreTask {
                     };
                     *volumes = attached.iter().map(watched).collect::<Vec<_>>();
                 }
-                let local = &self.local;
-                let mut failed = false;
+                let (local, events) = (&self.local, &self.events);
                 engine.set_namespaces(subsys, |nsid| {
                     let volume = &attached.iter().find(|one| one.nsid == nsid)?.volume;
-                    let channel = volume.open(local, DEPTH);
-                    failed |= channel.is_err();
-                    channel.ok()
+                    let told = |error: &io::Error| {
+                        let (core, error) = (events.core, error.to_string());
+                        events.send(Event::CannotOpen { core, op, nsid, error });
+                    };
+                    volume.open(local, DEPTH).inspect_err(told).ok()
                 });
-                if failed {
-                    return Err(Status::INTERNAL_ERROR);
-                }
             }
             Action::SetDirtyLog(log) => engine.set_dirty_log(log),
             Action::SetRunning(is_running) => {

@@ -45,6 +45,10 @@ impl Function for Device {
     }
 
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) {
+        if region != Region::CONFIG && !self.pci.is_powered() {
+            // In D3hot a function answers to configuration space alone.
+            return data.fill(0xff);
+        }
         match region {
             Region::BAR0 => {}
             Region::BAR4 => {
@@ -55,7 +59,11 @@ impl Function for Device {
                 data[..len].copy_from_slice(&table[..len]);
                 return;
             }
-            _ => return self.pci.read(offset, data),
+            _ => {
+                let is_pending = self.is_intx_pending();
+                self.pci.set_intx_pending(is_pending);
+                return self.pci.read(offset, data);
+            }
         }
         for (at, byte) in (offset..).zip(data) {
             // Doorbells are for writing.
@@ -66,7 +74,11 @@ impl Function for Device {
     }
 
     fn write(&mut self, region: Region, offset: u64, data: &[u8]) -> Step {
+        if region != Region::CONFIG && !self.pci.is_powered() {
+            return Step::Done;
+        }
         match region {
+            Region::BAR0 if self.is_being_remade() => return Step::Done,
             Region::BAR0 => {}
             Region::BAR4 => {
                 let table = VECTORS as usize * pci::MSIX_ENTRY_BYTES as usize;
@@ -81,7 +93,7 @@ impl Function for Device {
                     self.reset_queues(After::FunctionLevel);
                     return Step::Pending;
                 }
-                if changes.command || changes.msix {
+                if changes.command || changes.msix || changes.power {
                     self.route_interrupts();
                 }
                 self.save_controller();
@@ -188,6 +200,10 @@ impl Function for Device {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), BadState> {
+        // Its queues would be there beside those of the state.
+        if self.is_in_use() {
+            return Err(BadState::InUse);
+        }
         let rest = state.strip_prefix(SAVED_MAGIC).ok_or(BadState::Unknown)?;
         let (controller, rest) = part(rest).ok_or(BadState::Damaged)?;
         let (queues, rest) = part(rest).ok_or(BadState::Damaged)?;

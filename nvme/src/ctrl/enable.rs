@@ -64,6 +64,8 @@ pub(crate) struct Registers {
     is_discovery: bool,
     /// CSTS.NSSRO: set by the driver, cleared by the host.
     subsystem_was_reset: bool,
+    /// Fatal for a reason that is not the host's configuration.
+    has_failed: bool,
     transport: Transport,
     /// Registers that only a PCI function has.
     pcie: PcieRegisters,
@@ -120,6 +122,7 @@ impl Registers {
             state: State::Disabled,
             is_discovery,
             subsystem_was_reset: false,
+            has_failed: false,
             transport,
             pcie: PcieRegisters::default(),
         }
@@ -182,9 +185,14 @@ impl Registers {
         self.pcie.interrupt_mask
     }
 
-    /// Controller Fatal Status: the host resets.
-    pub(crate) fn fail(&mut self) {
+    /// The configuration is impossible: Controller Fatal Status, and nothing runs.
+    pub(crate) fn enable_failed(&mut self) {
         self.state = State::Fatal;
+    }
+
+    /// Controller Fatal Status although there may be queues: the host resets, which closes them.
+    pub(crate) fn fail(&mut self) {
+        self.has_failed = true;
     }
 
     /// What outlives this process, for `restore`.
@@ -222,6 +230,8 @@ impl Registers {
         };
         self.cc = Cc(saved.cc.get());
         self.subsystem_was_reset = saved.subsystem_was_reset != 0;
+        // What failed was the predecessor's.
+        self.has_failed = false;
         self.pcie = PcieRegisters {
             aqa: saved.aqa.get() & AQA_BITS,
             asq: saved.asq.get(),
@@ -236,7 +246,7 @@ impl Registers {
     }
 
     pub(crate) fn is_ready(&self) -> bool {
-        self.state == State::Ready
+        self.state == State::Ready && !self.has_failed
     }
 
     pub(crate) fn is_ending(&self) -> bool {
@@ -248,13 +258,16 @@ impl Registers {
     }
 
     pub(crate) fn csts(&self) -> Csts {
-        let state = match self.state {
+        let mut state = match self.state {
             State::Disabled => 0,
             State::Fatal => Csts::CFS,
             State::Ready | State::Ending(Ending::Reset) => Csts::RDY,
             State::Ending(Ending::Shutdown) => Csts::RDY | Csts::SHST_OCCURRING,
             State::ShutDown => Csts::RDY | Csts::SHST_COMPLETE,
         };
+        if self.has_failed {
+            state |= Csts::CFS;
+        }
         Csts(if self.subsystem_was_reset { state | Csts::NSSRO } else { state })
     }
 
@@ -338,6 +351,7 @@ impl Registers {
         }
         self.cc = new;
         if new.en() && !old.en() {
+            self.has_failed = false;
             if !self.is_supported(new) {
                 self.state = State::Fatal;
             } else {
@@ -393,6 +407,7 @@ impl Registers {
     /// The I/O queues are closed: what ended, if anything was ending.
     pub(crate) fn finish(&mut self) -> Option<Ending> {
         let State::Ending(ending) = self.state else { return None };
+        self.has_failed &= ending != Ending::Reset;
         self.state = match ending {
             Ending::Reset => State::Disabled,
             Ending::Shutdown => State::ShutDown,

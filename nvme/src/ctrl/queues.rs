@@ -222,11 +222,11 @@ impl Controller {
     /// The queues that the controller was enabled with are not in the host's memory: Controller
     /// Fatal Status.
     pub fn enable_failed(&mut self) {
-        self.registers.fail();
+        self.registers.enable_failed();
     }
 
-    /// Something keeps the controller from going on: Controller Fatal Status, until the host
-    /// resets it.
+    /// Something keeps the controller from going on: Controller Fatal Status, and no commands, until
+    /// the host resets it. Its queues are there till then.
     pub fn fail(&mut self) {
         self.registers.fail();
     }

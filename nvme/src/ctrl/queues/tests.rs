@@ -134,6 +134,25 @@ fn impossible_queues_are_fatal() {
 }
 
 #[test]
+fn a_failed_controller_has_its_queues_until_it_is_reset() {
+    let mut c = enabled();
+    assert_eq!(status(&mut c, &admin(AdminOpcode::CREATE_IO_CQ, 1 | 1 << 16, 1)), Status::SUCCESS);
+    c.fail();
+    assert_eq!(c.register_read(0x1c), Csts::RDY | Csts::CFS);
+    assert!(!c.is_ready() && c.admin_queues().is_some());
+    let effect = c.register_write(0x14, 0);
+    assert_eq!(effect, RegisterEffect::ResetQueues { shutdown: false });
+    // Failing once more while it is reset.
+    c.fail();
+    c.queues_closed(Duration::ZERO);
+    assert_eq!((c.register_read(0x1c), c.queue_ids()), (0, (vec![], vec![])));
+    c.fail();
+    assert_eq!(c.register_read(0x1c), Csts::CFS);
+    assert_eq!(c.register_write(0x14, Cc::ENABLE.0), RegisterEffect::Enabled(ADMIN));
+    assert_eq!(c.register_read(0x1c), Csts::RDY);
+}
+
+#[test]
 fn queues_are_created_and_deleted_in_order() {
     use AdminOpcode as Op;
     let mut c = enabled();
@@ -222,11 +241,9 @@ fn queues_on_their_way_count() {
     let delete = begin(&mut c, admin(Op::DELETE_IO_SQ, 1, 0));
     c.queue_changed(&delete);
     let delete = begin(&mut c, admin(Op::DELETE_IO_CQ, 1, 0));
-    for (sqe, want) in [
-        (cq(1), INVALID_QUEUE),
-        (sq(1, 1), no_cq),
-        (admin(Op::DELETE_IO_CQ, 1, 0), INVALID_QUEUE),
-    ] {
+    for (sqe, want) in
+        [(cq(1), INVALID_QUEUE), (sq(1, 1), no_cq), (admin(Op::DELETE_IO_CQ, 1, 0), INVALID_QUEUE)]
+    {
         assert_eq!(status(&mut c, &sqe), want, "{sqe:?}");
     }
     c.queue_changed(&delete);
