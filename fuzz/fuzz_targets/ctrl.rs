@@ -20,8 +20,12 @@ use nvme::subsys::reservation::NoticeKind;
 use nvme::xfer;
 use penstock_fuzz::{Input, nvm};
 
-/// Identify, Get Log Page, features, AER, Abort, Keep Alive, Fabrics, and what is not there.
-const OPCODES: [u8; 12] = [0x06, 0x06, 0x02, 0x02, 0x09, 0x0a, 0x0c, 0x0c, 0x08, 0x18, 0x7f, 0x38];
+/// Identify, Get Log Page, features, AER, Abort, Keep Alive, Fabrics, what only PCI functions take
+/// (queues and their doorbells; `nvme_device` has one), and what is not there.
+const OPCODES: [u8; 17] = [
+    0x06, 0x06, 0x02, 0x02, 0x09, 0x0a, 0x0c, 0x0c, 0x08, 0x18, 0x7f, 0x00, 0x01, 0x04, 0x05, 0x7c,
+    0x38,
+];
 
 fn log(generation: u8) -> Arc<DiscoveryLog> {
     let entries: Vec<_> = (0..generation % 5)
