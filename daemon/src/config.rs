@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvme_pci::Doorbells;
 use nvmf_initiator::{PathConfig, PathPolicy};
 use nvmf_target::{AuthPolicy, Tls};
 
@@ -278,6 +279,8 @@ pub struct DeviceConfig {
     pub queues: u16,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// How an NVMe device hears of its doorbells.
+    pub doorbells: Doorbells,
     /// TLS and authentication towards the target, and its discovery controllers.
     pub credentials: CredentialsConfig,
 }
@@ -421,7 +424,7 @@ struct DeviceDraft {
 }
 
 /// The keys of a device besides its name, as the file and the flag know them.
-const DEVICE_KEYS: [&str; 19] = [
+const DEVICE_KEYS: [&str; 20] = [
     "type",
     "socket",
     "connect",
@@ -432,6 +435,7 @@ const DEVICE_KEYS: [&str; 19] = [
     "nsid",
     "queues",
     "read_only",
+    "doorbells",
     "hostnqn",
     "hostid",
     "ctrl_loss_tmo",

@@ -392,6 +392,7 @@ impl Entry {
                     queues: config.queues,
                     serial: serial.trim_end().to_owned(),
                     uuid: Some(identity.uuid),
+                    doorbells: config.doorbells,
                     ..nvme_pci::DeviceConfig::new(&config.name, &config.socket)
                 };
                 match place {

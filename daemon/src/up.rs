@@ -14,6 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use api::{AddKey, Key, KeyKind};
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvme_pci::Doorbells;
 use nvmf_initiator::PathPolicy;
 use nvmf_target::Tls;
 use uuid::Uuid;
@@ -425,6 +426,7 @@ fn device(disk: &Disk, connect: SocketAddr, subnqn: &Nqn, nsid: u32) -> DeviceCo
         ctrl_loss_timeout: None,
         queues: DEVICE_QUEUES,
         read_only: false,
+        doorbells: Doorbells::default(),
         credentials: CredentialsConfig::default(),
     }
 }

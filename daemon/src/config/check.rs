@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use block::VolumeSpec;
 use nvme::spec::Nqn;
+use nvme_pci::Doorbells;
 use nvmf_initiator::{PathConfig, PathPolicy};
 use uuid::Uuid;
 
@@ -371,6 +372,17 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             _ => return Err(setting.refuse("allowed: true or false")),
         },
     };
+    let doorbells = match draft.keys.get("doorbells") {
+        None => Doorbells::default(),
+        Some(setting) if kind != DeviceKind::Nvme => {
+            return Err(setting.refuse("is about nvme devices; leave it out"));
+        }
+        Some(setting) => match setting.text.as_str() {
+            "trapped" => Doorbells::Trapped,
+            "mapped" => Doorbells::Mapped,
+            _ => return Err(setting.refuse("allowed: trapped or mapped")),
+        },
+    };
     if let Some(volume) = draft.keys.get("volume") {
         let spec = local_volume(draft, volume)?;
         return Ok(DeviceConfig {
@@ -390,6 +402,7 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
             ctrl_loss_timeout: None,
             queues,
             read_only,
+            doorbells,
             credentials: CredentialsConfig::none(),
         });
     }
@@ -461,12 +474,13 @@ fn device(draft: &DeviceDraft, has_data: bool) -> Result<DeviceConfig, ConfigErr
         ctrl_loss_timeout,
         queues,
         read_only,
+        doorbells,
         credentials,
     })
 }
 
 /// The keys of a device that may be beside `volume`.
-const LOCAL_KEYS: [&str; 5] = ["type", "socket", "queues", "read_only", "volume"];
+const LOCAL_KEYS: [&str; 6] = ["type", "socket", "queues", "read_only", "doorbells", "volume"];
 
 /// A volume in the emulator itself. Nothing of the system's: a contained process opens no files, and
 /// what is worth keeping belongs behind a target.

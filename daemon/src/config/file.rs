@@ -165,6 +165,7 @@ struct RawDevice {
     nsid: Option<Spanned<NumberOrList>>,
     queues: Option<Spanned<i64>>,
     read_only: Option<Spanned<bool>>,
+    doorbells: Option<Spanned<String>>,
     hostnqn: Option<Spanned<String>>,
     hostid: Option<Spanned<String>>,
     ctrl_loss_tmo: Option<Spanned<String>>,
@@ -356,6 +357,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
         add("nsid", source.optional("device.nsid", &device.nsid));
         add("queues", source.optional("device.queues", &device.queues));
         add("read_only", source.optional("device.read_only", &device.read_only));
+        add("doorbells", source.optional("device.doorbells", &device.doorbells));
         add("iopolicy", source.optional("device.iopolicy", &device.iopolicy));
         add("volume", source.optional("device.volume", &device.volume));
         add("hostnqn", source.optional("device.hostnqn", &device.hostnqn));

@@ -476,6 +476,9 @@ fn a_device_has_a_target_or_a_volume_of_its_own() {
     let device = &config.devices[0];
     assert_eq!(device.volume, Some("null:1GiB".parse().unwrap()));
     assert_eq!((device.connect.len(), &device.nsids[..], device.queues), (0, &[1][..], 4));
+    assert_eq!(device.doorbells, Doorbells::Trapped);
+    let mapped = check("nvme,volume=null:1G,doorbells=mapped").unwrap();
+    assert_eq!(mapped.devices[0].doorbells, Doorbells::Mapped);
     // The name is what it is known by, after every restart.
     assert_eq!(device.subnqn, check("virtio-blk,volume=ram:1M").unwrap().devices[0].subnqn);
     for (text, expected) in [
@@ -483,6 +486,8 @@ fn a_device_has_a_target_or_a_volume_of_its_own() {
         ("virtio-blk,volume=ram:1M,connect=192.0.2.7:1", "connect is about one at a target"),
         ("nvme,volume=file:/etc/passwd", "allowed: ram:SIZE or null:SIZE"),
         ("nvme,volume=ram:x", "is not a size"),
+        ("nvme,volume=ram:1M,doorbells=both", "allowed: trapped or mapped"),
+        ("virtio-blk,volume=ram:1M,doorbells=mapped", "is about nvme devices"),
     ] {
         let message = check(text).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");

@@ -237,6 +237,8 @@ needs the configuration file):
                       subsystem has, as they come and go
   queues=N            request queues, 1 to 64 [default: 2]
   read_only=true      refuse writes [default: false]
+  doorbells=MODE      of an nvme device: trapped (the machine sends each ring), mapped (it writes to
+                      shared memory, which is looked at) [default: trapped]
   hostnqn=NQN         who the device is to the target [default: this machine]
   hostid=UUID         host identifier that goes with it [default: the UUID in hostnqn]
   ctrl_loss_tmo=S     fail I/O after S seconds without the target, 0: at once [default: off, it is
