@@ -186,6 +186,9 @@ pub struct Device {
     /// Queues of the record wait for memory to be served from.
     is_to_be_rebuilt: bool,
     started: Instant,
+    /// How old the device was then, and what predecessors had counted.
+    age: Duration,
+    inherited: Counters,
     out: Vec<u8>,
 }
 
@@ -212,6 +215,10 @@ impl Device {
             queues: 0,
             missing: Vec::new(),
         });
+        let (age, inherited) = {
+            let record = parts.record.view();
+            (record.age(), record.inherit_counters())
+        };
         let mut device = Device {
             name: parts.name,
             controller: new_controller(&subsys, Duration::ZERO),
@@ -238,6 +245,8 @@ impl Device {
             is_master: true,
             is_to_be_rebuilt: false,
             started: Instant::now(),
+            age,
+            inherited,
             out: Vec::new(),
         };
         device.vectors.change(|_| ());
@@ -443,7 +452,8 @@ impl Device {
                 self.run_admin();
             }
             Purpose::Health { slot } if is_current => {
-                let counters = sum(&done.states);
+                let mut counters = sum(&done.states);
+                counters.add(&self.inherited);
                 self.controller.set_health(self.health(&counters));
                 let sqe = self.admin.sqes[usize::from(slot)];
                 self.run_command(slot, &sqe);
@@ -471,7 +481,7 @@ impl Device {
             write_commands: counters.writes,
             busy: counters.busy_time,
             power_cycles: 1,
-            power_on: self.now(),
+            power_on: self.age + self.now(),
             media_errors: counters.media_errors,
             ..fresh
         }

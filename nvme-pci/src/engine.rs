@@ -675,6 +675,11 @@ impl Engine {
         &self.counters
     }
 
+    /// Puts them in the record, as those of this core of the device.
+    pub fn save_counters(&self, core: usize) {
+        self.record.set_counters(core, &self.counters);
+    }
+
     /// The next thing that the control thread is to hear of.
     pub fn notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()

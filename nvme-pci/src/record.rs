@@ -12,6 +12,7 @@
 //!   create a queue:   slots free, address, position ─► flags with VALID
 //!   delete a queue:   flags = 0
 //!   the controller:   the half that is not in use ─► header.active = other half
+//!   its counters:     a part for each core, which the core writes now and then
 //! ```
 //!
 //! Read back, that says:
@@ -34,9 +35,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use iobuf::{GuestMemory, GuestRegion, GuestSlice};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+use crate::engine::Counters;
 
 /// Queues of each kind, the admin queue included.
 pub const QUEUES_MAX: u16 = 65;
@@ -55,12 +59,20 @@ pub const CONTROLLER_BYTES_MAX: usize = 0x4000 - 8;
 const SQ_AT: usize = 0x9000;
 const CQ_AT: usize = 0xb000;
 const QUEUE_BYTES: usize = 64;
+/// Counters of predecessors, and of each core behind them.
+const COUNTERS_AT: usize = 0xc100;
+const COUNTERS_BYTES: usize = 64;
+/// Cores whose counters a successor finds.
+const COUNTED_CORES_MAX: usize = 128;
+/// When the device began: seconds since the epoch.
+const STARTED_AT: usize = 40;
 const SLOTS_AT: usize = 0x1_0000;
 const SLOT_BYTES: usize = 128;
 const RECORD_BYTES: usize = SLOTS_AT + QUEUES_MAX as usize * ENTRIES_MAX as usize * SLOT_BYTES;
 
 const _: () = assert!(SQ_AT + QUEUES_MAX as usize * QUEUE_BYTES <= CQ_AT);
-const _: () = assert!(CQ_AT + QUEUES_MAX as usize * QUEUE_BYTES <= SLOTS_AT);
+const _: () = assert!(CQ_AT + QUEUES_MAX as usize * QUEUE_BYTES <= COUNTERS_AT);
+const _: () = assert!(COUNTERS_AT + (COUNTED_CORES_MAX + 1) * COUNTERS_BYTES <= SLOTS_AT);
 
 const VALID: u64 = 1;
 const CONTIGUOUS: u64 = 2;
@@ -118,6 +130,10 @@ pub struct SlotRecord {
     pub post: u64,
 }
 
+fn since_epoch() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
 fn memfd(name: &str, bytes: u64) -> io::Result<OwnedFd> {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let file = File::from(fd);
@@ -140,6 +156,7 @@ impl Record {
         let record = memfd("penstock-queues", RECORD_BYTES as u64)?;
         let record = Record::map(doorbells, record)?;
         let view = record.view();
+        view.set(STARTED_AT, since_epoch().as_secs());
         view.set(0, MAGIC);
         Ok(record)
     }
@@ -270,6 +287,59 @@ impl RecordView {
         self.put(at + 8, bytes);
         self.set(8, next);
         true
+    }
+
+    /// How long ago the first of the processes that served the device began, by the system's clock.
+    pub fn age(&self) -> Duration {
+        let started = Duration::from_secs(self.get(STARTED_AT));
+        // Written by a process that knew nothing of it.
+        if started.is_zero() { started } else { since_epoch().saturating_sub(started) }
+    }
+
+    /// What a core has counted so far, for a successor.
+    pub fn set_counters(&self, core: usize, counters: &Counters) {
+        if core < COUNTED_CORES_MAX {
+            self.put_counters(core + 1, counters);
+        }
+    }
+
+    /// Takes the counters of a predecessor's cores together with those of its own predecessors.
+    /// Who is killed in the middle of it leaves some to be counted twice, never fewer.
+    pub fn inherit_counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        for part in 0..=COUNTED_CORES_MAX {
+            sum.add(&self.counters(part));
+        }
+        self.put_counters(0, &sum);
+        for part in 1..=COUNTED_CORES_MAX {
+            if self.counters(part) != Counters::default() {
+                self.put_counters(part, &Counters::default());
+            }
+        }
+        sum
+    }
+
+    fn put_counters(&self, part: usize, counters: &Counters) {
+        let Counters { reads, writes, read_bytes, written_bytes, media_errors, busy_time, .. } =
+            *counters;
+        let busy = busy_time.as_micros() as u64;
+        let values = [reads, writes, read_bytes, written_bytes, media_errors, busy];
+        for (at, value) in values.into_iter().enumerate() {
+            self.set(COUNTERS_AT + part * COUNTERS_BYTES + at * 8, value);
+        }
+    }
+
+    fn counters(&self, part: usize) -> Counters {
+        let value = |at: usize| self.get(COUNTERS_AT + part * COUNTERS_BYTES + at * 8);
+        Counters {
+            reads: value(0),
+            writes: value(1),
+            read_bytes: value(2),
+            written_bytes: value(3),
+            media_errors: value(4),
+            busy_time: Duration::from_micros(value(5)),
+            ..Counters::default()
+        }
     }
 
     /// Addresses of the shadow doorbells and event indexes.

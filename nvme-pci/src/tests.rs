@@ -329,6 +329,36 @@ fn a_successor_goes_on() {
     cores.stop();
 }
 
+/// Counters of the SMART log are those of the device, whoever serves it.
+#[test]
+fn health_goes_on_in_a_successor() {
+    let mut cores = Cores::start(2);
+    let volume = ram(8, 1);
+    let mut host = TestHost::new(direct(&cores, vec![(1, Arc::clone(&volume))], None), MEMORY, 4);
+    host.plug_in();
+    host.enable(32);
+    for qid in 1..=2 {
+        host.create_queues(qid, 16);
+    }
+    let page = u32::from(LogPage::SMART.0) | 127 << 16;
+    let page = TestHost::<Direct>::admin_sqe(AdminOpcode::GET_LOG_PAGE, page, 0);
+    for life in 1..=3u128 {
+        exchange(&mut host, 2, 20);
+        let record = host.bus.device.record().clone();
+        let copy = |fd: BorrowedFd<'_>| -> OwnedFd { fd.try_clone_to_owned().expect("an fd") };
+        let files = Files { doorbells: copy(record.doorbells()), queues: copy(record.queues()) };
+        // Nothing of the predecessor writes any more.
+        std::mem::replace(&mut cores, Cores::start(2)).stop();
+        host.bus = direct(&cores, vec![(1, Arc::clone(&volume))], Some(files));
+        host.plug_in();
+        host.admin(&page);
+        let log = SmartLog::read_from_prefix(&host.admin_data()).expect("a page").0;
+        assert_eq!((log.host_reads.get(), log.host_writes.get()), (20 * life, 20 * life));
+    }
+    drop(host);
+    cores.stop();
+}
+
 /// The state of a stopped device, taken up by another one with a copy of the memory.
 #[test]
 fn a_saved_device_goes_on_elsewhere() {

@@ -31,6 +31,9 @@ const LOOK: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(5)
 /// How often the volumes are asked whether they have changed by themselves.
 const VOLUMES_EVERY: Duration = Duration::from_millis(200);
 
+/// At most how often a core saves its counters for a successor, which loses what came after.
+const SAVE_EVERY: Duration = Duration::from_millis(200);
+
 /// A namespace and its volume.
 #[derive(Clone)]
 pub(crate) struct Attached {
@@ -203,6 +206,9 @@ pub(crate) struct Running {
     /// first core.
     volumes: Vec<(Arc<dyn Volume>, u64)>,
     volumes_at: Duration,
+    /// Commands completed when the counters were saved last, and when to look again.
+    saved: u64,
+    save_at: Duration,
     /// When to look at doorbells again.
     look_at: Duration,
     look_every: Duration,
@@ -225,6 +231,9 @@ impl Task for CoreTask {
             self.events.send(Event::Notice(notice));
         }
         has_worked |= self.look_at_admin();
+        if now >= self.running.save_at {
+            self.save_counters(now);
+        }
         if now >= self.running.volumes_at {
             self.running.volumes_at = now + VOLUMES_EVERY;
             self.look_at_volumes();
@@ -275,12 +284,15 @@ impl Task for CoreTask {
         let running = &self.running;
         let nap = running.nap.until();
         let volumes = (!running.volumes.is_empty()).then_some(running.volumes_at);
+        let is_saved = self.engine.counters().commands() == running.saved;
+        let save = (!is_saved).then_some(running.save_at);
         self.engine
             .deadline()
             .into_iter()
             .chain(look)
             .chain(nap)
             .chain(volumes)
+            .chain(save)
             .chain(waiting)
             .min()
     }
@@ -387,7 +399,17 @@ impl CoreTask {
         Ok(None)
     }
 
+    fn save_counters(&mut self, now: Duration) {
+        let running = &mut self.running;
+        running.save_at = now + SAVE_EVERY;
+        let commands = self.engine.counters().commands();
+        if std::mem::replace(&mut running.saved, commands) != commands {
+            self.engine.save_counters(self.events.core);
+        }
+    }
+
     fn leave(&mut self, now: Duration) {
+        self.save_counters(now);
         if !self.running.is_leaving {
             self.running.is_leaving = true;
             self.engine.reset();
