@@ -259,13 +259,15 @@ impl Bench<'_> {
             let iops = |at: usize| summaries.get(at).map(|summary| summary.median.iops);
             let (virtio, nvme) = (iops(0).unwrap_or(0.0), iops(1).unwrap_or(0.0));
             let mut rest = match iops(2) {
-                Some(peer) => self.judge("virtio/peer", virtio / peer, point.peer, &mut good),
+                Some(peer) => {
+                    self.judge("virtio/peer", virtio / peer, point.peer, &mut good) + ", "
+                }
                 None => String::new(),
             };
             if let Some(polling) = iops(3) {
-                let _ = write!(rest, ", virtio/iothread {:.2}", virtio / polling);
+                let _ = write!(rest, "virtio/iothread {:.2}, ", virtio / polling);
             }
-            let _ = write!(rest, ", nvme/virtio {:.2}, ", nvme / virtio);
+            let _ = write!(rest, "nvme/virtio {:.2}, ", nvme / virtio);
             rest += &self.judge("virtio, MIOPS", virtio / 1e6, point.iops / 1e6, &mut good);
             self.row("local", point, &sides, &summaries, &rest, rows);
         }
@@ -377,7 +379,7 @@ impl Bench<'_> {
     }
 
     /// What an emulator takes of its core when its guests are idle, and at a tenth of what it could:
-    /// bursts of requests, each a period after the one before.
+    /// bursts of requests with pauses between them.
     fn load(&self, rows: &mut Vec<serde_json::Value>) -> Result<bool> {
         let mut good = true;
         println!("\nprocessor time of the emulator, % of a core: median (lowest-highest round)");
@@ -408,30 +410,30 @@ impl Bench<'_> {
             for depth in [32, 128] {
                 let mut work =
                     Work { write: false, depth, span_bytes: SPAN_BYTES, pause: Duration::ZERO };
-                let (mut shares, mut full, mut rates, mut periods) =
+                let (mut shares, mut full, mut rates, mut pauses) =
                     (Shares::default(), Vec::new(), Vec::new(), Vec::new());
                 for _ in 0..self.args.rounds {
                     work.pause = Duration::ZERO;
                     let iops = guest::run(&mut driver, work, Duration::from_millis(300))?.iops;
                     work.pause = Duration::from_secs_f64(10.0 * f64::from(depth) / iops);
                     full.push(iops);
-                    periods.push(work.pause.as_secs_f64() * 1e6);
+                    pauses.push(work.pause.as_secs_f64() * 1e6);
                     shares.add(server.share_of_core(|| {
                         // Long enough for a clock that ticks every 10 ms.
                         rates.push(guest::run(&mut driver, work, Duration::from_secs(1))?.iops);
                         Ok(())
                     })?);
                 }
-                let [rate, full, period] = [&rates, &full, &periods].map(|of| turns::median(of));
+                let [rate, full, pause] = [&rates, &full, &pauses].map(|of| turns::median(of));
                 let verdict = self.judge_share(&shares, 0.20, &mut good);
                 println!(
-                    "{name:<17} bursts of {depth}, {period:.0} us from one to the next, {:.0} of \
-                     {:.0} kIOPS: {verdict}",
+                    "{name:<17} bursts of {depth} with pauses of {pause:.0} us, {:.0} of {:.0} kIOPS: \
+                     {verdict}",
                     rate / 1e3,
                     full / 1e3,
                 );
                 rows.push(serde_json::json!({ "part": "load", "side": name, "point": depth,
-                    "period_us": period, "iops": rate, "iops_full": full, "shares": shares.0 }));
+                    "pause_us": pause, "iops": rate, "iops_full": full, "shares": shares.0 }));
             }
         }
         Ok(good)
