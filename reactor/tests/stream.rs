@@ -682,6 +682,50 @@ impl Layer for Polite {
     }
 }
 
+/// A layer that can seal so many more messages, and says so when it cannot.
+struct Worn(usize);
+
+impl Layer for Worn {
+    fn seal(&mut self, plain: &Gather<'_>, out: &mut Vec<u8>) -> Result<(), LayerError> {
+        self.0 = self.0.checked_sub(1).ok_or(LayerError("worn out"))?;
+        plain.append_to(0, plain.len(), out).map_err(|_| LayerError("short"))
+    }
+
+    fn open(&mut self, wire: &mut [u8], sink: &mut dyn FnMut(Plain<'_>)) -> Result<(), LayerError> {
+        sink(Plain::InPlace(0..wire.len()));
+        Ok(())
+    }
+
+    fn farewell(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(LAST_WORD);
+    }
+}
+
+#[test]
+fn a_layer_that_cannot_seal_any_more_says_so_to_the_peer() {
+    let mut core = core();
+    let local = core.local();
+    let (near, mut far) = tcp_raw();
+    let layer = Some(Box::new(Worn(1)) as Box<dyn Layer>);
+    let config = StreamConfig { layer, ..StreamConfig::default() };
+    let mut stream = Stream::new(&local, near.into(), config).unwrap();
+    for data in [b"data", b"more"] {
+        stream.push(data, None, None, None).unwrap();
+        stream.flush();
+    }
+    assert_eq!(stream.failed(), Some(Errno::BAD_MESSAGE));
+    stream.shutdown();
+    until(&mut core, || {
+        stream.poll();
+        stream.is_quiet().then_some(())
+    });
+    drop(stream);
+    core.turn(false);
+    let mut all = Vec::new();
+    far.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"databye");
+}
+
 fn polite(local: &Local, socket: Socket) -> Stream {
     let layer = Some(Box::new(Polite::default()) as Box<dyn Layer>);
     Stream::new(local, socket, StreamConfig { layer, ..StreamConfig::default() }).unwrap()

@@ -516,7 +516,11 @@ impl Stream {
             match unsafe { self.tx.prepare(layer, is_first) } {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(LayerError(_)) => return self.fail(Errno::BAD_MESSAGE),
+                Err(LayerError(_)) => {
+                    self.fail(Errno::BAD_MESSAGE);
+                    self.say_last(Layer::farewell);
+                    return;
+                }
             }
             is_first = false;
             match self.port.send_now(&self.tx, &self.fd) {
