@@ -58,12 +58,49 @@ nvme disconnect -n "$nqn" >/dev/null
 dmesg | grep -iE 'reconnect|I/O error|keep-alive' && fail "the rotation was felt"
 refused tls-v1 "the old key after the rotation"
 
+step "an old key and a new one, until the old one is removed during fio"
+io overlap-new
+run overlap-old || fail "connect by the old key"
+wait_for 30 "namespace" ns_device "$nqn" 1
+dev=$(ns_device "$nqn" 1)
+fio_verify "$dev" 4k 8 1M --time_based --runtime=12 &
+fio_pid=$!
+echo "overlap: over"
+wait $fio_pid || fail "fio"
+mv /out/fio-4k-qd8.json /out/fio-overlap.json
+nvme disconnect -n "$nqn" >/dev/null
+dmesg | grep -iE 'reconnect|I/O error|keep-alive' && fail "the removal was felt"
+refused overlap-old "the old key after its removal"
+
 n=1
 for port in "$@"; do
     io "one-way-$n"
     io "mutual-$n"
     n=$((n + 1))
 done
+step "a host's secret is changed while it is connected, during fio"
+seen=$(dmesg | wc -l)
+run one-way-1 || fail "connect"
+wait_for 30 "namespace" ns_device "$nqn" 1
+dev=$(ns_device "$nqn" 1)
+secret=$(dirname "$(grep -ls "$nqn" /sys/class/nvme/nvme*/subsysnqn)")/dhchap_secret
+fio_verify "$dev" 4k 8 1M --time_based --runtime=20 &
+fio_pid=$!
+echo "secret: now"
+new=$(sed -n 's/.*--dhchap-secret=\([^ ]*\).*/\1/p' /job/lines.new-secret)
+# The old one is gone by then, or goes while the host proves itself by the new one.
+sleep 5
+echo "$new" >"$secret" || fail "the new secret was not taken"
+wait $fio_pid || fail "fio"
+[ "$(cat "$secret")" = "$new" ] || fail "the host has another secret"
+mv /out/fio-4k-qd8.json /out/fio-secret.json
+nvme disconnect -n "$nqn" >/dev/null
+dmesg | tail -n +$((seen + 1)) | grep -iE 'reconnect|I/O error|keep-alive|auth.*(fail|error)' \
+    && fail "the change was felt"
+# The next connection is by it alone.
+io new-secret
+refused one-way-1 "the old secret after its removal"
+
 refused bad-secret "the wrong secret"
 refused no-secret "no secret where one is needed"
 io both
