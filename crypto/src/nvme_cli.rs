@@ -19,6 +19,13 @@ pub struct NvmeCli {
 impl NvmeCli {
     /// The first version whose library derives keys as RFC 8446 says (libnvme 1.16).
     const STANDARD: NvmeCli = NvmeCli { major: 2, minor: 16 };
+    /// The first that takes a key in the interchange format at connect. Before, `--tls_key` was the
+    /// number of one that is in the keyring.
+    const KEY_AT_CONNECT: NvmeCli = NvmeCli { major: 2, minor: 11 };
+    /// The first whose `connect` has `--concat`.
+    const CONCAT: NvmeCli = NvmeCli { major: 2, minor: 8 };
+    /// The first whose `check-tls-key` has `--insert` and `--identity`.
+    const INSERT: NvmeCli = NvmeCli { major: 2, minor: 7 };
 
     /// Reads a version such as `2.13`, `v3.0` or `2.13-2`, or the line that `nvme version` prints.
     pub fn parse(text: &str) -> Option<NvmeCli> {
@@ -37,6 +44,30 @@ impl NvmeCli {
     }
 }
 
+impl std::fmt::Display for NvmeCli {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// Why there are no lines for a host.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// Its nvme-cli cannot do what is wanted.
+    #[error("nvme-cli {has} cannot do that: {needs} is the first that has `{option}`")]
+    TooOld {
+        /// The version that it has.
+        has: NvmeCli,
+        /// The one that it needs.
+        needs: NvmeCli,
+        /// For this.
+        option: &'static str,
+    },
+    /// There is no such key.
+    #[error(transparent)]
+    Psk(#[from] PskError),
+}
+
 /// What a host is to connect with.
 pub struct HostSetup<'a> {
     /// The host's nvme-cli.
@@ -48,7 +79,8 @@ pub struct HostSetup<'a> {
     /// Address and port of the target.
     pub address: (&'a str, u16),
     /// Key and identity version for TLS. Version 0 is put in the keyring, where the kernel finds it
-    /// by itself; version 1 is given at connect.
+    /// by itself; version 1 is given at connect. Versions of nvme-cli that cannot give a key at connect
+    /// get version 0, which every kernel finds.
     pub tls: Option<(&'a TlsKey, IdentityVersion)>,
     /// The host's secret for DH-HMAC-CHAP.
     pub dhchap: Option<&'a DhchapKey>,
@@ -61,19 +93,33 @@ pub struct HostSetup<'a> {
 impl HostSetup<'_> {
     /// The lines to run on the host, as root. They contain the keys. For TLS a comment says which
     /// identity this version of nvme-cli makes of them.
-    pub fn lines(&self) -> Result<SecretText, PskError> {
+    ///
+    /// # Errors
+    /// The version cannot do what is wanted, or the names are too long for an identity.
+    pub fn lines(&self) -> Result<SecretText, SetupError> {
+        let has = self.version;
+        let since = |needs, option| {
+            (has >= needs).then_some(()).ok_or(SetupError::TooOld { has, needs, option })
+        };
+        if self.tls.is_some() {
+            since(NvmeCli::INSERT, "nvme check-tls-key --insert")?;
+        }
+        if self.concatenate {
+            since(NvmeCli::CONCAT, "nvme connect --concat")?;
+        }
         // Long enough for all of it, so that growing leaves no copies.
         let mut text = Zeroizing::new(String::with_capacity(4096));
         let (host, sub) = (quoted(self.hostnqn), quoted(self.subnqn));
         let mut key = Zeroizing::new(String::new());
         if let Some((tls, version)) = self.tls {
-            let NvmeCli { major, minor } = self.version;
-            let way = self.version.derivation();
+            let is_late = has < NvmeCli::KEY_AT_CONNECT;
+            let version = if is_late { IdentityVersion::V0 } else { version };
+            let way = has.derivation();
             let retained = RetainedKey::new(tls, self.hostnqn, way)?;
             let psk = retained.psk(version, self.hostnqn, self.subnqn)?;
             let _ = writeln!(
                 text,
-                "# nvme-cli {major}.{minor} (keys derived as by {way}), TLS identity: {}",
+                "# nvme-cli {has} (keys derived as by {way}), TLS identity: {}",
                 psk.identity()
             );
             let tls = tls.to_text();
@@ -202,6 +248,47 @@ mod tests {
         for text in ["", "2", "two", "-1.2", "99999999.1"] {
             assert_eq!(NvmeCli::parse(text), None, "{text}");
         }
+    }
+
+    /// Options as the tagged sources of nvme-cli have them: `fabrics.c` and `nvme.c` of 2.6 to 2.16.
+    #[test]
+    fn every_version_gets_lines_that_it_takes() {
+        let tls = TlsKey::parse(KEY).ok().unwrap();
+        let dhchap = DhchapKey::new(KeyHash::None, &[0; 32]).ok().unwrap();
+        let lines = |minor: u16, tls, concatenate: bool| {
+            let setup = HostSetup {
+                version: NvmeCli { major: 2, minor },
+                hostnqn: "nqn.2014-08.org.example:host",
+                subnqn: "nqn.2014-08.org.example:sub",
+                address: ("192.0.2.1", 4420),
+                tls,
+                dhchap: concatenate.then_some(&dhchap),
+                dhchap_controller: None,
+                concatenate,
+            };
+            setup.lines().map(|lines| lines.expose().to_owned())
+        };
+        for minor in 0..20 {
+            for version in [IdentityVersion::V0, IdentityVersion::V1] {
+                let Ok(lines) = lines(minor, Some((&tls, version)), false) else {
+                    assert!(minor < 7, "2.{minor}");
+                    continue;
+                };
+                assert!(minor >= 7, "2.{minor}");
+                let at_connect = version == IdentityVersion::V1 && minor >= 11;
+                assert_eq!(lines.contains("check-tls-key --insert"), !at_connect, "2.{minor}");
+                assert_eq!(lines.contains(" --tls-key="), at_connect, "2.{minor}");
+                assert_eq!(lines.contains("identity: NVMe1R01 "), at_connect, "2.{minor}");
+                assert_eq!(lines.ends_with(" --tls\n"), !at_connect, "2.{minor}");
+            }
+            let concat = lines(minor, None, true);
+            assert_eq!(concat.is_ok(), minor >= 8, "2.{minor}");
+            if let Err(error) = concat {
+                assert!(error.to_string().contains("2.8 is the first that has"), "{error}");
+            }
+        }
+        let error = lines(6, Some((&tls, IdentityVersion::V1)), false).err().unwrap().to_string();
+        assert!(error.contains("nvme-cli 2.6 cannot") && error.contains("--insert"), "{error}");
     }
 
     /// Options as `nvme check-tls-key --help` and `nvme connect --help` of 2.13 name them.

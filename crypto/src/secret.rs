@@ -9,22 +9,23 @@ pub(crate) const SECRET_BYTES_MAX: usize = 64;
 
 /// A secret of up to 64 bytes.
 ///
-/// Stored inline, so that nothing leaves copies behind in freed memory; wiped on drop. Neither
-/// `Debug` nor `Display`, so that it cannot slip into a log:
+/// Stored in a place of its own that does not move, so that neither moving it nor a list of them that
+/// grows leaves a copy behind; wiped on drop. Neither `Debug` nor `Display`, so that it cannot slip
+/// into a log:
 ///
 /// ```compile_fail
 /// println!("{:?}", crypto::Secret::new(&[1; 32]));
 /// ```
 #[derive(Clone)]
 pub struct Secret {
-    bytes: [u8; SECRET_BYTES_MAX],
+    bytes: Box<[u8; SECRET_BYTES_MAX]>,
     len: usize,
 }
 
 impl Secret {
     /// Copies a secret; `None` if it has more than 64 bytes.
     pub fn new(bytes: &[u8]) -> Option<Secret> {
-        let mut secret = Secret { bytes: [0; SECRET_BYTES_MAX], len: bytes.len() };
+        let mut secret = Secret { bytes: Box::new([0; SECRET_BYTES_MAX]), len: bytes.len() };
         secret.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(secret)
     }
@@ -52,7 +53,7 @@ impl Drop for Secret {
 impl PartialEq for Secret {
     fn eq(&self, other: &Secret) -> bool {
         let mut difference = 0;
-        for (a, b) in self.bytes.iter().zip(&other.bytes) {
+        for (a, b) in self.bytes.iter().zip(other.bytes.iter()) {
             // The optimiser cannot know that one difference settles it.
             difference = black_box(difference | (a ^ b));
         }
@@ -108,9 +109,19 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_does_not_move_when_its_list_grows() {
+        let mut list = vec![Secret::new(&[9; 32]).unwrap()];
+        let at = list[0].expose().as_ptr();
+        for _ in 0..100 {
+            list.push(Secret::new(&[1; 32]).unwrap());
+        }
+        assert_eq!(list.remove(0).expose().as_ptr(), at);
+    }
+
+    #[test]
     fn wiping_wipes() {
         let mut secret = Secret::new(&[9; 32]).unwrap();
         secret.wipe();
-        assert_eq!((secret.len, secret.bytes), (0, [0; 64]));
+        assert_eq!((secret.len, *secret.bytes), (0, [0; 64]));
     }
 }

@@ -28,7 +28,7 @@ use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvme_pci::Doorbells;
 use nvmf_initiator::{PathConfig, PathPolicy};
-use nvmf_target::{AuthPolicy, Tls};
+use nvmf_target::{AuthDemand, AuthPolicy, Tls};
 
 use crate::credentials::CredentialsConfig;
 use crate::identity::HostIdentity;
@@ -202,6 +202,8 @@ pub struct Listen {
     pub portid: Option<u16>,
     /// Whether connections are encrypted.
     pub tls: Tls,
+    /// Which hosts have to authenticate in band.
+    pub auth: AuthDemand,
     /// The discovery log does not tell of it.
     pub hidden: bool,
 }
@@ -219,6 +221,10 @@ impl fmt::Display for Listen {
             Tls::Off => {}
             Tls::Allowed => f.write_str(",tls=allowed")?,
             Tls::Required => f.write_str(",tls=required")?,
+        }
+        match self.auth {
+            AuthDemand::Registered => {}
+            AuthDemand::Required => f.write_str(",auth=required")?,
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::{AddKey, Code, ExportKeys, Exported, Key, KeyKind, Problem, RotateKey, SecretString};
-use crypto::nvme_cli::{HostSetup, Imported, NvmeCli, import};
+use crypto::nvme_cli::{HostSetup, Imported, NvmeCli, SetupError, import};
 use crypto::psk::{IdentityVersion, Suite};
 use crypto::{DhchapKey, KeyHash, SecretText, TlsKey};
 use nvme::spec::Nqn;
@@ -288,11 +288,7 @@ impl KeyBook {
         let of_host =
             self.records.iter().filter(|r| r.host == record.host && r.kind == record.kind);
         let live = of_host.filter(|r| !r.is_expired(now)).count();
-        let max = match record.kind {
-            KeyKind::Tls => TLS_KEYS_MAX,
-            KeyKind::Dhchap => DHCHAP_KEYS_MAX,
-            KeyKind::DhchapController => 1,
-        };
+        let max = max_of(record.kind);
         if live >= max || self.records.len() >= KEYS_MAX {
             return Err(problem(
                 Code::Conflict,
@@ -324,10 +320,20 @@ impl KeyBook {
         records.retain(|other| other.id != id);
         self.commit(records, &record.host)?;
         tracing::info!(key = id, host = %record.host, "key removed");
+        let has_secret =
+            self.records.iter().any(|r| r.host == record.host && r.kind == KeyKind::Dhchap);
+        if record.kind == KeyKind::Dhchap && !has_secret {
+            tracing::warn!(
+                host = %record.host,
+                "the host has no secret any more: without proof it is believed where a listener does \
+                 not say auth=required, and refused where it does"
+            );
+        }
         Ok(record.shown(now()))
     }
 
-    /// Makes a new key of the same kind; the old one is taken for some time yet.
+    /// Makes a new key of the same kind; the old one is taken for some time yet. A controller has one
+    /// secret toward a host: there the new one takes its place at once.
     pub(crate) fn rotate(&mut self, id: &str, request: &RotateKey) -> Result<Key, Problem> {
         let overlap = seconds(request.overlap_s)?;
         let old = self.record(id)?.clone();
@@ -336,12 +342,13 @@ impl KeyBook {
         for record in records.iter_mut().filter(|record| record.id == id) {
             record.expires = Some(record.expires.map_or(end, |at| at.min(end)));
         }
-        if old.kind == KeyKind::DhchapController {
-            // A controller has one: what hosts have is the old one until they are told.
+        if old.kind == KeyKind::DhchapController && overlap > 0 {
+            // The controller speaks, and cannot know which of two the host has.
             return Err(problem(
                 Code::Invalid,
-                "a host knows one secret of the controller at a time",
-                "remove it and make another when the host is given it",
+                "the controller proves itself with one secret, so that two of them cannot overlap",
+                "an overlap of 0, at the time at which the host is given the new one: connections \
+                 that exist stay, and those that the host makes in between fail and are repeated",
             ));
         }
         let record = Record {
@@ -354,8 +361,7 @@ impl KeyBook {
         let live = records
             .iter()
             .filter(|r| r.host == old.host && r.kind == old.kind && !r.is_expired(now()));
-        let max = if old.kind == KeyKind::Tls { TLS_KEYS_MAX } else { DHCHAP_KEYS_MAX };
-        if live.count() >= max || records.len() >= KEYS_MAX {
+        if live.count() >= max_of(old.kind) || records.len() >= KEYS_MAX {
             let what = "the host has as many keys of this kind as it may";
             return Err(problem(Code::Conflict, what, "`penstock key remove` an old one"));
         }
@@ -431,7 +437,14 @@ impl KeyBook {
             concatenate: request.concat,
         };
         let lines = setup.lines().map_err(|error| {
-            problem(Code::Invalid, error.to_string(), "use identity version 1, or shorter names")
+            let allowed = match error {
+                SetupError::TooOld { .. } => {
+                    "a later nvme-cli on the host, a secret for DH-HMAC-CHAP in place of the key for \
+                     TLS, or no `--concat`"
+                }
+                SetupError::Psk(_) => "use identity version 1, or shorter names",
+            };
+            problem(Code::Invalid, error.to_string(), allowed)
         })?;
         Ok(Exported { lines: SecretString::new(lines.expose().to_owned()) })
     }
@@ -478,6 +491,15 @@ fn emulator_lines(
     Exported { lines: SecretString::new(std::mem::take(&mut *lines)) }
 }
 
+/// Keys of a kind that a host may have at the same time.
+fn max_of(kind: KeyKind) -> usize {
+    match kind {
+        KeyKind::Tls => TLS_KEYS_MAX,
+        KeyKind::Dhchap => DHCHAP_KEYS_MAX,
+        KeyKind::DhchapController => 1,
+    }
+}
+
 /// Adds a key to what a host can prove itself with.
 fn give(keys: &mut HostKeys, record: &Record) {
     match (&record.material, record.kind) {
@@ -486,13 +508,13 @@ fn give(keys: &mut HostKeys, record: &Record) {
             subnqn: record.subsystem.as_ref().map(Nqn::to_string),
             expires: record.expires,
         }),
-        (Material::Dhchap(key), KeyKind::Dhchap) => {
-            keys.dhchap.push(HostDhchapKey { key: key.clone(), expires: record.expires });
-        }
-        (Material::Dhchap(key), _) => {
-            // What has an end has to be able to end.
-            if record.expires.is_none_or(|at| now() < at) {
-                keys.dhchap_controller = Some(key.clone());
+        (Material::Dhchap(key), kind) => {
+            let secret = HostDhchapKey { key: key.clone(), expires: record.expires };
+            if kind == KeyKind::Dhchap {
+                keys.dhchap.push(secret);
+            } else {
+                // The last one: when it was made, those before it had expired.
+                keys.dhchap_controller = Some(secret);
             }
         }
     }
@@ -643,6 +665,7 @@ pub(crate) struct OfHost {
 
 /// The keys of a host that have not expired, in a data directory that the caller has locked.
 pub(crate) fn of_host(dir: &Path, host: &Nqn, subsystem: &Nqn) -> Result<OfHost, StateError> {
+    private::keep_memory_private();
     let mut found = OfHost::default();
     let now = now();
     let (records, _) = read(&dir.join(FILE))?;
@@ -898,6 +921,30 @@ mod tests {
         book.remove(&new.id).unwrap();
         assert!(store.is_empty());
         assert_eq!(book.remove(&new.id).err().unwrap().error, Code::NotFound);
+    }
+
+    #[test]
+    fn the_controllers_secret_ends_and_is_replaced_at_once() {
+        let store = Arc::new(KeyStore::default());
+        let mut book = KeyBook::open(None, store.clone()).unwrap();
+        let kind = KeyKind::DhchapController;
+        let request = AddKey { expires_in_s: Some(60), ..request(kind) };
+        let old = book.add(&request).unwrap();
+        let given = || store.get(HOST).unwrap().dhchap_controller.clone().unwrap();
+        // The store is told of the end, whoever runs when it comes.
+        assert_eq!(given().expires, old.expires_s);
+        assert!(old.expires_s.is_some());
+        let refused = book.rotate(&old.id, &RotateKey { overlap_s: 60 }).err().unwrap();
+        assert!(refused.allowed.contains("an overlap of 0"), "{refused:?}");
+        assert_eq!(book.list(None).len(), 1, "nothing has changed");
+        let before = given().key;
+        let new = book.rotate(&old.id, &RotateKey { overlap_s: 0 }).unwrap();
+        assert!(given().key != before && given().expires.is_none());
+        let ended: Vec<bool> = book.list(None).iter().map(|key| key.expired).collect();
+        assert_eq!(ended, [true, false]);
+        assert_eq!(book.add(&request).err().unwrap().error, Code::Conflict, "one at a time");
+        book.remove(&new.id).unwrap();
+        assert!(given().expires.is_some_and(|at| at <= now()), "the old one does not come back");
     }
 
     #[test]

@@ -82,6 +82,8 @@ fn judge(path: &Path, mode: u32, owner: u32, user: u32) -> Result<(), PrivateErr
 }
 
 fn open(path: &Path) -> Result<(File, Metadata), PrivateError> {
+    // Before the first key is in memory.
+    keep_memory_private();
     let io = |source| PrivateError::Io { path: path.to_owned(), source };
     let file = File::open(path).map_err(io)?;
     // Of what is open, not of what has the name now.
@@ -154,8 +156,9 @@ mod tests {
     }
 
     #[test]
-    fn no_image_of_the_memory_is_written() {
-        keep_memory_private();
+    fn no_image_of_the_memory_is_written_once_a_file_of_keys_is_read() {
+        let scratch = tempfile::tempdir().unwrap();
+        assert!(read(&scratch.path().join("none"), 9).is_err());
         let now = rustix::process::dumpable_behavior().unwrap();
         assert_eq!(now, DumpableBehavior::NotDumpable);
     }

@@ -8,8 +8,8 @@ use anyhow::{Context, bail};
 use block::Volume;
 use nvme::spec::Nqn;
 use nvmf_target::{
-    KeyStore, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore,
-    SubsystemConfig, Target, Tls,
+    AuthDemand, KeyStore, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory,
+    ReservationStore, SubsystemConfig, Target, Tls,
 };
 use tokio::sync::mpsc;
 
@@ -251,7 +251,13 @@ impl RunningTarget {
 fn place(settings: &TargetConfig) -> String {
     let first = settings.listen.first();
     first
-        .map(|listen| Listen { portid: None, tls: Tls::Off, ..*listen }.to_string())
+        .map(|listen| Listen {
+            portid: None,
+            tls: Tls::Off,
+            auth: AuthDemand::default(),
+            ..*listen
+        })
+        .map(|listen| listen.to_string())
         .unwrap_or_default()
 }
 
@@ -283,7 +289,10 @@ fn ports(
                 advertise: addr.to_string(),
                 tls: listen.tls,
             };
-            (Port { id, kind, addr, tls: listen.tls, hidden: listen.hidden }, record)
+            (
+                Port { id, kind, addr, tls: listen.tls, auth: listen.auth, hidden: listen.hidden },
+                record,
+            )
         })
         .unzip()
 }

@@ -16,7 +16,7 @@ use block::VolumeSpec;
 use nvme::spec::Nqn;
 use nvme_pci::Doorbells;
 use nvmf_initiator::PathPolicy;
-use nvmf_target::Tls;
+use nvmf_target::{AuthDemand, Tls};
 use uuid::Uuid;
 
 use crate::config::{DEVICE_QUEUES, DeviceConfig, DeviceKind, Draft, Listen};
@@ -109,10 +109,12 @@ impl Up {
         judged.add_volume("first=null:1GiB")?;
         let judged = judged.check()?;
         let mut listeners = judged.target.iter().flat_map(|target| &target.listen);
-        if listeners.any(|listen| listen.tls == Tls::Required) {
+        let takes_few =
+            |listen: &Listen| listen.tls == Tls::Required || listen.auth == AuthDemand::Required;
+        if listeners.any(takes_few) {
             bail!(
-                "--listen ...,tls=required: nobody can be given a key while `penstock up` runs; use \
-                 tls=allowed here, or `penstock target`"
+                "--listen ...,tls=required or auth=required: nobody can be given a key while \
+                 `penstock up` runs; use tls=allowed here, or `penstock target`"
             );
         }
 
@@ -164,6 +166,8 @@ impl Up {
             advertise: None,
             portid: None,
             tls: Tls::Required,
+            // The device's key is proof.
+            auth: AuthDemand::Registered,
             hidden: true,
         };
         settings.target.iter_mut().for_each(|target| target.listen.push(own));

@@ -5,7 +5,7 @@
 #![no_main]
 
 use crypto::dhchap::{
-    Concatenation, Controller, ControllerConfig, DhGroup, ENTROPY_LEN, Host, HostConfig,
+    Concatenation, Controller, ControllerConfig, DhGroup, ENTROPY_LEN, Expired, Host, HostConfig,
     MESSAGE_BYTES_MAX, Status,
 };
 use crypto::{DhchapKey, Hash, KeyHash};
@@ -79,6 +79,7 @@ fuzz_target!(|data: &[u8]| {
             subnqn: SUB.to_owned(),
             host_keys: vec![key(9), key(if is_right { 1 } else { 3 })],
             controller_key: Some(key(2)),
+            expired: Expired::default(),
             hashes,
             groups,
             concatenation,

@@ -15,6 +15,7 @@ use nvme::subsys::discovery::{DiscoveryLog, HEADER_LEN};
 use nvme::subsys::{self, NamespaceInfo, SubsystemInfo};
 
 use crate::abort::{self, Abort};
+use crate::auth::Demand;
 use crate::change::{self, Change, Request};
 use crate::config::{Limits, ListenerKind, SubsystemConfig};
 use crate::conn::{Conn, Held, Life, Role};
@@ -163,7 +164,7 @@ fn controllers(wanted: ControllersWanted, of: &Association, env: &Env<'_>) -> Ve
         _ => None,
     };
     let is_meant = |a: &Arc<Association>| {
-        !a.is_dead() && hosts.is_none_or(|hosts| hosts.admits(&a.host.hostnqn))
+        a.is_proven() && !a.is_dead() && hosts.is_none_or(|hosts| hosts.admits(&a.host.hostnqn))
     };
     let list = env.shared.registry.list(Some(of.served));
     list.iter().filter(|a| is_meant(a)).map(|a| a.cntlid).collect()
@@ -180,6 +181,17 @@ fn reject_of(refusal: Refusal) -> ConnectReject {
     }
 }
 
+/// Counts a refusal that a limit is the reason of.
+pub(crate) fn count_refusal(refusal: Refusal, env: &Env<'_>) {
+    let hits = &env.shared.hits;
+    match refusal {
+        Refusal::Controllers => count(&hits.controllers),
+        Refusal::ControllersOfHost => count(&hits.controllers_of_host),
+        Refusal::QueuesOfHost => count(&hits.connections_of_host),
+        Refusal::UnknownController | Refusal::NotReady | Refusal::QueueIdentifier => {}
+    }
+}
+
 impl Conn {
     /// A Connect command with all its data.
     pub(crate) fn connect(&mut self, slot: u16, env: &mut Env<'_>) {
@@ -193,12 +205,12 @@ impl Conn {
             Err(reject) => return self.reject(slot, reject, env),
         };
         let Some(served) = self.served(&request.subnqn, env.table) else {
-            tracing::info!(
-                peer = self.peer(),
-                hostnqn = request.hostnqn.as_str(),
-                subnqn = request.subnqn.as_str(),
-                "connect refused: no such subsystem on this listener"
+            let why = format!(
+                "host `{}` asks for subsystem `{}`, which is not on this listener; what is there \
+                 `penstock status` says, and to the host `nvme discover`",
+                request.hostnqn, request.subnqn
             );
+            env.shared.refusals.note(self.peer(), self.port().id, why, env.now);
             return self.reject(slot, ConnectReject::UNKNOWN_SUBSYSTEM, env);
         };
         let host = HostKey { hostnqn: request.hostnqn.as_str().to_owned(), hostid: request.hostid };
@@ -218,17 +230,28 @@ impl Conn {
             Served::Discovery => None,
         };
         if state.as_ref().is_some_and(|state| !state.hosts.admits(&host.hostnqn)) {
-            tracing::info!(
-                peer = self.peer(),
-                hostnqn = request.hostnqn.as_str(),
-                subnqn = request.subnqn.as_str(),
-                "connect refused: the host may not use this subsystem"
+            let why = format!(
+                "host `{}` may not use subsystem `{}`: it is not among its hosts (`hosts=`, \
+                 `penstock subsystem hosts`)",
+                request.hostnqn, request.subnqn
             );
+            env.shared.refusals.note(self.peer(), self.port().id, why, env.now);
+            return self.reject(slot, ConnectReject::INVALID_HOST, env);
+        }
+        let demand = self.demand(&host.hostnqn, env);
+        if demand == Demand::Impossible {
+            let why = format!(
+                "host `{0}` has no secret for DH-HMAC-CHAP, and this listener, with auth=required, \
+                 takes nobody without: `penstock key generate --host {0} --kind dhchap`, and on the \
+                 host run what `penstock key export` prints for it",
+                host.hostnqn
+            );
+            env.shared.refusals.note(self.peer(), self.port().id, why, env.now);
             return self.reject(slot, ConnectReject::INVALID_HOST, env);
         }
         let view = state.map(|state| state.view(self.port().id, &host.hostnqn));
         if !request.is_admin() {
-            return self.connect_io(slot, &request, served, host, view, env);
+            return self.connect_io(slot, &request, (served, host, demand), view, env);
         }
         if env.shared.registry.is_fenced(served, &host) {
             // The host was here before and its old controller still has writes that can land. The
@@ -237,12 +260,13 @@ impl Conn {
             self.hold(Held::Connect(slot));
             return;
         }
-        self.connect_admin(slot, &request, served, host, view, env);
+        self.connect_admin(slot, &request, (served, host, demand), view, env);
     }
 
-    fn applicant(&self, served: Served, host: HostKey) -> Applicant<'_> {
+    fn applicant(&self, (served, host, demand): (Served, HostKey, Demand)) -> Applicant<'_> {
         let tls = self.proven.as_ref().map(|proven| proven.text.as_str());
-        Applicant { served, host, port: self.port().id, peer: self.peer(), tls }
+        let is_proven = demand == Demand::Nothing;
+        Applicant { served, host, port: self.port().id, peer: self.peer(), tls, is_proven }
     }
 
     fn served(&self, subnqn: &Nqn, table: &Table) -> Option<Served> {
@@ -256,13 +280,7 @@ impl Conn {
     }
 
     fn refuse(&mut self, slot: u16, refusal: Refusal, env: &mut Env<'_>) {
-        let hits = &env.shared.hits;
-        match refusal {
-            Refusal::Controllers => count(&hits.controllers),
-            Refusal::ControllersOfHost => count(&hits.controllers_of_host),
-            Refusal::QueuesOfHost => count(&hits.connections_of_host),
-            _ => {}
-        }
+        count_refusal(refusal, env);
         self.reject(slot, reject_of(refusal), env);
     }
 
@@ -275,11 +293,12 @@ impl Conn {
         &mut self,
         slot: u16,
         request: &ConnectRequest,
-        served: Served,
-        host: HostKey,
+        who: (Served, HostKey, Demand),
         view: Option<Arc<View>>,
         env: &mut Env<'_>,
     ) {
+        let (_, host, demand) = &who;
+        let demand = *demand;
         let (kind, subsys, log) = match &view {
             Some(view) => (ControllerKind::Io, &view.info, Arc::new(DiscoveryLog::new(0, &[]))),
             None => {
@@ -291,7 +310,7 @@ impl Conn {
         if let Err(reject) = ctrl::admit_admin(request, subsys) {
             return self.reject(slot, reject, env);
         }
-        let applicant = self.applicant(served, host);
+        let applicant = self.applicant(who);
         let created = env.shared.registry.create(applicant, env.local.random_u64());
         let association = match created {
             Ok(association) => association,
@@ -311,13 +330,6 @@ impl Conn {
         if view.as_ref().is_some_and(|view| view.subsystem.was_reset.load(Ordering::Acquire)) {
             controller.note_subsystem_reset();
         }
-        tracing::info!(
-            peer = self.peer(),
-            hostnqn = request.hostnqn.as_str(),
-            subnqn = request.subnqn.as_str(),
-            cntlid = association.cntlid,
-            "association created"
-        );
         let cntlid = association.cntlid;
         let admin = Box::new(Admin {
             controller,
@@ -329,7 +341,7 @@ impl Conn {
             input: Vec::new(),
         });
         self.become_queue(Role::Admin(admin), association, view, request, None);
-        let authreq = self.begin_auth(request.hostnqn.as_str(), env);
+        let authreq = self.begin_auth(demand, env);
         self.respond_connected(slot, cntlid, authreq, env);
     }
 
@@ -337,8 +349,7 @@ impl Conn {
         &mut self,
         slot: u16,
         request: &ConnectRequest,
-        served: Served,
-        host: HostKey,
+        who: (Served, HostKey, Demand),
         view: Option<Arc<View>>,
         env: &mut Env<'_>,
     ) {
@@ -349,7 +360,8 @@ impl Conn {
         if request.queue_entries > env.shared.limits.queue_entries.into() {
             return self.reject(slot, ConnectReject::SQSIZE, env);
         }
-        let applicant = self.applicant(served, host);
+        let demand = who.2;
+        let applicant = self.applicant(who);
         let registry = &env.shared.registry;
         let joined = registry.join(request.cntlid, request.qid, &applicant);
         let (association, epoch) = match joined {
@@ -360,7 +372,7 @@ impl Conn {
         let in_capsule = view.info.limits().in_capsule_bytes;
         let role = Role::Io { epoch };
         self.become_queue(role, association, Some(view), request, Some(in_capsule));
-        let authreq = self.begin_auth(request.hostnqn.as_str(), env);
+        let authreq = self.begin_auth(demand, env);
         self.respond_connected(slot, cntlid, authreq, env);
     }
 

@@ -15,10 +15,14 @@ use crypto::dhchap::{
 };
 use crypto::psk::IdentityVersion;
 use nvme::spec::{FabricsType, Sqe, Status};
+use zeroize::Zeroizing;
 
+use crate::admin::count_refusal;
+use crate::config::{AuthDemand, Tls};
 use crate::conn::{Conn, Life, Role};
 use crate::core::Env;
 use crate::limits::count;
+use crate::registry::Association;
 
 /// AUTHREQ in a Connect response: authentication is required before other commands (NVMe Base 2.1,
 /// "Connect Response", ATR).
@@ -36,6 +40,17 @@ const TRANSACTIONS_MAX: u32 = 4;
 /// How long a queue whose authentication failed stays, so that the host can fetch the reason.
 const FAILED_LIMIT: Duration = Duration::from_secs(1);
 
+/// What a queue asks of its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Demand {
+    /// Nothing: it is believed, or has proven itself by a key that came from an authentication.
+    Nothing,
+    /// Authentication, before anything else.
+    Proof,
+    /// The same, and it has no secret.
+    Impossible,
+}
+
 /// What a queue has of this.
 #[derive(Default)]
 pub(crate) struct Auth {
@@ -50,6 +65,8 @@ pub(crate) struct Auth {
     transactions: u32,
     /// The outcome of the last transaction was acted on.
     is_settled: bool,
+    /// The operator has been told that the host does not prove itself.
+    is_told: bool,
 }
 
 impl Auth {
@@ -83,14 +100,28 @@ fn length(sqe: &Sqe) -> Option<u32> {
 }
 
 impl Conn {
-    /// What the queue has to ask of its host, which is `hostnqn` as it says.
-    pub(crate) fn begin_auth(&mut self, hostnqn: &str, env: &Env<'_>) -> u32 {
+    /// Whether the host, which is `hostnqn` as it says, has to authenticate on this queue, and whether
+    /// it can.
+    pub(crate) fn demand(&self, hostnqn: &str, env: &Env<'_>) -> Demand {
         let is_generated = self.proven.as_ref().is_some_and(|proven| proven.is_generated);
         let has_secret = env.shared.keys.get(hostnqn).is_some_and(|keys| !keys.dhchap.is_empty());
-        // A key that came from an authentication proves the same once more.
-        if !has_secret || is_generated {
+        match (has_secret, self.port().auth) {
+            // A key that came from an authentication proves the same once more.
+            _ if is_generated => Demand::Nothing,
+            (true, _) => Demand::Proof,
+            (false, AuthDemand::Registered) => Demand::Nothing,
+            (false, AuthDemand::Required) => Demand::Impossible,
+        }
+    }
+
+    /// Connect has made the connection a queue, whose host has to prove itself or not. Returns AUTHREQ
+    /// of the response.
+    pub(crate) fn begin_auth(&mut self, demand: Demand, env: &Env<'_>) -> u32 {
+        if demand == Demand::Nothing {
+            self.count_in(env);
             return 0;
         }
+        self.charge(env.shared.registry.unproven(), env);
         self.auth = Auth::demand(env.now + env.shared.limits.handshake);
         AUTHREQ_ATR
     }
@@ -140,7 +171,7 @@ impl Conn {
             }
             (self.auth.machine, self.auth.is_settled) = (Some(machine), false);
         }
-        if self.auth.is_due {
+        if self.auth.is_due && !self.auth.is_settled {
             // For each step: the exchange of a large group takes a slow host seconds. The number of
             // steps is bounded.
             self.auth.deadline = Some(env.now + env.shared.limits.handshake);
@@ -163,22 +194,24 @@ impl Conn {
         let association = self.association.as_ref()?;
         let hostnqn = &association.host.hostnqn;
         let keys = env.shared.keys.get(hostnqn)?;
-        let policy = env.shared.keys.policy();
+        let (live, policy) = (env.shared.keys.live_secrets(&keys), env.shared.keys.policy());
         let concatenation = match (&self.role, &self.proven) {
-            (Role::Admin(_), None) => Concatenation::New,
+            // The key would be of no use where no connection is encrypted.
+            (Role::Admin(_), None) if self.port().tls != Tls::Off => Concatenation::New,
             (Role::Admin(_), Some(proven)) if proven.is_generated => Concatenation::Replace,
             _ => Concatenation::No,
         };
         let config = ControllerConfig {
             hostnqn: hostnqn.clone(),
             subnqn: self.subnqn.clone(),
-            host_keys: env.shared.keys.live_secrets(&keys),
-            controller_key: keys.dhchap_controller.clone(),
+            host_keys: live.host,
+            controller_key: live.controller,
+            expired: live.expired,
             hashes: policy.hashes,
             groups: policy.groups,
             concatenation,
         };
-        let mut random = [0; ENTROPY_LEN];
+        let mut random = Zeroizing::new([0; ENTROPY_LEN]);
         for part in random.chunks_mut(8) {
             part.copy_from_slice(&env.local.random_u64().to_le_bytes()[..part.len()]);
         }
@@ -243,8 +276,12 @@ impl Conn {
             dhchap::Status::Running => {}
             dhchap::Status::Done(outcome) => {
                 self.auth.is_settled = true;
-                (self.auth.is_due, self.auth.deadline, self.auth.transactions) = (false, None, 0);
+                let is_first = std::mem::take(&mut self.auth.is_due);
+                (self.auth.deadline, self.auth.transactions) = (None, 0);
                 let Some(association) = self.association.clone() else { return };
+                if is_first && !self.prove(&association, env) {
+                    return;
+                }
                 let hostnqn = &association.host.hostnqn;
                 tracing::debug!(
                     hostnqn,
@@ -260,9 +297,10 @@ impl Conn {
                     outcome.group,
                     if outcome.is_mutual { " mutual" } else { "" }
                 ));
-                let Some(generated) = outcome.generated else { return };
+                let host_key = self.auth.machine.as_ref().and_then(Controller::host_key);
+                let (Some(generated), Some(from)) = (outcome.generated, host_key) else { return };
                 match generated.psk(IdentityVersion::V1, hostnqn, &self.subnqn) {
-                    Ok(psk) => env.shared.keys.add_generated(hostnqn, psk),
+                    Ok(psk) => env.shared.keys.add_generated(hostnqn, psk, from),
                     Err(error) => tracing::warn!(hostnqn, %error, "no TLS key for this host"),
                 }
             }
@@ -273,6 +311,26 @@ impl Conn {
                 self.auth.deadline = Some(env.now + FAILED_LIMIT);
                 let (peer, port) = (self.peer().to_owned(), self.port().id);
                 env.shared.refusals.note(&peer, port, self.named(&failure.to_string()), env.now);
+            }
+        }
+    }
+
+    /// The host has proven to be who it says for the first time. `false`: it has as much as it may
+    /// already, and the connection ends.
+    fn prove(&mut self, association: &Association, env: &Env<'_>) -> bool {
+        let epoch = match self.role {
+            Role::Io { epoch } => epoch,
+            Role::Fresh | Role::Admin(_) => 0,
+        };
+        match env.shared.registry.prove(association, self.qid, epoch) {
+            Ok(()) => {
+                self.count_in(env);
+                true
+            }
+            Err(refusal) => {
+                count_refusal(refusal, env);
+                self.close("the host has what it may have");
+                false
             }
         }
     }
@@ -292,18 +350,24 @@ impl Conn {
         if self.life != Life::Open || !self.auth.is_late(env.now) {
             return;
         }
-        // A failure has been told already, and only waited for the host to fetch the reason.
-        if !self.auth.is_settled {
-            let (peer, port) = (self.peer().to_owned(), self.port().id);
-            let limit = env.shared.limits.handshake.as_secs();
-            let why = format!(
-                "did not go on with DH-HMAC-CHAP within {limit} s, which it has to since there is a \
-                 secret for it; on the host, connect with the `--dhchap-secret` that `penstock key \
-                 export` prints for it"
-            );
-            env.shared.refusals.note(&peer, port, self.named(&why), env.now);
-        }
+        let limit = env.shared.limits.handshake.as_secs();
+        self.note_unproven(&format!("within {limit} s"), env);
         self.close("not authenticated in time");
+    }
+
+    /// Tells the operator, once, that a host that has to prove itself does not: `how` says what it did
+    /// or did not do instead.
+    pub(crate) fn note_unproven(&mut self, how: &str, env: &Env<'_>) {
+        // A failure has been told already, and what follows is its end.
+        let is_failed = self.auth.is_settled;
+        if !self.auth.is_due || is_failed || std::mem::replace(&mut self.auth.is_told, true) {
+            return;
+        }
+        let why = format!(
+            "did not go on with DH-HMAC-CHAP {how}, which it has to since there is a secret for it; \
+             on the host, connect with the `--dhchap-secret` that `penstock key export` prints for it"
+        );
+        env.shared.refusals.note(self.peer(), self.port().id, self.named(&why), env.now);
     }
 }
 

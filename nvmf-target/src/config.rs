@@ -35,6 +35,16 @@ pub enum Tls {
     Required,
 }
 
+/// Which hosts have to prove themselves by DH-HMAC-CHAP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum AuthDemand {
+    /// Those that there is a secret for. Others are believed.
+    #[default]
+    Registered,
+    /// All: those without a secret are refused.
+    Required,
+}
+
 /// A listening address, as hosts know it. The target does not listen itself: connections are
 /// handed over with the identifier of the port that they came through.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +57,8 @@ pub struct Port {
     pub addr: SocketAddr,
     /// Whether connections are encrypted.
     pub tls: Tls,
+    /// Which hosts have to authenticate in band.
+    pub auth: AuthDemand,
     /// Hosts may connect, but the discovery log does not tell of it.
     pub hidden: bool,
 }
@@ -106,7 +118,8 @@ pub struct Limits {
     pub connections: usize,
     /// Connections (queues) of one host NQN.
     pub connections_per_host: usize,
-    /// Connections of one peer address that have not come to a Connect command yet.
+    /// Connections of one peer address that have not come to a Connect command yet, or whose host has
+    /// not proven itself yet where it has to.
     pub handshakes_per_peer: usize,
     /// Controllers of all hosts together.
     pub controllers: usize,

@@ -17,11 +17,11 @@ use reactor::net::{HEAD_BYTES_MAX, Rx, RxChunk, Stream};
 
 use crate::admin::{Admin, health};
 use crate::auth::{self, Auth};
-use crate::config::{Limits, Port, Tls};
+use crate::config::{Limits, Port};
 use crate::core::Env;
 use crate::counters::Counters;
 use crate::fence::Place;
-use crate::limits::{Pass, count};
+use crate::limits::{Account, Pass, count};
 use crate::pieces::{self, Pieces};
 use crate::registry::Association;
 use crate::sample::{self, Stage};
@@ -166,6 +166,10 @@ pub(crate) struct Conn {
     pub(crate) counters: Option<Arc<Counters>>,
     pub(crate) role: Role,
     pub(crate) association: Option<Arc<Association>>,
+    /// Whose memory its commands hold; `None` before Connect.
+    pub(crate) account: Option<Arc<Account>>,
+    /// It counts among the queues of its host, which is proven or is believed.
+    is_counted: bool,
     pub(crate) qid: u16,
     pub(crate) slots: Vec<Slot>,
     sq_head: u16,
@@ -286,7 +290,7 @@ impl Conn {
         Conn {
             index,
             stream,
-            opening: (port.tls != Tls::Off).then_some(Opening::Begin),
+            opening: Some(Opening::Begin),
             is_shaking: false,
             proven: None,
             auth: Auth::default(),
@@ -299,6 +303,8 @@ impl Conn {
             counters: None,
             role: Role::Fresh,
             association: None,
+            account: None,
+            is_counted: false,
             qid: 0,
             slots: (0..FRESH_SLOTS).map(|_| Slot::free()).collect(),
             sq_head: 0,
@@ -384,8 +390,26 @@ impl Conn {
         self.subnqn = request.subnqn.as_str().to_owned();
         self.role = role;
         self.association = Some(association);
+        // What follows has times of its own.
         self.handshake_deadline = None;
+    }
+
+    /// The queue counts among those of its host from now on.
+    pub(crate) fn count_in(&mut self, env: &Env<'_>) {
+        let Some(association) = self.association.clone() else { return };
+        let Some(account) = association.account() else { return };
+        self.is_counted = true;
         self.pass.connected();
+        self.charge(Arc::clone(account), env);
+        if matches!(self.role, Role::Admin(_)) {
+            tracing::info!(
+                peer = self.peer,
+                hostnqn = association.host.hostnqn,
+                subnqn = self.subnqn,
+                cntlid = association.cntlid,
+                "association created"
+            );
+        }
     }
 
     /// The connection's Connect command waits for us: it is not idle.
@@ -445,6 +469,8 @@ impl Conn {
                     }
                 }
                 Rx::Eof => {
+                    self.note_unfinished("closed the connection", env);
+                    self.note_unproven("but closed the connection", env);
                     // A host that says so in TLS is told apart from one that is cut off.
                     let is_cut = self.proven.is_some() && !self.stream.is_ended_in_layer();
                     self.close(match is_cut {
@@ -455,6 +481,8 @@ impl Conn {
                 }
                 Rx::Failed(errno) => {
                     tracing::debug!(peer = self.peer, qid = self.qid, %errno, "socket failed");
+                    self.note_unfinished("closed the connection", env);
+                    self.note_unproven("but closed the connection", env);
                     self.close("the socket failed");
                     worked = true;
                 }
@@ -484,7 +512,9 @@ impl Conn {
     }
 
     fn take_chunk(&mut self, chunk: &RxChunk, env: &mut Env<'_>) {
-        if let Some(association) = &self.association {
+        if let Some(association) = &self.association
+            && self.is_counted
+        {
             association.touch();
         }
         let left = self.open_with(chunk, env);
@@ -533,6 +563,7 @@ impl Conn {
             }
             TargetEvent::Terminated { fes } => {
                 tracing::debug!(peer = self.peer, qid = self.qid, fes, "host terminated");
+                self.note_unproven("but ended the connection", env);
                 self.close("the host terminated the connection");
             }
         }
@@ -587,8 +618,8 @@ impl Conn {
     #[cold]
     fn overrun(&self, env: &Env<'_>) {
         count(&env.shared.hits.queue_overruns);
-        if let Some(association) = &self.association {
-            count(&association.account.overruns);
+        if let Some(account) = &self.account {
+            count(&account.overruns);
         }
     }
 
@@ -611,7 +642,10 @@ impl Conn {
             _ if auth::is_auth(sqe) => {
                 (Work::Auth, sqe.fctype() == FabricsType::AUTHENTICATION_SEND)
             }
-            _ if self.auth.is_due() => return Err(Status::AUTHENTICATION_REQUIRED.dnr()),
+            _ if self.auth.is_due() => {
+                self.note_unproven("but sent another command", env);
+                return Err(Status::AUTHENTICATION_REQUIRED.dnr());
+            }
             Role::Admin(_) => (Work::Admin, sqe.direction() == Direction::ToController),
             Role::Io { .. } if sqe.is_fabrics() => {
                 nvme::ctrl::io_queue_fabrics(sqe)?;
@@ -925,7 +959,9 @@ impl Conn {
             // The peer has not taken the end of TLS.
             self.stream.shutdown();
         }
-        if self.handshake_deadline.is_some_and(|at| env.now >= at) {
+        if self.life == Life::Open && self.handshake_deadline.is_some_and(|at| env.now >= at) {
+            let limit = env.shared.limits.handshake.as_secs();
+            self.note_unfinished(&format!("did not go on within {limit} s"), env);
             self.close("no Connect in time");
         }
         self.tick_auth(env);
@@ -1020,7 +1056,7 @@ impl Conn {
             self.close("the controller was reset");
             return true;
         }
-        if association.aborts.is_asked() && self.qid != 0 {
+        if self.is_counted && association.aborts.is_asked() && self.qid != 0 {
             self.abort_commands(env);
             return true;
         }
@@ -1060,7 +1096,10 @@ impl Conn {
             if let Some(counters) = self.counters.take() {
                 association.counters.leave(&counters);
             }
-            env.shared.registry.leave(&association, self.qid);
+            match self.is_counted {
+                true => env.shared.registry.leave(&association, self.qid),
+                false => env.shared.registry.leave_unproven(&association, self.qid),
+            }
             env.shared.settled();
         }
     }

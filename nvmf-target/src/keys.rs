@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crypto::dhchap::DhGroup;
+use crypto::dhchap::{DhGroup, Expired};
 use crypto::psk::{Identity, Psk};
 use crypto::tls::{PskLookup, Unknown, candidates};
 use crypto::{DhchapKey, Hash, TlsKey};
@@ -45,10 +45,10 @@ pub struct HostKeys {
     /// authenticate, on every queue.
     pub dhchap: Vec<HostDhchapKey>,
     /// What the controller proves itself to this host with.
-    pub dhchap_controller: Option<DhchapKey>,
+    pub dhchap_controller: Option<HostDhchapKey>,
 }
 
-/// A secret of a host.
+/// A secret of a host, or of the controller toward it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HostDhchapKey {
     /// The secret as configured.
@@ -80,7 +80,16 @@ impl Default for AuthPolicy {
 /// A TLS key that an authentication has made.
 struct Generated {
     psk: Psk,
+    /// The secret that the host has proven itself with: it ends with that.
+    from: DhchapKey,
     expires: u64,
+}
+
+/// What is in force of a host's secrets.
+pub(crate) struct LiveSecrets {
+    pub(crate) host: Vec<DhchapKey>,
+    pub(crate) controller: Option<DhchapKey>,
+    pub(crate) expired: Expired,
 }
 
 /// Seconds since 1970.
@@ -88,6 +97,12 @@ pub type Clock = fn() -> u64;
 
 fn system_clock() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// When a secret of a host ends, in seconds since 1970; `None`: the host has it no more.
+fn end_of(keys: Option<&HostKeys>, secret: &DhchapKey) -> Option<u64> {
+    let same = keys?.dhchap.iter().filter(|known| known.key == *secret);
+    same.map(|known| known.expires.unwrap_or(u64::MAX)).max()
 }
 
 /// See the module's documentation.
@@ -140,9 +155,18 @@ impl KeyStore {
         // Wiped outside of the lock.
         drop(old);
         // What an old secret has made ends with it.
-        let has_secret = self.get(hostnqn).is_some_and(|keys| !keys.dhchap.is_empty());
-        if !has_secret {
-            self.generated.write().unwrap_or_else(PoisonError::into_inner).remove(hostnqn);
+        let mut all = self.generated.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(of_host) = all.get_mut(hostnqn) else { return };
+        let keys = self.get(hostnqn);
+        of_host.retain_mut(|generated| match end_of(keys.as_deref(), &generated.from) {
+            Some(end) => {
+                generated.expires = generated.expires.min(end);
+                true
+            }
+            None => false,
+        });
+        if of_host.is_empty() {
+            all.remove(hostnqn);
         }
     }
 
@@ -156,23 +180,40 @@ impl KeyStore {
         self.policy.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The secrets of a host that have not expired.
-    pub(crate) fn live_secrets(&self, keys: &HostKeys) -> Vec<DhchapKey> {
+    /// The secrets of a host, and of the controller toward it, that have not expired.
+    pub(crate) fn live_secrets(&self, keys: &HostKeys) -> LiveSecrets {
         let now = (self.clock)();
-        let live = keys.dhchap.iter().filter(|key| key.expires.is_none_or(|at| now < at));
-        live.take(DHCHAP_KEYS_MAX).map(|key| key.key.clone()).collect()
+        let is_live = |key: &&HostDhchapKey| key.expires.is_none_or(|at| now < at);
+        let host: Vec<DhchapKey> = keys
+            .dhchap
+            .iter()
+            .filter(is_live)
+            .take(DHCHAP_KEYS_MAX)
+            .map(|k| k.key.clone())
+            .collect();
+        let controller = keys.dhchap_controller.as_ref();
+        let live_controller = controller.filter(is_live).map(|key| key.key.clone());
+        let expired = Expired {
+            host: !keys.dhchap.iter().all(|key| is_live(&key)),
+            controller: controller.is_some() && live_controller.is_none(),
+        };
+        LiveSecrets { host, controller: live_controller, expired }
     }
 
-    /// An authentication has made a TLS key for a host.
-    pub(crate) fn add_generated(&self, hostnqn: &str, psk: Psk) {
+    /// An authentication by the secret `from` has made a TLS key for a host. It is not taken if the
+    /// secret has been removed meanwhile.
+    pub(crate) fn add_generated(&self, hostnqn: &str, psk: Psk, from: &DhchapKey) {
         let now = (self.clock)();
         let mut all = self.generated.write().unwrap_or_else(PoisonError::into_inner);
+        // Who removes a secret does so before it looks for what that has made, under this lock.
+        let Some(end) = end_of(self.get(hostnqn).as_deref(), from) else { return };
         let of_host = all.entry(hostnqn.to_owned()).or_default();
         of_host.retain(|old| now < old.expires);
         if of_host.len() == GENERATED_MAX {
             of_host.remove(0);
         }
-        of_host.push(Generated { psk, expires: now + GENERATED_S });
+        let expires = end.min(now + GENERATED_S);
+        of_host.push(Generated { psk, from: from.clone(), expires });
     }
 
     fn find_generated(&self, identity: &Identity<'_>) -> Result<Vec<Psk>, Unknown> {

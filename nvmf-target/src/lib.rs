@@ -59,8 +59,8 @@ mod wait;
 
 pub use change::{Change, Request};
 pub use config::{
-    ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory, ReservationStore,
-    SetupError, SubsystemConfig, TargetConfig, Tls,
+    AuthDemand, ChangeError, Limits, ListenerKind, NamespaceConfig, Port, PowerHistory,
+    ReservationStore, SetupError, SubsystemConfig, TargetConfig, Tls,
 };
 pub use counters::Totals;
 pub use keys::{

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nvme::ctrl::Instance;
 
@@ -64,8 +64,9 @@ pub(crate) struct Association {
     pub(crate) tls: Option<String>,
     /// How the host has proven itself in band, if it has.
     authenticated: Mutex<Option<String>>,
-    /// What the host uses; shared by all associations of its NQN.
-    pub(crate) account: Arc<Account>,
+    /// What the host uses; shared by all associations of its NQN. There is none before the host has
+    /// proven to be who it says, where it has to.
+    account: OnceLock<Arc<Account>>,
     /// Set once and for good: every queue closes when it sees this.
     dead: AtomicBool,
     /// CC.EN is 1 and CSTS.RDY is: I/O queues may connect.
@@ -96,6 +97,16 @@ impl Association {
 
     pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::Release);
+    }
+
+    /// Whether the host has proven to be who it says, or does not have to.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.account.get().is_some()
+    }
+
+    /// What the host uses, once it is proven.
+    pub(crate) fn account(&self) -> Option<&Arc<Account>> {
+        self.account.get()
     }
 
     pub(crate) fn set_authenticated(&self, how: &str) {
@@ -153,6 +164,17 @@ impl Association {
         connected.contains(&qid).then(|| self.aborts.ask(qid, cid))
     }
 
+    /// Whether I/O queue `qid` may be connected beside those that are.
+    fn may_join(&self, connected: &[u16], qid: u16) -> Result<(), Refusal> {
+        if self.is_dead() || !self.ready.load(Ordering::Acquire) {
+            return Err(Refusal::NotReady);
+        }
+        if qid == 0 || qid > self.granted.load(Ordering::Acquire) || connected.contains(&qid) {
+            return Err(Refusal::QueueIdentifier);
+        }
+        Ok(())
+    }
+
     fn connected(&self) -> MutexGuard<'_, Vec<u16>> {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -163,6 +185,9 @@ impl Association {
 pub(crate) struct Registry {
     associations: Mutex<Table>,
     bounds: Bounds,
+    /// What queues use whose hosts have not proven to be who they say. It is not the named hosts':
+    /// who knows a name could use up what they have.
+    unproven: Arc<Account>,
 }
 
 /// How much there may be.
@@ -183,6 +208,9 @@ pub(crate) struct Applicant<'a> {
     pub(crate) peer: &'a str,
     /// How the connection is encrypted, if it is.
     pub(crate) tls: Option<&'a str>,
+    /// The host has proven to be who it says, or does not have to. Nothing counts as that host's
+    /// before: [`Registry::prove`].
+    pub(crate) is_proven: bool,
 }
 
 /// A host NQN, whatever the host identifiers are that it is used with.
@@ -203,6 +231,8 @@ struct Table {
     /// Hosts that had no queue left, in that order; some may be back, or stand here twice.
     gone: VecDeque<String>,
     by_cntlid: BTreeMap<u16, Arc<Association>>,
+    /// Those of them whose hosts are proven.
+    proven: usize,
     next_cntlid: u16,
     next_ciu: u8,
 }
@@ -215,6 +245,57 @@ impl Table {
             .iter()
             .filter_map(|cntlid| self.by_cntlid.get(cntlid))
             .filter(move |a| a.host == *host)
+    }
+
+    /// Whether there is room for another controller of a host.
+    fn room(&self, bounds: &Bounds, hostnqn: &str) -> Result<(), Refusal> {
+        if self.proven >= bounds.controllers || self.by_cntlid.len() >= CNTLID_MAX as usize {
+            return Err(Refusal::Controllers);
+        }
+        let known = self.hosts.get(hostnqn);
+        let (queues, controllers) = known.map_or((0, 0), |h| (h.queues, h.cntlids.len()));
+        if controllers >= bounds.controllers_per_host {
+            return Err(Refusal::ControllersOfHost);
+        }
+        if queues >= bounds.queues_per_host {
+            return Err(Refusal::QueuesOfHost);
+        }
+        Ok(())
+    }
+
+    /// A controller is its host's from now on, with its admin queue.
+    fn count(&mut self, bounds: &Bounds, association: &Association) {
+        let hostnqn = association.host.hostnqn.clone();
+        let known = self.hosts.entry(hostnqn).or_insert_with(|| Host {
+            queues: 0,
+            cntlids: Vec::new(),
+            account: Arc::new(Account::new(bounds.cores)),
+        });
+        known.queues += 1;
+        known.cntlids.push(association.cntlid);
+        let is_first = association.account.set(Arc::clone(&known.account)).is_ok();
+        debug_assert!(is_first, "a controller is counted once");
+        self.proven += 1;
+    }
+
+    /// An I/O queue is its host's from now on.
+    fn count_queue(
+        &mut self,
+        bounds: &Bounds,
+        association: &Association,
+        connected: &mut Vec<u16>,
+        qid: u16,
+    ) -> Result<(), Refusal> {
+        if let Some(known) = self.hosts.get_mut(&association.host.hostnqn) {
+            if known.queues >= bounds.queues_per_host {
+                return Err(Refusal::QueuesOfHost);
+            }
+            known.queues += 1;
+        }
+        connected.push(qid);
+        association.queues.fetch_add(1, Ordering::AcqRel);
+        association.io_queues.fetch_add(1, Ordering::AcqRel);
+        Ok(())
     }
 
     /// A host has no queue left; the one that is so for longest is forgotten if there are many.
@@ -238,10 +319,12 @@ impl Registry {
             hosts: HashMap::new(),
             gone: VecDeque::new(),
             by_cntlid: BTreeMap::new(),
+            proven: 0,
             next_cntlid: 1,
             next_ciu: 1,
         });
-        Registry { associations, bounds }
+        let unproven = Arc::new(Account::new(bounds.cores));
+        Registry { associations, bounds, unproven }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -256,19 +339,9 @@ impl Registry {
         applicant: Applicant<'_>,
         random: u64,
     ) -> Result<Arc<Association>, Refusal> {
-        let Applicant { served, host, port, peer, tls } = applicant;
+        let Applicant { served, host, port, peer, tls, is_proven } = applicant;
         let mut table = self.table();
-        if table.by_cntlid.len() >= self.bounds.controllers.min(CNTLID_MAX as usize) {
-            return Err(Refusal::Controllers);
-        }
-        let known = table.hosts.get(&host.hostnqn);
-        let (queues, controllers) = known.map_or((0, 0), |h| (h.queues, h.cntlids.len()));
-        if controllers >= self.bounds.controllers_per_host {
-            return Err(Refusal::ControllersOfHost);
-        }
-        if queues >= self.bounds.queues_per_host {
-            return Err(Refusal::QueuesOfHost);
-        }
+        table.room(&self.bounds, &host.hostnqn)?;
         // Identifiers go round, so that a late queue of a dead controller finds no namesake.
         let mut cntlid = table.next_cntlid;
         while table.by_cntlid.contains_key(&cntlid) {
@@ -277,14 +350,6 @@ impl Registry {
         table.next_cntlid = if cntlid >= CNTLID_MAX { 1 } else { cntlid + 1 };
         let instance = Instance { ciu: table.next_ciu, cirn: random.max(1) };
         table.next_ciu = if table.next_ciu == u8::MAX { 1 } else { table.next_ciu + 1 };
-        let known = table.hosts.entry(host.hostnqn.clone()).or_insert_with(|| Host {
-            queues: 0,
-            cntlids: Vec::new(),
-            account: Arc::new(Account::new(self.bounds.cores)),
-        });
-        known.queues += 1;
-        known.cntlids.push(cntlid);
-        let account = Arc::clone(&known.account);
         let association = Arc::new(Association {
             cntlid,
             instance,
@@ -294,7 +359,7 @@ impl Registry {
             peer: peer.to_owned(),
             tls: tls.map(str::to_owned),
             authenticated: Mutex::default(),
-            account,
+            account: OnceLock::new(),
             dead: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             io_epoch: AtomicU32::new(0),
@@ -307,8 +372,38 @@ impl Registry {
             counters: QueueCounters::default(),
             letters: Letters::default(),
         });
+        if is_proven {
+            table.count(&self.bounds, &association);
+        }
         table.by_cntlid.insert(cntlid, Arc::clone(&association));
         Ok(association)
+    }
+
+    /// What queues use whose hosts have not proven to be who they say, all of them together.
+    pub(crate) fn unproven(&self) -> Arc<Account> {
+        Arc::clone(&self.unproven)
+    }
+
+    /// The host of a queue has proven to be who it says: the queue, with epoch `epoch` if it is one for
+    /// I/O, counts among those of the host from now on.
+    pub(crate) fn prove(
+        &self,
+        association: &Association,
+        qid: u16,
+        epoch: u32,
+    ) -> Result<(), Refusal> {
+        let mut table = self.table();
+        if qid == 0 {
+            table.room(&self.bounds, &association.host.hostnqn)?;
+            table.count(&self.bounds, association);
+            return Ok(());
+        }
+        let mut connected = association.connected();
+        association.may_join(&connected, qid)?;
+        if association.io_epoch() != epoch {
+            return Err(Refusal::NotReady);
+        }
+        table.count_queue(&self.bounds, association, &mut connected, qid)
     }
 
     /// Joins I/O queue `qid` to controller `cntlid`; returns it with the epoch the queue lives in.
@@ -331,25 +426,22 @@ impl Registry {
             return Err(Refusal::UnknownController);
         }
         let mut connected = association.connected();
-        if association.is_dead() || !association.ready.load(Ordering::Acquire) {
-            return Err(Refusal::NotReady);
+        association.may_join(&connected, qid)?;
+        if applicant.is_proven {
+            table.count_queue(&self.bounds, &association, &mut connected, qid)?;
         }
-        if qid == 0 || qid > association.granted.load(Ordering::Acquire) || connected.contains(&qid)
-        {
-            return Err(Refusal::QueueIdentifier);
-        }
-        if let Some(known) = table.hosts.get_mut(&association.host.hostnqn) {
-            if known.queues >= self.bounds.queues_per_host {
-                return Err(Refusal::QueuesOfHost);
-            }
-            known.queues += 1;
-        }
-        connected.push(qid);
-        association.queues.fetch_add(1, Ordering::AcqRel);
-        association.io_queues.fetch_add(1, Ordering::AcqRel);
         let epoch = association.io_epoch();
         drop(connected);
         Ok((association, epoch))
+    }
+
+    /// A queue is torn down whose host has not proven to be who it says.
+    pub(crate) fn leave_unproven(&self, association: &Arc<Association>, qid: u16) {
+        if qid == 0 {
+            let mut table = self.table();
+            association.queues.fetch_sub(1, Ordering::AcqRel);
+            table.by_cntlid.remove(&association.cntlid);
+        }
     }
 
     /// A queue is torn down: none of its I/O can land any more.
@@ -363,6 +455,7 @@ impl Registry {
         let is_last = association.queues.fetch_sub(1, Ordering::AcqRel) == 1;
         if is_last {
             table.by_cntlid.remove(&association.cntlid);
+            table.proven -= 1;
         }
         let hostnqn = &association.host.hostnqn;
         if let Some(known) = table.hosts.get_mut(hostnqn) {
@@ -448,7 +541,8 @@ mod tests {
     const SERVED: Served = Served::Subsystem(0);
 
     fn applicant(host: HostKey) -> Applicant<'static> {
-        Applicant { served: SERVED, host, port: 1, peer: "10.0.0.1:2", tls: None }
+        let peer = "10.0.0.1:2";
+        Applicant { served: SERVED, host, port: 1, peer, tls: None, is_proven: true }
     }
 
     fn registry(controllers: usize, controllers_per_host: usize) -> Registry {
@@ -546,6 +640,39 @@ mod tests {
     }
 
     #[test]
+    fn nothing_counts_as_a_hosts_before_its_proof() {
+        let registry = registry(2, 1);
+        let unproven = |host| Applicant { is_proven: false, ..applicant(host) };
+        // Somebody who knows the name, as often as it takes, and more often than there is room.
+        let strangers: Vec<_> =
+            (0..9).map(|_| registry.create(unproven(host(1)), 7).expect("room")).collect();
+        assert!(registry.hosts().is_empty() && strangers.iter().all(|a| !a.is_proven()));
+        let real = registry.create(unproven(host(1)), 7).expect("room");
+        registry.prove(&real, 0, 0).expect("the host's first");
+        assert_eq!(registry.hosts().len(), 1);
+        let refused = registry.prove(&strangers[0], 0, 0).err();
+        assert_eq!(refused, Some(Refusal::ControllersOfHost));
+        let refused = registry.create(unproven(host(1)), 7).err();
+        assert_eq!(refused, Some(Refusal::ControllersOfHost), "which nobody has to prove to hear");
+        real.grant(2);
+        real.set_ready(true);
+        // Nor does it take the place of a queue.
+        let join = || registry.join(real.cntlid, 1, &unproven(host(1))).map(|(_, epoch)| epoch);
+        let epoch = join().expect("a queue");
+        assert_eq!((join(), real.io_queues()), (Ok(epoch), 0));
+        registry.prove(&real, 1, epoch).expect("the first that proves itself");
+        assert_eq!(registry.prove(&real, 1, epoch).err(), Some(Refusal::QueueIdentifier));
+        assert_eq!(registry.prove(&real, 2, epoch + 1).err(), Some(Refusal::NotReady));
+        strangers.iter().for_each(|a| registry.leave_unproven(a, 0));
+        registry.leave_unproven(&real, 1);
+        assert_eq!((real.io_queues(), registry.len()), (1, 1));
+        registry.leave(&real, 1);
+        registry.leave(&real, 0);
+        assert_eq!((registry.len(), registry.hosts().len()), (0, 0));
+        assert!(registry.create(applicant(host(2)), 7).is_ok(), "there is room again");
+    }
+
+    #[test]
     fn queues_of_a_host_are_bounded_over_all_its_controllers() {
         let registry = registry(10, 10);
         let (a, b) = (ready(&registry, host(1)), ready(&registry, host(1)));
@@ -565,10 +692,10 @@ mod tests {
     fn accounts_outlive_a_reconnect_and_are_bounded() {
         let registry = registry(10, 10);
         let first = ready(&registry, host(1));
-        let account = Arc::clone(&first.account);
+        let account = Arc::clone(first.account().expect("it is proven"));
         registry.leave(&first, 0);
         let again = ready(&registry, host(1));
-        assert!(Arc::ptr_eq(&account, &again.account));
+        assert!(Arc::ptr_eq(&account, again.account().expect("it is proven")));
         for n in 0..3 * GONE_MAX {
             let hostnqn = format!("nqn.2014-08.org.example:churn{n}");
             registry.leave(&ready(&registry, HostKey { hostnqn, hostid: [1; 16] }), 0);

@@ -18,7 +18,7 @@ use std::time::Duration;
 use std::rc::Rc;
 
 use crypto::psk::{Identity, Suite};
-use crypto::tls::{self, Established, KeyUpdates, Progress, RecordError, Session};
+use crypto::tls::{self, Cause, Established, KeyUpdates, Progress, RecordError, Role, Session};
 use iobuf::SgList;
 use reactor::net::{Gather, HEAD_BYTES_MAX, Layer, LayerError, Placed, Plain, SendPending};
 
@@ -146,6 +146,15 @@ impl Conn {
             return 0;
         };
         match opening {
+            Opening::Begin if self.port().tls == Tls::Off => {
+                if tls::looks_like_tls(*first) {
+                    // Its bytes are no PDU, and it is told that as far as the protocol has it.
+                    let why = "the host speaks TLS, and this listener does not (tls=off): connect \
+                               without `--tls`, or to a listener with tls=allowed or tls=required";
+                    self.note_refusal(why.to_owned(), env);
+                }
+                return bytes.len();
+            }
             Opening::Begin if !tls::looks_like_tls(*first) && self.port().tls == Tls::Allowed => {
                 // Plain NVMe/TCP.
                 return bytes.len();
@@ -189,9 +198,11 @@ impl Conn {
             self.opening = Some(Opening::Hello(received));
             return;
         }
-        if !is_tls {
-            // There is nothing to wait for: the library says what is wrong.
-            return self.begin_handshake(&received, env);
+        if let Some(first) = received.first().copied().filter(|_| !is_tls) {
+            // The library would say the same for the price of a handshake.
+            let cause = Cause::Plaintext { first, role: Role::Server };
+            self.note_refusal(cause.to_string(), env);
+            return self.close("the host does not speak TLS");
         }
         let ticket = env.handshakes.queue(self.index);
         self.opening = Some(Opening::Whole(received, ticket));
@@ -241,10 +252,24 @@ impl Conn {
             }
             Err(failure) => {
                 self.end_handshake(env);
-                let (peer, port) = (self.peer().to_owned(), self.port().id);
-                env.shared.refusals.note(&peer, port, failure.to_string(), env.now);
+                self.note_refusal(failure.to_string(), env);
                 self.part_after(&answer, failure.close_after, env.now);
             }
+        }
+    }
+
+    fn note_refusal(&self, why: String, env: &Env<'_>) {
+        env.shared.refusals.note(self.peer(), self.port().id, why, env.now);
+    }
+
+    /// Tells the operator of a peer that has begun with TLS and `did` something else than go on.
+    pub(crate) fn note_unfinished(&self, did: &str, env: &Env<'_>) {
+        if let Some(Opening::Hello(_) | Opening::Handshake(_)) = &self.opening {
+            let why = format!(
+                "the host {did} in the middle of the TLS handshake, without a word; `journalctl -u \
+                 tlshd` there says more, and on the host run what `penstock key export` prints for it"
+            );
+            self.note_refusal(why, env);
         }
     }
 
@@ -286,7 +311,8 @@ impl Conn {
             is_generated: identity.is_generated,
             text: describe(established.suite, &established.group),
         });
-        // A Linux host could not follow a change of keys when this was written.
+        // A Linux host could not follow a change of keys when this was written. Hosts that can, ours
+        // among them, ask for one in time.
         let session = Session::new(&established, KeyUpdates::Never);
         let layer =
             Box::new(TlsLayer { session, error: None, cipher: Rc::clone(env.sampler.cipher()) });
@@ -337,6 +363,7 @@ impl Layer for TlsLayer {
         let sealed = self.cipher.sealing(|| self.session.seal(plain, out));
         sealed.map_err(|error| {
             tracing::info!(%error, "TLS cannot go on");
+            self.error = Some(error);
             LayerError("TLS cannot go on")
         })
     }

@@ -346,6 +346,7 @@ mod tests {
 
     use super::*;
     use crate::busy::BusyClock;
+    use crate::config::AuthDemand;
     use crate::config::{Limits, SubsystemConfig};
 
     fn nqn(n: u32) -> Nqn {
@@ -426,9 +427,9 @@ mod tests {
 
     #[test]
     fn discovery_log_tells_each_host_what_it_may_use_and_itself_once() {
+        let (tls, auth) = (Tls::Off, AuthDemand::default());
         let addr = |n: u8| SocketAddr::from(([10, 0, 0, n], 4420));
-        let port =
-            |id, kind| Port { id, kind, addr: addr(id as u8), tls: Tls::Off, hidden: id == 4 };
+        let port = |id, kind| Port { id, kind, addr: addr(id as u8), tls, auth, hidden: id == 4 };
         let ports: Arc<[Port]> = Arc::new([
             port(1, ListenerKind::Io),
             port(2, ListenerKind::Io),

@@ -303,7 +303,9 @@ impl Target {
             ana: subsystem.ana.to_vec(&table.ports),
             totals: subsystem.fixed.totals(),
         });
-        let controllers = self.shared.registry.list(None).into_iter().map(|association| {
+        let mut controllers = self.shared.registry.list(None);
+        controllers.retain(|association| association.is_proven());
+        let controllers = controllers.into_iter().map(|association| {
             let nqn = match association.served {
                 Served::Subsystem(id) => table.subsystems.get(&id).map(|s| &s.fixed.nqn),
                 Served::Discovery => Some(table.directory.info.nqn()),

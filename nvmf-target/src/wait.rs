@@ -10,6 +10,7 @@
 //! - its host sends admin commands faster than it may.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::Io;
@@ -17,7 +18,7 @@ use nvme::spec::{AdminOpcode, Status};
 
 use crate::conn::{Conn, Life, Phase};
 use crate::core::Env;
-use crate::limits::{ADMIN_PATIENCE, count};
+use crate::limits::{ADMIN_PATIENCE, Account, count};
 
 /// Read data that a connection may have waiting for its socket; the reads behind it wait before
 /// they take memory. One read may exceed it.
@@ -244,8 +245,8 @@ impl Conn {
         if held > 0 && held + len > limits.buffer_bytes_per_connection {
             return false;
         }
-        let Some(association) = &self.association else { return true };
-        let of_host = association.account.held(env.core);
+        let Some(account) = &self.account else { return true };
+        let of_host = account.held(env.core);
         of_host == 0
             || of_host + len <= limits.buffer_bytes_per_host.min(available)
             // One command of each queue, or a few small ones, as long as that is no danger to
@@ -308,8 +309,8 @@ impl Conn {
         }
         env.rota.found_memory(self.index);
         // Before Connect there is no host whose it could be.
-        if let Some(association) = &self.association {
-            association.account.hold(env.core, len);
+        if let Some(account) = &self.account {
+            account.hold(env.core, len);
             let entry = &mut self.slots[slot as usize];
             if entry.phase == Phase::Capsule && !entry.is_capsule {
                 entry.is_capsule = true;
@@ -329,9 +330,17 @@ impl Conn {
         self.waits.held -= held;
         self.waits.capsules -= usize::from(std::mem::take(&mut entry.is_capsule));
         if held > 0
-            && let Some(association) = &self.association
+            && let Some(account) = &self.account
         {
-            association.account.unhold(env.core, held);
+            account.unhold(env.core, held);
+        }
+    }
+
+    /// What the connection's commands hold, and will, is held by `account` from now on.
+    pub(crate) fn charge(&mut self, account: Arc<Account>, env: &Env<'_>) {
+        account.hold(env.core, self.waits.held);
+        if let Some(old) = self.account.replace(account) {
+            old.unhold(env.core, self.waits.held);
         }
     }
 
@@ -347,12 +356,11 @@ impl Conn {
         let opcode = self.slots[slot as usize].sqe.opcode;
         // A host that is slowed down must still be able to say that it is alive.
         let is_free = [AdminOpcode::KEEP_ALIVE.0, AdminOpcode::ASYNC_EVENT_REQUEST.0];
-        let Some(association) = self.association.as_ref().filter(|_| !is_free.contains(&opcode))
-        else {
+        let Some(account) = self.account.as_ref().filter(|_| !is_free.contains(&opcode)) else {
             return self.admin(slot, env);
         };
         let hits = &env.shared.hits;
-        match association.account.admin.take(env.shared.admin_rate, env.now, ADMIN_PATIENCE) {
+        match account.admin.take(env.shared.admin_rate, env.now, ADMIN_PATIENCE) {
             Some(Duration::ZERO) => self.admin(slot, env),
             Some(wait) => {
                 count(&hits.admin_waits);

@@ -116,6 +116,7 @@ impl Rig {
             kind: ListenerKind::Io,
             addr: *addr,
             tls,
+            auth: nvmf_target::AuthDemand::default(),
             hidden: false,
         });
         let config = TargetConfig {

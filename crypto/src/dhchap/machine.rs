@@ -45,12 +45,23 @@ pub struct ControllerConfig {
     pub host_keys: Vec<DhchapKey>,
     /// What the controller proves itself with, if a host asks.
     pub controller_key: Option<DhchapKey>,
+    /// What is missing in the two above since its time is over: for the operator alone.
+    pub expired: Expired,
     /// Hashes, the preferred first.
     pub hashes: Vec<Hash>,
     /// Groups, the preferred first.
     pub groups: Vec<DhGroup>,
     /// What this queue allows: other than `No` only for an admin queue.
     pub concatenation: Concatenation,
+}
+
+/// Which secrets there were until their time was over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Expired {
+    /// One of the host's at least.
+    pub host: bool,
+    /// The controller's.
+    pub controller: bool,
 }
 
 /// What a host authenticates with.
@@ -306,6 +317,14 @@ impl Controller {
         &self.status
     }
 
+    /// The secret that the host has proven to have, when it has.
+    pub fn host_key(&self) -> Option<&DhchapKey> {
+        match &self.status {
+            Status::Done(outcome) => self.config.host_keys.get(outcome.key_index),
+            Status::Running | Status::Failed(_) => None,
+        }
+    }
+
     fn fail(&mut self, failure: Failure) {
         self.state = ControllerState::End;
         if matches!(self.status, Status::Failed(_)) {
@@ -479,13 +498,18 @@ impl Controller {
             is_equal(want.expose(), &received.response).then_some(n).or(found)
         });
         let Some(key_index) = key_index else {
-            let what = match self.config.host_keys.len() {
-                0 => format!(
+            let what = match (self.config.host_keys.len(), self.config.expired.host) {
+                (0, true) => format!(
+                    "the DH-HMAC-CHAP secret of host `{host}` has expired: make another by `penstock \
+                     key generate`, and give the host what `penstock key export` prints"
+                ),
+                (0, false) => format!(
                     "host `{host}` has no DH-HMAC-CHAP secret: make one by `penstock key generate`"
                 ),
-                n => format!(
-                    "host `{host}` has another secret than ours ({n} tried); on the host, connect \
-                     with the `--dhchap-secret` that `penstock key export` prints for it"
+                (n, has_expired) => format!(
+                    "host `{host}` has another secret than ours ({n} tried{}); on the host, connect \
+                     with the `--dhchap-secret` that `penstock key export` prints for it",
+                    if has_expired { ", another has expired" } else { "" }
                 ),
             };
             return refuse(Reason::FAILED, what);
@@ -501,9 +525,13 @@ impl Controller {
                 Some(proof.of_controller(&key, c2, received.seqnum, host, sub))
             }
             (Some(_), None) if wants_proof => {
+                let why = match self.config.expired.controller {
+                    true => "whose secret has expired: make another",
+                    false => "which has no secret: make one",
+                };
                 let what = format!(
-                    "host `{host}` wants the controller to prove itself, which has no secret: make \
-                     one with `penstock key generate`, or connect without `--dhchap-ctrl-secret`"
+                    "host `{host}` wants the controller to prove itself, {why} with `penstock key \
+                     generate`, or connect without `--dhchap-ctrl-secret`"
                 );
                 return refuse(Reason::FAILED, what);
             }

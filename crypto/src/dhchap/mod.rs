@@ -24,8 +24,8 @@ mod message;
 
 pub use ffdhe::{DhDone, DhGroup, DhTask};
 pub use machine::{
-    Concatenation, Controller, ControllerConfig, ENTROPY_LEN, Failure, Host, HostConfig, Outcome,
-    Status,
+    Concatenation, Controller, ControllerConfig, ENTROPY_LEN, Expired, Failure, Host, HostConfig,
+    Outcome, Status,
 };
 pub use message::{MESSAGE_BYTES_MAX, Reason};
 

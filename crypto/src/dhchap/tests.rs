@@ -41,6 +41,7 @@ fn controller_config() -> ControllerConfig {
         subnqn: SUB.to_owned(),
         host_keys: vec![key(KeyHash::Sha256, 1)],
         controller_key: Some(key(KeyHash::Sha512, 2)),
+        expired: Expired::default(),
         hashes: vec![Hash::Sha256],
         groups: vec![DhGroup::Null],
         concatenation: Concatenation::No,
@@ -209,6 +210,7 @@ fn refusals_have_their_reasons() {
         |host, controller, reason, by_host, word| Case { host, controller, reason, by_host, word };
     let (host, ctrl) = (host_config, controller_config);
     let wrong = || key(KeyHash::Sha256, 99);
+    let expired = Expired { host: true, controller: true };
     let concatenated = || HostConfig { concatenation: Concatenation::New, ..host() };
     let cases = [
         case(
@@ -224,6 +226,27 @@ fn refusals_have_their_reasons() {
             Reason::FAILED,
             false,
             "penstock key generate",
+        ),
+        case(
+            host(),
+            ControllerConfig { host_keys: vec![], expired, ..ctrl() },
+            Reason::FAILED,
+            false,
+            "has expired: make another",
+        ),
+        case(
+            HostConfig { host_key: wrong(), ..host() },
+            ControllerConfig { expired, ..ctrl() },
+            Reason::FAILED,
+            false,
+            "(1 tried, another has expired)",
+        ),
+        case(
+            HostConfig { controller_key: Some(wrong()), ..host() },
+            ControllerConfig { controller_key: None, expired, ..ctrl() },
+            Reason::FAILED,
+            false,
+            "whose secret has expired",
         ),
         case(
             HostConfig { hostnqn: "nqn.2014-08.org.example:other".to_owned(), ..host() },

@@ -51,7 +51,7 @@ pub(super) struct Cipher {
     iv: [u8; NONCE_LEN],
     /// Number of the next record.
     seq: u64,
-    /// Blocks sealed with the present key.
+    /// Blocks sealed or opened with the present key.
     blocks: u64,
 }
 
@@ -75,7 +75,7 @@ impl Cipher {
         *self = Cipher::new(self.gcm.purpose, self.suite, next, 0);
     }
 
-    /// What was sealed with the present key, in full records, rounded up. What an observer learns
+    /// What was sealed or opened with the present key, in full records, rounded up. What an observer learns
     /// grows with the blocks, so that many small records wear a key no more than few large ones.
     pub(super) fn wear(&self) -> u64 {
         self.blocks.div_ceil(RECORD_BLOCKS)
@@ -96,10 +96,11 @@ impl Cipher {
         self.gcm.begin(&nonce, &header);
     }
 
-    /// Goes on to the next record.
-    fn advance(&mut self) {
+    /// Goes on to the next record; this one had `len` bytes.
+    fn advance(&mut self, len: usize) {
         // The record layer ends a key long before.
         self.seq = self.seq.checked_add(1).expect("fewer than 2^64 records");
+        self.blocks = self.blocks.saturating_add(len as u64 / BLOCK_LEN + 2);
     }
 
     /// Appends to `out` the record of the next `len` bytes of `plain`. They may change meanwhile: each
@@ -118,8 +119,7 @@ impl Cipher {
     ) {
         assert!(self.gcm.purpose == Use::Seal, "a cipher for sealing");
         self.begin(header);
-        self.advance();
-        self.blocks = self.blocks.saturating_add(len as u64 / BLOCK_LEN + 2);
+        self.advance(len);
         out.extend_from_slice(&header);
         out.reserve(len + 1 + TAG_LEN);
         let to = out.spare_capacity_mut().as_mut_ptr().cast::<u8>();
@@ -151,7 +151,7 @@ impl Cipher {
         let len = in_out.len().checked_sub(TAG_LEN).ok_or(Forged)?;
         let (text, tag) = in_out.split_at_mut(len);
         self.begin(header);
-        self.advance();
+        self.advance(len.saturating_sub(1)); // without the inner type
         // SAFETY: it is one slice, which the library may write as it reads it.
         unsafe { self.gcm.update(text.as_ptr(), text.as_mut_ptr(), len) };
         if self.gcm.is_authentic(tag) { Ok(len) } else { Err(Forged) }
@@ -192,9 +192,9 @@ impl Cipher {
         if self.gcm.is_authentic(tag) { Ok(last) } else { Err(Forged) }
     }
 
-    /// The record that was just opened by [`open_to`](Cipher::open_to) was good.
-    pub(super) fn accept(&mut self) {
-        self.advance();
+    /// The record of `len` bytes that was just opened by [`open_to`](Cipher::open_to) was good.
+    pub(super) fn accept(&mut self, len: usize) {
+        self.advance(len);
     }
 }
 

@@ -23,10 +23,14 @@ impl AlertCode {
     pub const DECODE_ERROR: AlertCode = AlertCode(50);
     /// A proof that does not hold: the keys differ.
     pub const DECRYPT_ERROR: AlertCode = AlertCode(51);
+    /// No version that both ends speak.
+    pub const PROTOCOL_VERSION: AlertCode = AlertCode(70);
     /// Our own failure.
     pub const INTERNAL_ERROR: AlertCode = AlertCode(80);
     /// The user changed their mind; `close_notify` follows.
     pub const USER_CANCELED: AlertCode = AlertCode(90);
+    /// A message without an extension that it has to have.
+    pub const MISSING_EXTENSION: AlertCode = AlertCode(109);
     /// No such pre-shared key.
     pub const UNKNOWN_PSK_IDENTITY: AlertCode = AlertCode(115);
 

@@ -7,6 +7,8 @@ use crate::kdf::is_equal;
 use crate::psk::Psk;
 
 const PRE_SHARED_KEY: u16 = 41;
+const SUPPORTED_VERSIONS: u16 = 43;
+const TLS_1_3: [u8; 2] = [3, 4];
 const HANDSHAKE_CLIENT_HELLO: u8 = 1;
 const RANDOM: std::ops::Range<usize> = 2..34;
 /// Identities that are looked at; NVMe hosts offer one.
@@ -29,15 +31,7 @@ pub(super) struct Offers<'a> {
 impl<'a> Offers<'a> {
     /// Reads the message body `body`; `None` if it offers no pre-shared key, or is malformed.
     pub(super) fn parse(body: &'a [u8]) -> Option<Offers<'a>> {
-        let mut rest = body;
-        take(&mut rest, RANDOM.end)?;
-        vector8(&mut rest)?;
-        vector16(&mut rest)?;
-        vector8(&mut rest)?;
-        let mut extensions = vector16(&mut rest)?;
-        if !rest.is_empty() {
-            return None;
-        }
+        let mut extensions = extensions(body)?;
         let mut last = None;
         while !extensions.is_empty() {
             last = Some((u16(&mut extensions)?, vector16(&mut extensions)?));
@@ -76,6 +70,32 @@ impl<'a> Offers<'a> {
             .map(|key| hash.hmac(key.expose(), &[transcript.expose()]));
         binder.is_some_and(|binder| is_equal(binder.expose(), offer.binder))
     }
+}
+
+/// Whether TLS 1.3 is among the versions that the message body `body` offers.
+pub(super) fn offers_tls_1_3(body: &[u8]) -> bool {
+    let find = || {
+        let mut extensions = extensions(body)?;
+        while !extensions.is_empty() {
+            let (kind, mut data) = (u16(&mut extensions)?, vector16(&mut extensions)?);
+            if kind == SUPPORTED_VERSIONS {
+                return Some(vector8(&mut data)?.chunks(2).any(|version| version == TLS_1_3));
+            }
+        }
+        None
+    };
+    find().unwrap_or(false)
+}
+
+/// The extensions of a message body.
+fn extensions(body: &[u8]) -> Option<&[u8]> {
+    let mut rest = body;
+    take(&mut rest, RANDOM.end)?;
+    vector8(&mut rest)?;
+    vector16(&mut rest)?;
+    vector8(&mut rest)?;
+    let extensions = vector16(&mut rest)?;
+    rest.is_empty().then_some(extensions)
 }
 
 fn take<'a>(rest: &mut &'a [u8], len: usize) -> Option<&'a [u8]> {
@@ -145,6 +165,20 @@ mod tests {
     }
 
     #[test]
+    fn the_offered_versions_are_read() {
+        for (extensions, want) in [
+            (vec![(43, vec![2, 3, 4])], true),
+            (vec![(0, vec![1]), (43, vec![4, 3, 3, 3, 4])], true),
+            (vec![(43, vec![2, 3, 3])], false),
+            (vec![(43, vec![9, 3, 4])], false),
+            (vec![(0, vec![3, 4])], false),
+            (vec![], false),
+        ] {
+            assert_eq!(offers_tls_1_3(&body(&extensions)), want, "{extensions:?}");
+        }
+    }
+
+    #[test]
     fn what_is_no_offer_is_none() {
         let good = body(&[offer(b"name", &[9; 32])]);
         assert!(Offers::parse(&good).is_some());
@@ -164,6 +198,7 @@ mod tests {
         #[test]
         fn any_bytes_are_answered(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Offers::parse(&bytes);
+            let _ = offers_tls_1_3(&bytes);
             let _ = Offers::parse(&body(&[(PRE_SHARED_KEY, bytes)]));
         }
     }

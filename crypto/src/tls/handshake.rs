@@ -14,7 +14,7 @@ use s2n_tls::security::Policy;
 use zeroize::Zeroizing;
 
 use super::alert::AlertCode;
-use super::client_hello::Offers;
+use super::client_hello::{Offers, offers_tls_1_3};
 use super::ffi::Pipe;
 use super::record::Role;
 use super::refusal::{Cause, Used};
@@ -209,7 +209,12 @@ fn choose(
     lookup: &dyn PskLookup,
 ) -> Result<(Vec<u8>, Psk), (Cause, AlertCode)> {
     let Some(offers) = Offers::parse(body) else {
-        return Err((Cause::NoPsk, AlertCode::HANDSHAKE_FAILURE));
+        if offers_tls_1_3(body) {
+            return Err((Cause::NoPsk, AlertCode::HANDSHAKE_FAILURE));
+        }
+        let what = "it does not offer TLS 1.3".to_owned();
+        let cause = Cause::Protocol { what, role: Role::Server, used: None };
+        return Err((cause, AlertCode::PROTOCOL_VERSION));
     };
     let mut refusal = (Cause::NoPsk, AlertCode::HANDSHAKE_FAILURE);
     for offer in &offers.list {
@@ -283,6 +288,18 @@ fn config(key: Option<Suite>) -> Result<Config, Error> {
         builder.set_client_hello_callback(ChoosePsk)?;
     }
     Ok(cell.get_or_init(|| builder.build().expect("settings without a conflict")).clone())
+}
+
+/// The alert for a rule that the peer broke, by the library's name of it.
+fn alert_of(name: &str) -> AlertCode {
+    match name {
+        "S2N_ERR_PROTOCOL_VERSION_UNSUPPORTED" | "S2N_ERR_UNKNOWN_PROTOCOL_VERSION" => {
+            AlertCode::PROTOCOL_VERSION
+        }
+        "S2N_ERR_BAD_MESSAGE" | "S2N_ERR_STUFFER_OUT_OF_DATA" => AlertCode::DECODE_ERROR,
+        "S2N_ERR_MISSING_EXTENSION" => AlertCode::MISSING_EXTENSION,
+        _ => AlertCode::HANDSHAKE_FAILURE,
+    }
 }
 
 /// What both roles have.
@@ -392,7 +409,7 @@ impl Handshake {
                 self.fail(Cause::Internal { what }, alert, close_after)
             }
             _ => {
-                let alert = Some(AlertCode::HANDSHAKE_FAILURE);
+                let alert = Some(alert_of(error.name()));
                 self.fail(Cause::Protocol { what, role, used }, alert, close_after)
             }
         }

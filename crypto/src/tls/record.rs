@@ -22,6 +22,9 @@ pub const RECORD_PLAIN_MAX: usize = 1 << 14;
 pub const KEY_RECORDS_MAX: u64 = 1 << 24;
 /// Full records after which [`KeyUpdates::Auto`] takes a new key.
 const KEY_RECORDS_AUTO: u64 = 1 << 23;
+/// Full records of the peer after which [`KeyUpdates::Auto`] asks it for a new key of its own: a peer
+/// that never takes one by itself goes on then. One that does has done so before.
+const KEY_RECORDS_ASK: u64 = 3 << 22;
 /// The control records that a full key has room for yet: an alert.
 const KEY_RECORDS_SPARE: u64 = 2;
 
@@ -58,10 +61,12 @@ pub enum Role {
 /// that we change ours, are always followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyUpdates {
-    /// In time before the present key is worn out (after 2^23 records). For peers that can follow.
+    /// In time before the present key is worn out (after 2^23 records), and in time before the peer's
+    /// is, asks the peer for a new one (after 3 * 2^22). For peers that can follow.
     Auto,
     /// Never: the connection ends when its key is worn out (after 2^24 records, 256 GiB of full
-    /// ones). For Linux hosts, which could not follow when this was written.
+    /// ones), unless the peer asks for a new one before. For Linux hosts, which could not follow when
+    /// this was written.
     Never,
 }
 
@@ -180,6 +185,8 @@ struct Tx {
     updates: KeyUpdates,
     /// The peer asked us to take a new key before our next data.
     is_update_due: bool,
+    /// We asked the peer for a new key of its own, and it has not come.
+    is_asked: bool,
     is_closed: bool,
 }
 
@@ -223,6 +230,7 @@ impl Session {
                 cipher: Cipher::new(Use::Seal, *suite, tx.secret.clone(), tx.seq),
                 updates,
                 is_update_due: false,
+                is_asked: false,
                 is_closed: false,
             },
             rx: Rx {
@@ -283,6 +291,17 @@ impl Session {
         plain: &mut Source<'_>,
         out: &mut Vec<u8>,
     ) -> Result<(), RecordError> {
+        // Nothing of what the key does not suffice for: what has been sealed has to be sent, or the
+        // peer cannot open the alert that follows.
+        let more = (len.div_ceil(RECORD_PLAIN_MAX) as u64).saturating_sub(1);
+        let is_kept = self.tx.updates == KeyUpdates::Never && !self.tx.is_update_due;
+        if is_kept && self.tx.cipher.wear() + more >= KEY_RECORDS_MAX - KEY_RECORDS_SPARE {
+            return Err(if self.tx.is_closed {
+                RecordError::Closed
+            } else {
+                RecordError::KeyWornOut
+            });
+        }
         out.reserve(Self::sealed_len_max(len));
         let mut left = len;
         while left > 0 {
@@ -328,9 +347,11 @@ impl Session {
             return Err(RecordError::Closed);
         }
         let records = self.tx.cipher.wear();
-        let is_worn = self.tx.updates == KeyUpdates::Auto && records >= KEY_RECORDS_AUTO;
-        if self.tx.is_update_due || is_worn {
-            self.update_key(false, out);
+        let is_auto = self.tx.updates == KeyUpdates::Auto;
+        let is_worn = is_auto && records >= KEY_RECORDS_AUTO;
+        let asks = is_auto && !self.tx.is_asked && self.rx.cipher.wear() >= KEY_RECORDS_ASK;
+        if self.tx.is_update_due || is_worn || asks {
+            self.update_key(asks, out);
         } else if records >= KEY_RECORDS_MAX - KEY_RECORDS_SPARE {
             return Err(RecordError::KeyWornOut);
         }
@@ -342,6 +363,7 @@ impl Session {
         self.control(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, u8::from(both)], out);
         self.tx.cipher.update();
         self.tx.is_update_due = false;
+        self.tx.is_asked |= both;
         self.counters.tx_key_updates += 1;
     }
 
@@ -457,7 +479,7 @@ impl Session {
             self.rx.cut.truncate(before);
             return Ok(None);
         }
-        self.rx.cipher.accept();
+        self.rx.cipher.accept(plain);
         self.rx.cut.clear();
         self.rx.idle_records = 0;
         self.counters.opened_records += 1;
@@ -606,6 +628,7 @@ impl Session {
                     *message = Message::default();
                     self.rx.cipher.update();
                     self.counters.rx_key_updates += 1;
+                    self.tx.is_asked = false;
                     self.tx.is_update_due |= value == 1;
                 }
                 (NEW_SESSION_TICKET, 4) if self.role == Role::Client && body_len <= TICKET_MAX => {

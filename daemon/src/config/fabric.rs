@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use crypto::Hash;
 use crypto::dhchap::DhGroup;
 use nvme::spec::Nqn;
-use nvmf_target::{AuthPolicy, Tls};
+use nvmf_target::{AuthDemand, AuthPolicy, Tls};
 
 use super::check::{address, name, nqn, number, own_nqn};
 use super::{AnaDraft, ConfigError, Listen, ReferralDraft, Setting, SubsystemDraft, VolumeConfig};
@@ -422,16 +422,28 @@ fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
         && (a == b || takes_in(a.ip(), b.ip()) || takes_in(b.ip(), a.ip()))
 }
 
-/// `ADDR:PORT[,advertise=ADDR:PORT][,portid=N][,tls=off|allowed|required]`.
+/// `ADDR:PORT[,advertise=ADDR:PORT][,portid=N][,tls=off|allowed|required][,auth=registered|required]`.
 fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
     const FORM: &str = "allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N]\
-                        [,tls=off|allowed|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420";
+                        [,tls=off|allowed|required][,auth=registered|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420";
     let mut parts = setting.text.split(',');
     let addr = address(setting, parts.next().unwrap_or(""))?;
     let mut advertise = None;
     let mut portid = None;
     let mut tls = None;
+    let mut auth = None;
     for part in parts {
+        if let Some(value) = part.strip_prefix("auth=") {
+            if auth.is_some() {
+                return Err(setting.refuse(format!("auth is given twice; {FORM}")));
+            }
+            auth = Some(match value {
+                "registered" => AuthDemand::Registered,
+                "required" => AuthDemand::Required,
+                _ => return Err(setting.refuse("auth: allowed: registered or required")),
+            });
+            continue;
+        }
         if let Some(value) = part.strip_prefix("tls=") {
             if tls.is_some() {
                 return Err(setting.refuse(format!("tls is given twice; {FORM}")));
@@ -468,7 +480,8 @@ fn listener(setting: &Setting) -> Result<Listen, ConfigError> {
         }
         advertise = Some(value);
     }
-    Ok(Listen { addr, advertise, portid, tls: tls.unwrap_or_default(), hidden: false })
+    let (tls, auth) = (tls.unwrap_or_default(), auth.unwrap_or_default());
+    Ok(Listen { addr, advertise, portid, tls, auth, hidden: false })
 }
 
 const HASHES: [(&str, Hash); 3] =

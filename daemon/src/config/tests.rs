@@ -173,13 +173,19 @@ fn values_in_the_file() {
             "\"[::1]:4420,announce=1\"",
             "penstock.toml:15: target.listen = \"[::1]:4420,announce=1\": \"announce=1\" is no \
              option of a listener; allowed: ADDR:PORT[,advertise=ADDR:PORT][,portid=N]\
-             [,tls=off|allowed|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420",
+             [,tls=off|allowed|required][,auth=registered|required], such as 0.0.0.0:4420,advertise=192.0.2.7:4420",
         ),
         (
             "\"[::1]:4420\"",
             "\"[::1]:4420,tls=on\"",
             "penstock.toml:15: target.listen = \"[::1]:4420,tls=on\": tls: allowed: off, allowed or \
              required",
+        ),
+        (
+            "\"[::1]:4420\"",
+            "\"[::1]:4420,auth=all\"",
+            "penstock.toml:15: target.listen = \"[::1]:4420,auth=all\": auth: allowed: registered \
+             or required",
         ),
         (
             "advertise=192.0.2.7:4420",

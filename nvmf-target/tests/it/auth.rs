@@ -9,7 +9,7 @@ use crypto::dhchap::{
 use crypto::psk::IdentityVersion;
 use crypto::{DhchapKey, Hash, KeyHash};
 use nvme::spec::{NvmOpcode, SglDescriptor, Sqe, Status};
-use nvmf_target::{AuthPolicy, HostDhchapKey, HostKeys, KeyStore, TargetConfig, Tls};
+use nvmf_target::{AuthDemand, AuthPolicy, HostDhchapKey, HostKeys, KeyStore, TargetConfig, Tls};
 
 use crate::host::{Data, Queue};
 use crate::rig::{BLOCK, Rig, SUBNQN, hostnqn, pattern, property_get, property_set, rw, write};
@@ -22,10 +22,10 @@ pub(crate) fn secret(n: u8) -> DhchapKey {
 }
 
 fn keys(secrets: &[u8], controller: Option<u8>) -> HostKeys {
-    let entry = |n: &u8| HostDhchapKey { key: secret(*n), expires: None };
+    let entry = |n: u8| HostDhchapKey { key: secret(n), expires: None };
     HostKeys {
-        dhchap: secrets.iter().map(entry).collect(),
-        dhchap_controller: controller.map(secret),
+        dhchap: secrets.iter().copied().map(entry).collect(),
+        dhchap_controller: controller.map(entry),
         ..HostKeys::default()
     }
 }
@@ -174,7 +174,11 @@ fn every_hash_and_the_groups_one_way_and_mutual_on_every_queue() {
         let target = Arc::clone(&rig.target);
         rig.until("no association", || target.connected().1 == 0);
     }
-    assert_eq!(rig.target.status().refusals_total, 0);
+    // Each queue sent something before its proof, and is told of once for that.
+    let status = rig.target.status();
+    assert_eq!(status.refusals_total, 8);
+    let why = &status.refusals[0].why;
+    assert!(why.contains("but sent another command") && why.contains(&hostnqn(1)), "{why}");
 }
 
 /// Both queues prove themselves again and again, each time with another secret, while the I/O queue
@@ -260,6 +264,112 @@ fn the_wrong_secret_is_refused_and_explained() {
 }
 
 #[test]
+fn a_listener_that_demands_authentication_takes_nobody_without_a_secret() {
+    let store = Arc::new(KeyStore::default());
+    store.set(&hostnqn(1), keys(&[1], None));
+    store.set_policy(policy(Hash::Sha256, DhGroup::Null));
+    let given = Arc::clone(&store);
+    let mut rig = Rig::with(1, move |config: &mut TargetConfig| {
+        config.ports[0].auth = AuthDemand::Required;
+        config.keys = given;
+    });
+    for (n, subnqn) in [SUBNQN, nvme::spec::DISCOVERY_NQN].into_iter().enumerate() {
+        let (_, done) = rig.connect(2, subnqn, 0, 0xffff);
+        assert_eq!(done.cqe.status(), Status::CONNECT_INVALID_HOST.dnr());
+        let why = rig.target.status().refusals[n].why.clone();
+        assert!(why.contains(&hostnqn(2)) && why.contains("auth=required"), "{why}");
+        assert!(why.contains("`penstock key generate --host"), "{why}");
+    }
+    let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+    assert_eq!(done.cqe.dw0() & !0xffff, ATR);
+    authenticate(&mut rig, &admin, host(1, 1, None)).unwrap_or_else(|e| panic!("{e}"));
+    rig.enable(&admin);
+}
+
+/// Names are no secret: who knows one must not be able to keep its host out.
+#[test]
+fn strangers_take_nothing_of_the_host_that_they_name() {
+    const HANDSHAKES: usize = 6;
+
+    let store = Arc::new(KeyStore::default());
+    store.set(&hostnqn(1), keys(&[1], None));
+    store.set_policy(policy(Hash::Sha256, DhGroup::Null));
+    let mut rig = Rig::with(1, move |config: &mut TargetConfig| {
+        config.keys = store;
+        config.limits.handshake = Duration::from_secs(1 << 24);
+        config.limits.handshakes_per_peer = HANDSHAKES;
+        config.limits.controllers_per_host = 1;
+        config.limits.controllers = 2;
+        config.limits.connections_per_host = 2;
+    });
+    let mut strangers = Vec::new();
+    for _ in 0..HANDSHAKES - 2 {
+        let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+        assert_eq!((done.cqe.status(), done.cqe.dw0() & !0xffff), (Status::SUCCESS, ATR));
+        strangers.push(admin);
+    }
+    let status = rig.target.status();
+    assert!(status.controllers.is_empty() && status.hosts.is_empty(), "nobody is there yet");
+    let prove = |rig: &mut Rig, queue: &Queue| {
+        authenticate(rig, queue, host(1, 1, None)).unwrap_or_else(|e| panic!("{e}"));
+    };
+    let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let cntlid = done.cqe.dw0() as u16;
+    prove(&mut rig, &admin);
+    rig.enable(&admin);
+    let mut sqe = Sqe::new(9);
+    sqe.cdw10.set(7);
+    assert!(rig.command(&admin, sqe, Data::None).cqe.status().is_success());
+    assert_eq!(rig.target.status().controllers.len(), 1);
+    // Nor does a queue of a stranger take the place of the host's.
+    let (squatter, done) = rig.connect(1, SUBNQN, 1, cntlid);
+    assert_eq!((done.cqe.status(), done.cqe.dw0() & !0xffff), (Status::SUCCESS, ATR));
+    let (io, _) = rig.connect(1, SUBNQN, 1, cntlid);
+    prove(&mut rig, &io);
+    rig.write(&io, 3, &[7; BLOCK]);
+    strangers.push(squatter);
+    // What has not proven itself counts for its address.
+    for _ in strangers.len()..HANDSHAKES {
+        let discovery = nvme::spec::DISCOVERY_NQN;
+        strangers.push(rig.connect(1, discovery, 0, 0xffff).0);
+    }
+    let refused = rig.connection();
+    rig.until("the end of one too many", || refused.is_over());
+    assert!(!strangers.iter().any(Queue::is_over));
+    strangers.iter().for_each(Queue::cut);
+    let target = Arc::clone(&rig.target);
+    rig.until("the end of the strangers", || target.connected() == (2, 1));
+    assert_eq!(rig.read(&io, 3, BLOCK), [7; BLOCK]);
+}
+
+#[test]
+fn who_may_not_use_a_subsystem_is_told_of() {
+    let mut rig = Rig::with(1, |config: &mut TargetConfig| {
+        let only = nvme::spec::Nqn::new(&hostnqn(1)).expect("a name");
+        config.subsystems[0].hosts = Some(vec![only]);
+    });
+    let (_, done) = rig.connect(2, SUBNQN, 0, 0xffff);
+    assert_eq!(done.cqe.status(), Status::CONNECT_INVALID_HOST.dnr());
+    let none = "nqn.2014-08.org.example:none";
+    assert!(!rig.connect(1, none, 0, 0xffff).1.cqe.status().is_success());
+    let said: Vec<String> = rig.target.status().refusals.into_iter().map(|r| r.why).collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains(&hostnqn(2)) && said[0].contains("not among its hosts"), "{said:?}");
+    assert!(said[1].contains(none) && said[1].contains("not on this listener"), "{said:?}");
+}
+
+#[test]
+fn a_key_for_tls_is_made_where_it_can_be_used() {
+    let (mut rig, store) = rig(Tls::Off);
+    store.set_policy(policy(Hash::Sha384, DhGroup::Ffdhe2048));
+    let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+    let config = HostConfig { concatenation: Concatenation::New, ..host(1, 1, None) };
+    assert!(authenticate(&mut rig, &admin, config).is_err());
+    let why = rig.target.status().refusals.pop().expect("one").why;
+    assert!(why.contains("a listener with tls=allowed"), "{why}");
+}
+
+#[test]
 fn authentication_yields_a_key_for_tls() {
     let (mut rig, store) = rig(Tls::Allowed);
     store.set_policy(policy(Hash::Sha384, DhGroup::Ffdhe2048));
@@ -274,11 +384,39 @@ fn authentication_yields_a_key_for_tls() {
     let host = rig.host(1, 1);
     rig.write(&host.io[0], 1, &[3; BLOCK]);
     assert_eq!(rig.read(&host.io[0], 1, BLOCK), [3; BLOCK]);
-    // The key ends with the secret that it came from.
-    store.set(&hostnqn(1), HostKeys::default());
+    // The key ends with the secret that it came from, whatever others the host has by then.
+    store.set(&hostnqn(1), keys(&[1, 2], None));
+    let again = rig.host(1, 1);
+    assert_eq!(rig.read(&again.io[0], 1, BLOCK), [3; BLOCK]);
+    store.set(&hostnqn(1), keys(&[2], None));
     let queue = rig.connection();
     rig.until("the end of the connection", || queue.is_over());
     assert_eq!(rig.read(&host.io[0], 1, BLOCK), [3; BLOCK]);
+}
+
+/// As Linux does that is not given a secret.
+#[test]
+fn who_goes_instead_of_authenticating_is_told_of_once() {
+    let (mut rig, _store) = rig(Tls::Off);
+    let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+    assert_eq!(done.cqe.dw0() & !0xffff, ATR);
+    admin.cut();
+    let target = Arc::clone(&rig.target);
+    rig.until("the end of the association", || target.connected() == (0, 0));
+    let status = rig.target.status();
+    assert_eq!(status.refusals_total, 1);
+    let why = &status.refusals[0].why;
+    assert!(why.contains("did not go on with DH-HMAC-CHAP but closed the connection"), "{why}");
+    assert!(why.contains(&hostnqn(1)) && why.contains("`penstock key export`"), "{why}");
+    // A host that has proven itself goes without a word, and one that was refused is told of once.
+    for (secret, total) in [(1, 1), (2, 2)] {
+        let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+        assert_eq!(authenticate(&mut rig, &admin, host(1, secret, None)).is_ok(), secret == 1);
+        admin.cut();
+        let target = Arc::clone(&rig.target);
+        rig.until("the end of the association", || target.connected() == (0, 0));
+        assert_eq!(rig.target.status().refusals_total, total);
+    }
 }
 
 #[test]
@@ -329,6 +467,34 @@ fn a_slow_host_has_the_time_for_each_step() {
     let begin = rig.world.now();
     rig.until("the end of the connection", || admin.is_over());
     assert!(rig.world.now() - begin < Duration::from_secs(12));
+}
+
+#[test]
+fn secrets_end_while_the_target_runs_and_that_is_said() {
+    let (mut rig, store) = rig(Tls::Off);
+    // The store's clock says 1,000.
+    for (expires, is_live) in [(1_001, true), (1_000, false)] {
+        let with_end = |n| HostDhchapKey { key: secret(n), expires: Some(expires) };
+        let of_host = HostDhchapKey { key: secret(1), expires: None };
+        store.set(
+            &hostnqn(1),
+            HostKeys {
+                dhchap: vec![of_host],
+                dhchap_controller: Some(with_end(9)),
+                ..HostKeys::default()
+            },
+        );
+        let (admin, _) = rig.connect(1, SUBNQN, 0, 0xffff);
+        assert_eq!(authenticate(&mut rig, &admin, host(1, 1, Some(9))).is_ok(), is_live);
+        store.set(&hostnqn(1), HostKeys { dhchap: vec![with_end(1)], ..HostKeys::default() });
+        let (admin, done) = rig.connect(1, SUBNQN, 0, 0xffff);
+        assert_eq!(done.cqe.dw0() & !0xffff, ATR, "one that has expired is no way around");
+        assert_eq!(authenticate(&mut rig, &admin, host(1, 1, None)).is_ok(), is_live);
+    }
+    let said: Vec<String> = rig.target.status().refusals.into_iter().map(|r| r.why).collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("the controller to prove itself, whose secret has expired"));
+    assert!(said[1].contains(&format!("secret of host `{}` has expired", hostnqn(1))));
 }
 
 #[test]

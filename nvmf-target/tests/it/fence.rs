@@ -172,6 +172,7 @@ impl World {
                 kind: ListenerKind::Io,
                 addr,
                 tls: nvmf_target::Tls::Off,
+                auth: nvmf_target::AuthDemand::default(),
                 hidden: false,
             });
         });

@@ -10,7 +10,8 @@ use crypto::psk::Psk;
 use nvme::fabrics::ConnectRequest;
 use nvme::spec::{AdminOpcode, Feature, Nqn, NvmOpcode, SglDescriptor, Sqe, Status};
 use nvmf_target::{
-    Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig, Tls,
+    AuthDemand, Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Target, TargetConfig,
+    Tls,
 };
 use reactor::sim::World;
 use reactor::{Core, CoreConfig, Socket};
@@ -85,6 +86,7 @@ impl Rig {
                 kind: ListenerKind::Io,
                 addr: "10.0.0.1:4420".parse().expect("an address"),
                 tls: Tls::Off,
+                auth: AuthDemand::default(),
                 hidden: false,
             }],
             limits: Limits { h2c_data_bytes: 16 << 10, ..Limits::default() },

@@ -134,8 +134,7 @@ fn a_listener_takes_what_it_says() {
 
     // A host that wants TLS where there is none.
     let (mut rig, _keys) = self::rig(Tls::Off);
-    let queue = rig.connection();
-    rig.until("the end of the connection", || queue.is_over());
+    assert!(refused(&mut rig).1.contains("this listener does not (tls=off)"));
 }
 
 #[test]
@@ -266,6 +265,10 @@ fn repeated_first_flights_end_and_others_go_on() {
     assert_eq!(rig.read(&host.io[0], 7, BLOCK), [7; BLOCK]);
     let (connections, associations) = rig.target.connected();
     assert_eq!((connections, associations), (2, 1));
+    let status = rig.target.status();
+    assert_eq!(status.refusals_total, 50);
+    let why = &status.refusals.last().expect("one").why;
+    assert!(why.contains("did not go on within 10 s in the middle of the TLS handshake"), "{why}");
 }
 
 #[test]
@@ -306,7 +309,7 @@ fn keys_change_under_load_and_io_is_right() {
         let counters = host.io[0].tls_counters();
         assert_eq!((counters.tx_key_updates, counters.rx_key_updates), (round, round));
     }
-    // The target changes none by itself: a Linux host could not follow.
+    // The target changes none by itself: a Linux host could not follow. A host asks in time.
     assert_eq!(host.admin.tls_counters().rx_key_updates, 0);
 }
 

@@ -11,7 +11,7 @@ use nvme::host::io;
 use nvme::spec::Nqn;
 use nvme::tcp::{Crc32c, Host, HostConfig, HostEvent, Target, TargetConfig, TargetEvent, Transfer};
 use nvmf_initiator::{RemoteConfig, RemoteVolume};
-use nvmf_target::{Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Tls};
+use nvmf_target::{AuthDemand, Limits, ListenerKind, NamespaceConfig, Port, SubsystemConfig, Tls};
 use reactor::sim::World;
 use reactor::{CoreConfig, Local, Progress, Task};
 
@@ -201,7 +201,14 @@ pub(crate) fn path(count: u64, shape: Shape) {
             namespaces: vec![NamespaceConfig::new(1, volume)],
             ..SubsystemConfig::new(SUBNQN, "GATE")
         }],
-        ports: vec![Port { id: 1, kind: ListenerKind::Io, addr, tls: Tls::Off, hidden: false }],
+        ports: vec![Port {
+            id: 1,
+            kind: ListenerKind::Io,
+            addr,
+            tls: Tls::Off,
+            auth: AuthDemand::default(),
+            hidden: false,
+        }],
         limits: Limits::default(),
         ..nvmf_target::TargetConfig::default()
     };

@@ -49,8 +49,10 @@ fn host() -> (Nqn, [u8; 16]) {
 /// What the target knows of the host.
 fn known(tls: &[TlsKey], dhchap: &[DhchapKey], controller: Option<DhchapKey>) -> HostKeys {
     let tls = tls.iter().cloned().map(|key| HostTlsKey { key, subnqn: None, expires: None });
-    let dhchap = dhchap.iter().cloned().map(|key| HostDhchapKey { key, expires: None });
-    HostKeys { tls: tls.collect(), dhchap: dhchap.collect(), dhchap_controller: controller }
+    let entry = |key| HostDhchapKey { key, expires: None };
+    let dhchap = dhchap.iter().cloned().map(entry);
+    let dhchap_controller = controller.map(entry);
+    HostKeys { tls: tls.collect(), dhchap: dhchap.collect(), dhchap_controller }
 }
 
 fn with_tls(keys: Vec<TlsKey>) -> Security {

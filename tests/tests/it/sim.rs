@@ -335,7 +335,10 @@ pub(crate) fn start_secure_target(
             ..SubsystemConfig::new(SUBNQN, "SIM")
         }],
         ports: (1..=ports)
-            .map(|id| Port { id, kind: ListenerKind::Io, addr: addr(id), tls, hidden: false })
+            .map(|id| {
+                let auth = nvmf_target::AuthDemand::default();
+                Port { id, kind: ListenerKind::Io, addr: addr(id), tls, auth, hidden: false }
+            })
             .collect(),
         limits: Limits {
             h2c_data_bytes: 16 << 10,

@@ -140,11 +140,20 @@ pub(crate) struct TargetArgs {
     /// A volume to serve, as one namespace; may be given more than once
     #[arg(long, value_name = "NAME=SPEC")]
     pub(crate) volume: Vec<String>,
-    /// Where I/O controllers listen; may be given more than once
-    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]")]
+    /// Where I/O controllers listen; may be given more than once. With auth=required every host has to
+    /// prove itself by DH-HMAC-CHAP, by default those that there is a secret for
+    #[arg(
+        long,
+        value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]\
+                      [,auth=registered|required]"
+    )]
     pub(crate) listen: Vec<String>,
     /// Where discovery controllers listen; may be given more than once [default: nowhere]
-    #[arg(long, value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]")]
+    #[arg(
+        long,
+        value_name = "ADDR:PORT[,advertise=ADDR:PORT][,tls=off|allowed|required]\
+                      [,auth=registered|required]"
+    )]
     pub(crate) discovery: Vec<String>,
     /// NQN of the subsystem [default: kept in --data, or derived from this machine and --listen]
     #[arg(long, value_name = "NQN")]

@@ -247,6 +247,39 @@ fn a_host_that_gives_up_is_named() {
     assert_eq!((used.identity.as_str(), used.derivation), (psk.identity(), Derivation::Libnvme));
 }
 
+/// A first flight of which the extensions are these bytes.
+fn hello(extensions: &[u8]) -> Vec<u8> {
+    let mut body = vec![3, 3];
+    body.extend([7; 32]);
+    // No session, one suite, no compression.
+    body.extend([0, 0, 2, 0x13, 1, 1, 0]);
+    body.extend(extensions);
+    let mut record = vec![22, 3, 1];
+    record.extend((body.len() as u16 + 4).to_be_bytes());
+    record.extend([1, 0]);
+    record.extend((body.len() as u16).to_be_bytes());
+    record.extend(body);
+    record
+}
+
+#[test]
+fn who_speaks_another_tls_or_a_broken_one_is_told_what_is_wrong() {
+    // supported_versions: TLS 1.2 alone; TLS 1.3, and no pre-shared key; a list longer than the message.
+    let old: &[u8] = &[0, 7, 0, 43, 0, 3, 2, 3, 3];
+    let without_key: &[u8] = &[0, 7, 0, 43, 0, 3, 2, 3, 4];
+    let broken: &[u8] = &[0, 99, 0, 43, 0, 3, 2, 3, 3];
+    for (extensions, alert) in [
+        (old, AlertCode::PROTOCOL_VERSION),
+        (without_key, AlertCode::HANDSHAKE_FAILURE),
+        (broken, AlertCode::DECODE_ERROR),
+    ] {
+        let mut target = server(&[key(32, 0)]);
+        let failure = target.feed(&hello(extensions)).unwrap_err();
+        assert_eq!(failure.alert, Some(alert), "{failure}");
+        assert_eq!(target.take(), alert.plain_record());
+    }
+}
+
 #[test]
 fn plaintext_is_recognised() {
     let mut icreq = [0; 128];

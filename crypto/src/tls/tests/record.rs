@@ -111,6 +111,49 @@ fn the_limit_of_the_key_is_honoured() {
     assert!(target.is_peer_closed());
 }
 
+/// So a target that takes no new keys by itself, since Linux hosts cannot follow, goes on for ever with
+/// a host of ours.
+#[test]
+fn a_peer_that_takes_no_new_key_is_asked_for_one_in_time() {
+    let key = key(32, 0);
+    let psk = psk(&key, crate::psk::IdentityVersion::V1, crate::psk::Derivation::Rfc8446);
+    let ends = talk(client(&psk), server(&[key]), usize::MAX);
+    let mut host = Session::new(&ends.client.ok().unwrap(), KeyUpdates::Auto);
+    let mut target = Session::new(&ends.server.ok().unwrap(), KeyUpdates::Never);
+    let mut updates = 0;
+    for worn in [(3 << 22) - 100, 3 << 22, (1 << 24) - 3] {
+        target.tx_records_for_test(worn);
+        host.rx_records_for_test(worn);
+        updates += u64::from(worn >= 3 << 22);
+        for _ in 0..3 {
+            // Commands one way, much data the other; and now and then none has come yet.
+            let commands = [seal(&mut host, b"read"), seal(&mut host, b"and read")].concat();
+            assert_eq!(host.counters().tx_key_updates, updates, "it asks once");
+            assert_eq!(open(&mut target, &commands), (b"readand read".to_vec(), Ok(())));
+            let data = seal(&mut target, &[7; 3 << 14]);
+            assert_eq!(target.counters().tx_key_updates, updates);
+            assert_eq!(open(&mut host, &data), (vec![7; 3 << 14], Ok(())));
+        }
+    }
+}
+
+/// What was sealed and is not sent would leave the peer with an alert that it cannot open.
+#[test]
+fn nothing_is_sealed_of_what_the_key_does_not_suffice_for() {
+    let key = key(32, 0);
+    let psk = psk(&key, crate::psk::IdentityVersion::V1, crate::psk::Derivation::Rfc8446);
+    let ends = talk(client(&psk), server(&[key]), usize::MAX);
+    let mut host = Session::new(&ends.client.ok().unwrap(), KeyUpdates::Never);
+    let mut target = Session::new(&ends.server.ok().unwrap(), KeyUpdates::Never);
+    host.tx_records_for_test((1 << 24) - 4);
+    target.rx_records_for_test((1 << 24) - 4);
+    let mut out = Vec::new();
+    assert_eq!(host.seal_slices(&[&[7; 3 << 14]], &mut out), Err(RecordError::KeyWornOut));
+    host.farewell(RecordError::KeyWornOut, &mut out);
+    assert_eq!(open(&mut target, &out), (vec![], Ok(())));
+    assert!(target.is_peer_closed());
+}
+
 #[test]
 fn small_records_wear_a_key_by_their_blocks() {
     let (mut near, _far) = sessions(32);

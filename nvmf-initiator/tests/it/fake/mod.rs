@@ -899,6 +899,7 @@ impl FakeTask {
                 subnqn: SUBNQN.to_owned(),
                 host_keys: vec![secret],
                 controller_key: None,
+                expired: dhchap::Expired::default(),
                 hashes: vec![Hash::Sha256],
                 groups: vec![DhGroup::Null],
                 concatenation: Concatenation::No,

@@ -213,6 +213,14 @@ fn read_key(file: Option<&Path>) -> anyhow::Result<SecretString> {
     Ok(text)
 }
 
+/// What it means that a host has no secret any more.
+fn last_secret(host: &str) -> String {
+    format!(
+        "{host} has no secret for DH-HMAC-CHAP any more: whoever says to be this host is believed \
+         without proof where a listener does not say auth=required, and refused where it does"
+    )
+}
+
 pub(crate) fn run(args: &KeyArgs) -> anyhow::Result<ExitCode> {
     const NOTHING: Option<&()> = None;
     let add = |whose: &Whose, key: Option<SecretString>, bits: Option<u32>, place: &Place| {
@@ -251,6 +259,14 @@ pub(crate) fn run(args: &KeyArgs) -> anyhow::Result<ExitCode> {
         KeyAction::Remove { id, place } => {
             let path = format!("{}/{}", api::path::KEYS, segment(id));
             let key = place.ask(Method::DELETE, path, NOTHING, |keys| keys.remove(id))?;
+            if key.kind == KeyKind::Dhchap {
+                let path = format!("{}?host={}", api::path::KEYS, segment(&key.host));
+                let list = |keys: &mut OfflineKeys| Ok(keys.list(Some(&key.host)));
+                let left: Vec<Key> = place.ask(Method::GET, path, NOTHING, list)?;
+                if left.iter().all(|left| left.kind != KeyKind::Dhchap) {
+                    eprintln!("penstock: warning: {}", last_secret(&key.host));
+                }
+            }
             place.print(&[key])
         }
         KeyAction::Export {
