@@ -2,14 +2,15 @@
 //!
 //! The target, twice, under a kernel host, under a virtio disk and under an NVMe disk; the emulator,
 //! twice, under a virtio disk with either kind of ring; the guest itself, whose disk the next one
-//! has.
+//! has. And a machine is paused while the target is dead.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use super::super::Scene;
 use super::super::guest::{Guest, Job};
@@ -57,6 +58,46 @@ pub(super) fn virtio(scene: &Scene<'_>) -> Result<Outcome> {
     device.must_run()?;
     drop(device);
     std::fs::remove_file(image)?;
+    Ok(Outcome::Passed)
+}
+
+/// The machine is paused while the target is away, and goes on when it is back: QEMU keeps what was in
+/// flight, and the guest sees no error.
+pub(super) fn paused(scene: &Scene<'_>) -> Result<Outcome> {
+    for (name, more) in [("split", ""), ("packed", ",packed=on")] {
+        let (volume, image) = file_volume(scene, name, SIZE_MIB);
+        let target = Target::new(scene, &[volume])?;
+        let mut service = target.start(scene)?;
+        let socket = scene.socket(name);
+        let mut device = emulator(scene, &socket, &target, 1)?;
+        let job = Job::new(SCRIPT).args(&["virtio"]).vhost_user_blk_with(&socket, more);
+        let mut guest = scene.boot(name, Kernel::Stable, &job)?;
+        let mut goal = KILL_AFTER_IOS;
+        for round in ["first", "second"] {
+            guest.wait_until(&format!("I/O before the {round} outage"), |console| {
+                last(console).is_some_and(|progress| progress.ios >= goal)
+            })?;
+            service.kill()?;
+            let seen = all(&guest.console()).len();
+            guest.wait_until(&format!("standstill in the {round} outage"), |console| {
+                let lines = all(console);
+                matches!(lines.get(seen + 1..), Some([.., before, now]) if before.ios == now.ios)
+            })?;
+            let mut qemu = guest.qmp()?;
+            let start = Instant::now();
+            qemu.execute("stop", &Value::Null)?;
+            println!("paused in {} ms", start.elapsed().as_millis());
+            service = target.start(scene)?;
+            qemu.execute("cont", &Value::Null)?;
+            goal = last(&guest.console()).map_or(goal, |progress| progress.ios) + KILL_AFTER_IOS;
+        }
+        let results = guest.finish()?;
+        fio_verified(&results, 1)?;
+        device.must_run()?;
+        service.must_run()?;
+        drop((device, service));
+        std::fs::remove_file(image)?;
+    }
     Ok(Outcome::Passed)
 }
 

@@ -158,6 +158,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: kill_target::nvme,
     },
     Scenario {
+        name: "pause-virtio",
+        shows: "a guest is paused while the target is dead, and goes on, with split and with packed rings",
+        needs_penstock: true,
+        run: kill_target::paused,
+    },
+    Scenario {
         name: "kill-emulator",
         shows: "the emulator is killed twice during fio verify, with split and with packed rings",
         needs_penstock: true,
