@@ -4,6 +4,7 @@
 //! back at the next `poll`. Making a long range zero, or copying one, is cut into slices, one per poll, so that
 //! other work of the core goes on. Pages take memory when first written; the size is the only
 //! bound, so a volume larger than the machine's free memory can run the machine out of it.
+//! A block is read and written whole, also where several cores meet ([`SharedBytes`]).
 //!
 //! Where compare and write was asked for ([`RamVolume::with_compare_and_write`]) each channel has a
 //! turn, which it takes while it changes something, and a compare and write takes those of all
