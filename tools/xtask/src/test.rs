@@ -57,8 +57,9 @@ pub(crate) fn task(no_lab: bool) -> Result<bool> {
         if !is_built {
             return Ok(Outcome::Skipped("the release build failed".to_owned()));
         }
-        // A guard with room for a noisy machine; the goals are what `cargo xtask bench target` checks.
-        let args = ["--rounds", "3", "--millis", "200", "--at-least", "0.6"].map(str::to_owned);
+        // A guard with room for a noisy machine, on which the 99th percentile is the first to go, and for
+        // processors whose cipher is half as fast; the goals are what `cargo xtask bench target` checks.
+        let args = ["--rounds", "3", "--millis", "200", "--at-least", "0.5"].map(str::to_owned);
         bench::run(bench::Comparison::Target, &args)?;
         Ok(Outcome::Passed)
     });
