@@ -112,6 +112,10 @@ mod tests {
         let asked = (0..1000).filter(|_| pause(&mut nap, NAP / 2).1).count();
         assert!(asked <= RESTS_MAX as usize, "asked for {asked}");
         assert_eq!(pause(&mut nap, NAP / 2), (1, false));
+        // And then one long rest means little.
+        assert_eq!(pause(&mut nap, 100 * NAP), (NAPS, true));
+        assert_eq!(pause(&mut nap, NAP / 2), (0, true));
+        assert_eq!(pause(&mut nap, NAP / 2), (1, false));
     }
 
     #[test]

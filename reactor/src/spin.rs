@@ -173,6 +173,13 @@ mod tests {
         assert_eq!(spin.time(), MAX);
     }
 
+    #[test]
+    fn looks_in_vain_become_rare() {
+        let mut spin = Spin::new(MAX);
+        let looks = (0..10_000).filter(|_| pause(&mut spin, micros(90)).1 > Duration::ZERO).count();
+        assert!((40..200).contains(&looks), "{looks} looks");
+    }
+
     /// The first requests after a rest are not slept for, whatever was before.
     #[test]
     fn a_rest_is_a_new_start() {
